@@ -1,0 +1,122 @@
+## tierkeep: everything is done from here. Needed: Rust (rustup), Python 3.11 or newer, make, gcc.
+##
+##   make setup    make .venv and install what python/requirements-dev.txt names (once)
+##   make wheel    build the release wheel and install it into .venv
+##   make demo     train a small GPT, kill it three times, compare every loss bit for bit
+##   make test     everything: check, Rust tests, doctests, Python tests
+##   make check    formatting, lints, types, stubs and tidiness; no behaviour
+##   make bench    measure against the bars in benches/RESULTS.md; minutes, wants a quiet machine
+##   make clean    remove what was built (target, build); .venv stays: remove it by hand
+##
+## Variables, as in `make demo SEED=7`:
+##   PYTHON                 the interpreter that makes .venv; default: the first one found that is 3.11+
+##   SEED                   demo: repeats a demo that printed this seed; default: a fresh one each time
+##   TIERKEEP_KILL_TRIALS   test: how many times a saving job is killed at a random moment; default
+##                          20, enough for each push; 1000 before a release
+##   PYTEST_ARGS            test: more arguments for pytest, as in PYTEST_ARGS="-k restore -x"
+##   CARGO_TEST_ARGS        test: more arguments for the Rust test runner
+##
+## pip obeys its own variables: PIP_INDEX_URL=https://download.pytorch.org/whl/cpu with
+## PIP_EXTRA_INDEX_URL=https://pypi.org/simple fetches a PyTorch without CUDA, a tenth of the size.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+MAKEFLAGS += --no-builtin-rules
+
+VENV := .venv
+BIN := $(VENV)/bin
+SETUP := $(VENV)/.setup-done
+WHEEL := $(VENV)/.wheel-installed
+
+TIERKEEP_KILL_TRIALS ?= 20
+export TIERKEEP_KILL_TRIALS
+
+# pyo3 looks at an interpreter when it is compiled: always the same one, or it is compiled twice.
+export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
+
+# The extension module leaves Python's symbols to the interpreter that loads it, so it cannot be
+# linked into a Rust test. What it does is tested from Python.
+RUST_TESTED := --workspace --exclude tierkeep-python
+
+# Directories are listed too: their times tell that a file was removed.
+WHEEL_SOURCES := Cargo.toml $(wildcard Cargo.lock) rust-toolchain.toml \
+	$(wildcard core/Cargo.toml node-agent/Cargo.toml python/Cargo.toml) python/pyproject.toml \
+	$(shell find core/src node-agent/src python/src python/tierkeep \
+		-name __pycache__ -prune -o -name '*.so' -prune -o -print 2>/dev/null)
+
+PYTHON_PATHS := python examples $(wildcard benches)
+
+.PHONY: help setup wheel demo test check test-rust test-python bench clean
+
+help:
+	@sed -n 's/^## \{0,1\}//p' Makefile
+
+setup: $(SETUP)
+
+.venv: $(SETUP)
+
+$(SETUP): python/requirements-dev.txt
+	@if [ ! -x $(BIN)/python ]; then \
+		for python in $(PYTHON) python3 python3.14 python3.13 python3.12 python3.11; do \
+			if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+				echo "making $(VENV) with $$($$python --version)" >&2; \
+				$$python -m venv $(VENV) && exit 0; \
+				echo "error: $$python could not make $(VENV)" >&2; \
+				echo "hint: on Debian and Ubuntu, install python3-venv" >&2; \
+				rm -rf $(VENV); exit 1; \
+			fi; \
+		done; \
+		echo "error: found no Python 3.11 or newer" >&2; \
+		echo "hint: name one, as in \`make setup PYTHON=/opt/python3.12/bin/python3\`" >&2; \
+		exit 1; \
+	fi
+	$(BIN)/python -m pip install --quiet --requirement python/requirements-dev.txt
+	@touch $@
+
+wheel: $(WHEEL)
+
+$(WHEEL): $(SETUP) $(WHEEL_SOURCES)
+	@rm -rf build/wheel
+	$(BIN)/maturin build --release --quiet --manifest-path python/Cargo.toml \
+		--interpreter $(BIN)/python --auditwheel skip --out build/wheel
+	$(BIN)/python -m pip install --quiet --force-reinstall --no-deps build/wheel/*.whl
+	@touch $@
+
+demo: wheel
+	$(BIN)/python examples/demo/demo.py $(if $(SEED),--seed $(SEED))
+
+test: check test-rust test-python
+
+check: wheel
+	cargo fmt --all --check
+	cargo clippy --quiet --workspace --all-targets -- -D warnings
+	$(BIN)/ruff format --quiet --check --config python/pyproject.toml $(PYTHON_PATHS)
+	$(BIN)/ruff check --quiet --config python/pyproject.toml $(PYTHON_PATHS)
+	$(BIN)/mypy --strict --config-file python/pyproject.toml python/tierkeep
+	$(BIN)/python -m mypy.stubtest tierkeep._tierkeep --mypy-config-file python/pyproject.toml \
+		$(addprefix --allowlist ,$(wildcard python/stubtest-allowlist.txt))
+	cargo test --quiet --package tierkeep --test tidy
+
+test-rust: $(SETUP)
+	@if cargo nextest --version >/dev/null 2>&1; then \
+		echo "running the Rust tests with cargo nextest" >&2; \
+		cargo nextest run $(RUST_TESTED) $(CARGO_TEST_ARGS); \
+	else \
+		echo "running the Rust tests with cargo test: cargo nextest is not installed" >&2; \
+		cargo test $(RUST_TESTED) --lib --bins --tests $(CARGO_TEST_ARGS); \
+	fi
+	cargo test --quiet --doc $(RUST_TESTED)
+
+test-python: wheel
+	$(BIN)/pytest python/tests $(PYTEST_ARGS)
+
+bench: wheel
+	$(BIN)/python benches/run.py
+
+clean:
+	cargo clean --quiet
+	rm -rf build
+	find $(PYTHON_PATHS) -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis $(WHEEL)

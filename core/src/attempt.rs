@@ -1,0 +1,326 @@
+//! One start of the run, the decision it began with, and the chain of decisions behind it.
+//!
+//! It owns the attempt record and lineage. It does not own choosing the step (`restore::decide`) nor
+//! locks (`ownership`).
+//!
+//! # Invariants
+//!
+//! - Only rank 0 creates a record, with the next free number; a record never changes.
+//! - Every rank of one attempt holds a claim that no other process holds.
+//! - A step that a recorded rollback left behind is never in the lineage again.
+//! - An attempt without a complete checkpoint that was not told to roll back leaves the lineage as
+//!   it was.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    error::{Error, Result},
+    names::{
+        ATTEMPTS, AttemptDir, AttemptRef, CheckpointKey, Id, Rank, Step, attempt_file,
+        parse_attempt_file,
+    },
+    record,
+    tier::{Created, Tier, create_same, find_record, label},
+};
+
+/// Where an attempt resumed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Parent {
+    /// The attempt that saved the checkpoint.
+    pub attempt: AttemptRef,
+    /// Its step.
+    pub step: u64,
+}
+
+impl Parent {
+    /// The checkpoint's place.
+    #[must_use]
+    pub fn key(&self) -> CheckpointKey {
+        CheckpointKey::new(Step(self.step), &self.attempt)
+    }
+}
+
+/// The record of one attempt.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttemptRecord {
+    /// Format version.
+    pub format: u32,
+    /// Features that a reader must know.
+    #[serde(default)]
+    pub required_features: Vec<String>,
+    /// The run's random id, drawn by its first attempt.
+    pub run_id: Id,
+    /// Number, and the random id of rank 0's process start.
+    pub attempt: AttemptRef,
+    /// How many decisions this process start had recorded before: a restore in a running process is
+    /// a new attempt.
+    pub decision: u32,
+    /// The restore decision: what every rank restores, or nothing.
+    pub parent: Option<Parent>,
+    /// The parent was chosen on purpose: what lies beyond it is abandoned at once. Also true for a
+    /// fresh start on a run that had checkpoints.
+    pub rollback: bool,
+    /// The ranks that save, rising.
+    pub savers: Vec<u32>,
+    /// For people: where rank 0 ran.
+    pub host: String,
+    /// For people.
+    pub pid: u32,
+    /// For people: wall time in ms since 1970.
+    pub created_unix_ms: u64,
+    /// For people: newer steps that were passed over, and why.
+    #[serde(default)]
+    pub passed_over: Vec<String>,
+}
+
+impl AttemptRecord {
+    fn check(&self, number: u32) -> Result<(), String> {
+        if self.attempt.number != number || number == 0 {
+            return Err(format!("it is of attempt {}", self.attempt.number));
+        }
+        if self.parent.is_some_and(|p| p.attempt.number >= number) {
+            return Err("its parent is not older".into());
+        }
+        if self.savers.is_empty() || !self.savers.is_sorted_by(|a, b| a < b) {
+            return Err("its ranks are not in rising order".into());
+        }
+        Ok(())
+    }
+}
+
+/// All attempts of a run, oldest first.
+#[derive(Clone, Debug, Default)]
+pub struct Attempts {
+    records: Vec<AttemptRecord>,
+    joined: Vec<u32>,
+}
+
+impl Attempts {
+    /// Reads them from the first of `tiers` that has a good copy of each: records are small, and a
+    /// run without them could not tell its lineage.
+    ///
+    /// # Errors
+    /// A tier did not answer, or no tier has a good copy of a record.
+    pub fn load(tiers: &[&dyn Tier]) -> Result<Self> {
+        let mut numbers = Vec::new();
+        let mut joined = Vec::new();
+        for tier in tiers {
+            for entry in tier.list(ATTEMPTS)? {
+                numbers.extend(parse_attempt_file(&entry.name));
+                let mark = entry.name.strip_suffix(".joined").map(|n| format!("{n}.json"));
+                joined.extend(mark.as_deref().and_then(parse_attempt_file));
+            }
+        }
+        numbers.sort_unstable();
+        numbers.dedup();
+        let records = numbers.into_iter().map(|number| read(tiers, number));
+        Ok(Self { records: records.collect::<Result<_>>()?, joined })
+    }
+
+    /// Oldest first.
+    #[must_use]
+    pub fn records(&self) -> &[AttemptRecord] {
+        &self.records
+    }
+
+    /// The newest.
+    #[must_use]
+    pub fn newest(&self) -> Option<&AttemptRecord> {
+        self.records.last()
+    }
+
+    /// The attempt that a directory belongs to.
+    #[must_use]
+    pub fn find(&self, dir: &AttemptDir) -> Option<&AttemptRecord> {
+        self.records.iter().find(|r| dir.is(&r.attempt))
+    }
+
+    /// The chain that a resume follows. `complete` are the checkpoints that exist now.
+    #[must_use]
+    pub fn lineage<'a>(&self, complete: impl IntoIterator<Item = &'a CheckpointKey>) -> Lineage {
+        let mut joined = self.joined.clone();
+        joined.extend(complete.into_iter().map(|key| key.attempt.number));
+        let leads = |r: &&AttemptRecord| r.rollback || joined.contains(&r.attempt.number);
+        Lineage::of(&self.records, self.records.iter().rev().find(leads))
+    }
+
+    /// The chain of one attempt, whether it has joined the run's or not.
+    #[must_use]
+    pub fn lineage_of(&self, attempt: &AttemptRef) -> Lineage {
+        Lineage::of(&self.records, self.records.iter().find(|r| r.attempt == *attempt))
+    }
+}
+
+/// The attempts behind the newest one, each up to the step that its successor resumed from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Lineage {
+    /// Newest first; `None`: every step of it.
+    chain: Vec<(AttemptRef, Option<u64>)>,
+}
+
+impl Lineage {
+    fn of(records: &[AttemptRecord], head: Option<&AttemptRecord>) -> Self {
+        let mut chain = Vec::new();
+        let mut next = head.map(|r| (r, None));
+        while let Some((record, up_to)) = next {
+            chain.push((record.attempt, up_to));
+            // Parents have lower numbers (`check`), so this ends.
+            next = record.parent.and_then(|parent| {
+                let older = records.iter().find(|r| r.attempt == parent.attempt)?;
+                Some((older, Some(parent.step)))
+            });
+        }
+        Self { chain }
+    }
+
+    /// True where a resume may land on this checkpoint without being told.
+    #[must_use]
+    pub fn contains(&self, key: &CheckpointKey) -> bool {
+        let found = self.chain.iter().find(|(attempt, _)| key.attempt.is(attempt));
+        found.is_some_and(|(_, up_to)| up_to.is_none_or(|last| key.step.0 <= last))
+    }
+
+    /// Its newest attempt.
+    #[must_use]
+    pub fn head(&self) -> Option<AttemptRef> {
+        self.chain.first().map(|(attempt, _)| *attempt)
+    }
+
+    /// How many attempts it has.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.chain.len()
+    }
+
+    /// True for a run without checkpoints.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.chain.is_empty()
+    }
+}
+
+fn read(tiers: &[&dyn Tier], number: u32) -> Result<AttemptRecord> {
+    let name = attempt_file(number);
+    let mut last = None;
+    for tier in tiers {
+        let Some(bytes) = find_record(*tier, &name)? else { continue };
+        let file = label(*tier, &name);
+        let record = record::open::<AttemptRecord>(&bytes, &file)
+            .and_then(|r| r.check(number).map(|()| r).map_err(|why| Error::damaged(&file, why)));
+        match record {
+            Ok(record) => return Ok(record),
+            Err(e) => last = Some(e),
+        }
+    }
+    Err(last.unwrap_or_else(|| Error::NotFound { what: name }))
+}
+
+/// Creates the record with the next free number. `draft` gets its number; the first tier decides,
+/// the others keep copies.
+///
+/// # Errors
+/// The first tier did not answer.
+pub fn create(tiers: &[&dyn Tier], mut draft: AttemptRecord) -> Result<AttemptRecord> {
+    let Some((first, copies)) = tiers.split_first() else {
+        return Err(Error::Bug("no tier for attempt records".into()));
+    };
+    loop {
+        let body = serde_json::to_vec(&draft).map_err(|e| Error::Bug(format!("attempt: {e}")))?;
+        let bytes = record::seal(&body);
+        let name = attempt_file(draft.attempt.number);
+        if create_same(*first, &name, &bytes)? {
+            for copy in copies {
+                // A copy is a second chance against damage. Without it the run goes on.
+                if let Err(e) = copy.create(&name, &bytes) {
+                    tracing::warn!("{}: no copy of {name}: {}", copy.address(), e.chain());
+                }
+            }
+            return Ok(draft);
+        }
+        draft.attempt.number += 1;
+    }
+}
+
+/// Records that `attempt` has a complete checkpoint: from here on it leads the lineage, also when
+/// that checkpoint was only in RAM and is lost.
+///
+/// # Errors
+/// The tier did not answer.
+pub fn join(tier: &dyn Tier, attempt: &AttemptRef) -> Result<()> {
+    let name = format!("{ATTEMPTS}/{:08}.joined", attempt.number);
+    tier.create(&name, b"").map(|_| ())
+}
+
+/// Claims a rank of an attempt for one process.
+///
+/// # Errors
+/// [`Error::Fenced`] where another process has it.
+pub fn claim(tier: &dyn Tier, attempt: &AttemptRef, rank: Rank, nonce: &Id) -> Result<()> {
+    let name = format!("_claims/{}/rank-{:06}", attempt.dir(), rank.0);
+    let text = format!("{nonce}\n");
+    match tier.create(&name, text.as_bytes())? {
+        Created::New => Ok(()),
+        Created::Exists if find_record(tier, &name)?.as_deref() == Some(text.as_bytes()) => Ok(()),
+        Created::Exists => Err(Error::Fenced {
+            why: format!("{rank} of {attempt} was claimed by another process ({name})"),
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn attempt(number: u32) -> AttemptRef {
+        AttemptRef { number, id: Id([u8::try_from(number).unwrap(); 16]) }
+    }
+
+    fn record(number: u32, parent: Option<(u32, u64)>, rollback: bool) -> AttemptRecord {
+        AttemptRecord {
+            format: 1,
+            required_features: vec![],
+            run_id: Id([9; 16]),
+            attempt: attempt(number),
+            decision: 0,
+            parent: parent.map(|(n, step)| Parent { attempt: attempt(n), step }),
+            rollback,
+            savers: vec![0],
+            host: String::new(),
+            pid: 1,
+            created_unix_ms: 0,
+            passed_over: vec![],
+        }
+    }
+
+    fn key(number: u32, step: u64) -> CheckpointKey {
+        CheckpointKey::new(Step(step), &attempt(number))
+    }
+
+    fn attempts(records: Vec<AttemptRecord>, joined: Vec<u32>) -> Attempts {
+        Attempts { records, joined }
+    }
+
+    #[test]
+    fn a_step_that_a_recorded_rollback_left_behind_is_never_in_the_lineage_again() {
+        let all = attempts(vec![record(1, None, false), record(2, Some((1, 30)), true)], vec![]);
+        let lineage = all.lineage(&[key(1, 30), key(1, 60)]);
+        assert!(lineage.contains(&key(1, 30)) && lineage.contains(&key(1, 10)));
+        assert!(!lineage.contains(&key(1, 60)));
+    }
+
+    #[test]
+    fn an_attempt_without_a_complete_checkpoint_leaves_the_lineage_as_it_was() {
+        let all = attempts(vec![record(1, None, false), record(2, Some((1, 30)), false)], vec![]);
+        assert!(all.lineage(&[key(1, 60)]).contains(&key(1, 60)));
+        let lineage = all.lineage(&[key(1, 60), key(2, 31)]);
+        assert!(!lineage.contains(&key(1, 60)) && lineage.contains(&key(2, 31)));
+        let joined = attempts(all.records, vec![2]);
+        assert!(!joined.lineage(&[key(1, 60)]).contains(&key(1, 60)), "it had one, in RAM");
+    }
+
+    #[test]
+    fn a_fresh_start_abandons_everything() {
+        let all = attempts(vec![record(1, None, false), record(2, None, true)], vec![]);
+        assert!(!all.lineage(&[key(1, 60)]).contains(&key(1, 60)));
+    }
+}

@@ -1,0 +1,452 @@
+//! What a shard is made of ([`ShardManifest`]) and which shards make a checkpoint ([`Seal`]).
+//!
+//! It owns the two formats and the rules that a well-formed one obeys, and checks them when it
+//! writes and when it reads. It does not own where the files lie (`commit`) nor the bytes they
+//! describe.
+//!
+//! # Invariants
+//!
+//! - A decoded manifest never points outside its payload, and no two of its tensors overlap.
+//! - The chunk checksums, combined, are the checksum of the whole payload.
+//! - A manifest in the wrong place (run, attempt, step, rank) is damage, whatever its checksum says.
+//! - The seal of a step has the same bytes whoever writes it.
+
+use std::collections::{BTreeMap, HashSet};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::{
+    chunk::{CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, chunk_count, chunk_len},
+    error::{Error, Result},
+    names::{AttemptRef, CheckpointKey, Id, Rank, Step, hex, manifest_name, payload_name},
+    record,
+    state::dtype::Dtype,
+};
+
+/// The most ranks that one checkpoint may have; bounds what a lying file can make us allocate.
+pub const RANKS_MAX: usize = 1 << 20;
+
+/// Which shard this is: the run, the attempt, the writer, the step, the rank, and who else saves.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// The run's random id, the same for all its attempts.
+    pub run_id: Id,
+    /// The attempt that saved it.
+    pub attempt: AttemptRef,
+    /// The writing process's nonce.
+    pub writer: Id,
+    /// Completed training steps.
+    pub step: u64,
+    /// The rank that saved it.
+    pub rank: u32,
+    /// Every rank that this checkpoint expects a shard from, rising.
+    pub savers: Vec<u32>,
+}
+
+impl Identity {
+    /// The checkpoint that it belongs to.
+    #[must_use]
+    pub fn key(&self) -> CheckpointKey {
+        CheckpointKey::new(Step(self.step), &self.attempt)
+    }
+
+    /// The payload's file name.
+    #[must_use]
+    pub fn payload_name(&self) -> String {
+        payload_name(Rank(self.rank), &self.writer)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        if self.savers.is_empty() || self.savers.len() > RANKS_MAX {
+            return Err(format!("{} ranks in the saver set", self.savers.len()));
+        }
+        if !self.savers.is_sorted_by(|a, b| a < b) {
+            return Err("the saver set is not in rising order".into());
+        }
+        if self.savers.binary_search(&self.rank).is_err() {
+            return Err(format!("rank {} is not in its own saver set", self.rank));
+        }
+        Ok(())
+    }
+}
+
+/// The payload file and the checksum of each of its chunks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PayloadInfo {
+    /// File name, beside the manifest.
+    pub file: String,
+    /// Exact length in bytes, the safetensors header included.
+    pub length: u64,
+    /// Bytes of each chunk but the last, counted from byte 0 of the file.
+    pub chunk_bytes: u64,
+    /// `crc32`, the only algorithm of format 1.
+    pub algorithm: String,
+    /// `none`: as it lies. Others come with a required feature.
+    pub codec: String,
+    /// CRC-32 of the whole payload.
+    #[serde(with = "crc_hex")]
+    pub crc: u32,
+    /// CRC-32 of each chunk, eight hex digits each, in one string.
+    #[serde(with = "crcs_hex")]
+    pub chunks: Vec<u32>,
+}
+
+impl PayloadInfo {
+    /// The length in bytes of chunk `index`.
+    #[must_use]
+    pub fn chunk_len(&self, index: usize) -> u64 {
+        chunk_len(self.length, self.chunk_bytes, index)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        if self.algorithm != "crc32" || self.codec != "none" {
+            return Err(format!("checksum {:?}, codec {:?}", self.algorithm, self.codec));
+        }
+        if !(CHUNK_BYTES_MIN..=CHUNK_BYTES_MAX).contains(&self.chunk_bytes)
+            || !self.chunk_bytes.is_multiple_of(CHUNK_BYTES_MIN)
+        {
+            return Err(format!("chunks of {} bytes", self.chunk_bytes));
+        }
+        if self.chunks.len() as u64 != chunk_count(self.length, self.chunk_bytes) {
+            return Err(format!("{} checksums for {} bytes", self.chunks.len(), self.length));
+        }
+        if combine(&self.chunks, self.length, self.chunk_bytes) != self.crc {
+            return Err("the chunk checksums do not add up to the payload's".into());
+        }
+        Ok(())
+    }
+}
+
+/// The CRC-32 of the whole, from those of its chunks.
+#[must_use]
+pub fn combine(chunks: &[u32], length: u64, chunk_bytes: u64) -> u32 {
+    let mut whole = crc32fast::Hasher::new();
+    for (index, crc) in chunks.iter().enumerate() {
+        let len = chunk_len(length, chunk_bytes, index);
+        whole.combine(&crc32fast::Hasher::new_with_initial_len(*crc, len));
+    }
+    whole.finalize()
+}
+
+/// One box of one tensor, and where it lies in the payload.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TensorEntry {
+    /// The escaped path; boxes of one tensor are `path#n`.
+    pub name: String,
+    /// Element type, by its safetensors name (or `C32`, `C128`).
+    pub dtype: String,
+    /// Shape of the box, in elements.
+    pub shape: Vec<u64>,
+    /// Shape of the global tensor where the box is a part of one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub global_shape: Option<Vec<u64>>,
+    /// Where the box begins in the global tensor, in elements.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub offset: Option<Vec<u64>>,
+    /// First byte in the payload and the one after the last, counted from byte 0 of the file.
+    pub at: [u64; 2],
+}
+
+impl TensorEntry {
+    fn check(&self, payload: &PayloadInfo) -> Result<(), String> {
+        let [begin, end] = self.at;
+        let dtype = Dtype::parse(&self.dtype)
+            .ok_or_else(|| format!("{}: unknown dtype {:?}", self.name, self.dtype))?;
+        if begin > end || end > payload.length {
+            return Err(format!("{}: bytes {begin}..{end} of {}", self.name, payload.length));
+        }
+        if dtype.bytes_of(&self.shape) != Some(end - begin) {
+            return Err(format!("{}: {dtype} {:?} in {} bytes", self.name, self.shape, end - begin));
+        }
+        let (global, offset) = match (&self.global_shape, &self.offset) {
+            (None, None) => return Ok(()),
+            (Some(global), Some(offset)) => (global, offset),
+            _ => return Err(format!("{}: half a box", self.name)),
+        };
+        let inside = global.len() == self.shape.len()
+            && offset.len() == self.shape.len()
+            && offset
+                .iter()
+                .zip(&self.shape)
+                .zip(global)
+                .all(|((o, s), g)| o.checked_add(*s).is_some_and(|e| e <= *g));
+        if !inside {
+            return Err(format!("{}: box {offset:?}+{:?} of {global:?}", self.name, self.shape));
+        }
+        Ok(())
+    }
+}
+
+/// What the user said about a checkpoint.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Meta {
+    /// Numbers given to `save(metrics=)`.
+    #[serde(default)]
+    pub metrics: BTreeMap<String, f64>,
+    /// Words given to `save(tags=)`.
+    #[serde(default)]
+    pub tags: Vec<String>,
+    /// Wall time of the save in ms since 1970, for display and keep-every-hours.
+    #[serde(default)]
+    pub saved_unix_ms: u64,
+}
+
+/// The description of one shard.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ShardManifest {
+    /// Format version.
+    pub format: u32,
+    /// Features that a reader must know.
+    #[serde(default)]
+    pub required_features: Vec<String>,
+    /// Which shard this is.
+    pub identity: Identity,
+    /// `shard`, index 0; parity later.
+    pub fragment: Fragment,
+    /// The payload and its checksums.
+    pub payload: PayloadInfo,
+    /// The tensors in it, in the order in which they lie.
+    pub tensors: Vec<TensorEntry>,
+    /// The state's tree in the typed encoding of `state::value`; its tensors are names in `tensors`.
+    pub tree: serde_json::Value,
+    /// What the user said.
+    #[serde(default)]
+    pub meta: Meta,
+}
+
+/// What part of a shard a payload is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fragment {
+    /// `shard`: the whole.
+    pub kind: String,
+    /// 0 for a whole.
+    pub index: u32,
+}
+
+/// What [`encode`] writes: the parts that change, and two that arrive as JSON already.
+pub struct Parts<'a> {
+    /// Which shard this is.
+    pub identity: &'a Identity,
+    /// The payload and its checksums.
+    pub payload: &'a PayloadInfo,
+    /// The JSON array of [`TensorEntry`], kept from save to save while the layout is the same.
+    pub tensors_json: &'a [u8],
+    /// The JSON of the tree.
+    pub tree_json: &'a [u8],
+    /// What the user said.
+    pub meta: &'a Meta,
+}
+
+/// Writes a shard manifest.
+///
+/// # Errors
+/// The identity or the payload breaks a rule: a bug of the caller.
+pub fn encode(parts: &Parts<'_>) -> Result<Vec<u8>> {
+    parts.identity.check().and_then(|()| parts.payload.check()).map_err(Error::Bug)?;
+    assert_eq!(parts.payload.file, parts.identity.payload_name(), "payload of another shard");
+    let json = |e: serde_json::Error| Error::Bug(format!("manifest: {e}"));
+    let mut body = Vec::with_capacity(parts.tensors_json.len() + parts.tree_json.len() + 4096);
+    body.extend_from_slice(b"{\"format\":1,\"required_features\":[],\"identity\":");
+    serde_json::to_writer(&mut body, parts.identity).map_err(json)?;
+    body.extend_from_slice(b",\"fragment\":{\"kind\":\"shard\",\"index\":0},\"payload\":");
+    serde_json::to_writer(&mut body, parts.payload).map_err(json)?;
+    body.extend_from_slice(b",\"meta\":");
+    serde_json::to_writer(&mut body, parts.meta).map_err(json)?;
+    body.extend_from_slice(b",\"tree\":");
+    body.extend_from_slice(parts.tree_json);
+    body.extend_from_slice(b",\"tensors\":");
+    body.extend_from_slice(parts.tensors_json);
+    body.push(b'}');
+    Ok(record::seal(&body))
+}
+
+/// Reads and checks a shard manifest that was found at `key`, `rank`. `file` is its name in messages.
+///
+/// # Errors
+/// [`Error::Damaged`], [`Error::NewerFormat`].
+pub fn decode(bytes: &[u8], file: &str, key: &CheckpointKey, rank: Rank) -> Result<ShardManifest> {
+    let manifest: ShardManifest = record::open(bytes, file)?;
+    manifest.check(key, rank).map_err(|why| Error::damaged(file, why))?;
+    Ok(manifest)
+}
+
+impl ShardManifest {
+    fn check(&self, key: &CheckpointKey, rank: Rank) -> Result<(), String> {
+        let identity = &self.identity;
+        identity.check()?;
+        if identity.step != key.step.0 {
+            return Err(format!("it is of step {}, it lies at {}", identity.step, key.step));
+        }
+        if !key.attempt.is(&identity.attempt) {
+            return Err(format!("it is of attempt {:?}, it lies at {}", identity.attempt, key.attempt));
+        }
+        if identity.rank != rank.0 {
+            return Err(format!("it is of rank {}, it lies at {rank}", identity.rank));
+        }
+        if self.fragment.kind != "shard" || self.fragment.index != 0 {
+            return Err(format!("it is fragment {:?}", self.fragment));
+        }
+        if self.payload.file != identity.payload_name() {
+            return Err(format!("it names the payload {:?}", self.payload.file));
+        }
+        self.payload.check()?;
+        let mut names = HashSet::with_capacity(self.tensors.len());
+        let mut last_end = 0;
+        for tensor in &self.tensors {
+            tensor.check(&self.payload)?;
+            if !names.insert(tensor.name.as_str()) {
+                return Err(format!("two tensors are named {}", tensor.name));
+            }
+            if tensor.at[0] < last_end {
+                return Err(format!("{} overlaps the tensor before it", tensor.name));
+            }
+            last_end = tensor.at[1];
+        }
+        Ok(())
+    }
+}
+
+/// The line of one rank in a seal.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SealedShard {
+    /// The manifest's length in bytes.
+    pub length: u64,
+    /// The rank.
+    pub rank: u32,
+    /// The manifest's SHA-256, 64 hex digits.
+    pub sha256: String,
+}
+
+/// The file that makes a checkpoint exist. Canonical: members in alphabetical order, no clock, no
+/// host, no version of the writer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seal {
+    /// The attempt that saved it.
+    pub attempt: AttemptRef,
+    /// Format version.
+    pub format: u32,
+    /// Features that a reader must know.
+    #[serde(default)]
+    pub required_features: Vec<String>,
+    /// The run's random id.
+    pub run_id: Id,
+    /// One line a rank, rising.
+    pub shards: Vec<SealedShard>,
+    /// The step.
+    pub step: u64,
+}
+
+impl Seal {
+    /// The seal over these manifests, given as (manifest, its bytes), rising by rank.
+    #[must_use]
+    pub fn over(shards: &[(ShardManifest, Vec<u8>)]) -> Option<Self> {
+        let first = &shards.first()?.0.identity;
+        let lines = shards.iter().map(|(manifest, bytes)| SealedShard {
+            length: bytes.len() as u64,
+            rank: manifest.identity.rank,
+            sha256: sha256(bytes),
+        });
+        Some(Self {
+            attempt: first.attempt,
+            format: record::FORMAT,
+            required_features: Vec::new(),
+            run_id: first.run_id,
+            shards: lines.collect(),
+            step: first.step,
+        })
+    }
+
+    /// Its file.
+    ///
+    /// # Errors
+    /// None that a caller can cause.
+    pub fn encode(&self) -> Result<Vec<u8>> {
+        let body = serde_json::to_vec(self).map_err(|e| Error::Bug(format!("seal: {e}")))?;
+        Ok(record::seal(&body))
+    }
+
+    /// Reads and checks a seal that was found at `key`.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`], [`Error::NewerFormat`].
+    pub fn decode(bytes: &[u8], file: &str, key: &CheckpointKey) -> Result<Self> {
+        let seal: Self = record::open(bytes, file)?;
+        if Step(seal.step) != key.step || !key.attempt.is(&seal.attempt) {
+            return Err(Error::damaged(file, "it belongs to another step or attempt"));
+        }
+        if seal.shards.is_empty() || !seal.shards.is_sorted_by(|a, b| a.rank < b.rank) {
+            return Err(Error::damaged(file, "its ranks are not in rising order"));
+        }
+        Ok(seal)
+    }
+
+    /// Checks a manifest's bytes against its line.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`]: the manifest is not the one that was sealed.
+    pub fn check(&self, rank: Rank, manifest: &[u8], file: &str) -> Result<()> {
+        let line = self.shards.iter().find(|s| s.rank == rank.0);
+        let line = line.ok_or_else(|| Error::damaged(file, format!("the seal has no {rank}")))?;
+        if line.length != manifest.len() as u64 || line.sha256 != sha256(manifest) {
+            return Err(Error::damaged(file, "it is not the manifest that was sealed"));
+        }
+        Ok(())
+    }
+
+    /// The ranks in it.
+    pub fn ranks(&self) -> impl Iterator<Item = Rank> + '_ {
+        self.shards.iter().map(|s| Rank(s.rank))
+    }
+}
+
+/// 64 hex digits.
+#[must_use]
+pub fn sha256(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}
+
+/// A damaged manifest's place in words: `step 5 of attempt 1: rank-000000.json`.
+#[must_use]
+pub fn manifest_label(key: &CheckpointKey, rank: Rank) -> String {
+    format!("{}/{}", key.dir(), manifest_name(rank))
+}
+
+mod crc_hex {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub(super) fn serialize<S: Serializer>(crc: &u32, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_str(&format_args!("{crc:08x}"))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<u32, D::Error> {
+        let text = String::deserialize(d)?;
+        super::parse_crc(&text).ok_or_else(|| D::Error::custom("a CRC-32 has 8 hex digits"))
+    }
+}
+
+mod crcs_hex {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+    use std::fmt::Write as _;
+
+    pub(super) fn serialize<S: Serializer>(crcs: &[u32], s: S) -> Result<S::Ok, S::Error> {
+        let mut text = String::with_capacity(crcs.len() * 8);
+        for crc in crcs {
+            let _ = write!(text, "{crc:08x}");
+        }
+        s.serialize_str(&text)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<u32>, D::Error> {
+        let text = String::deserialize(d)?;
+        let crcs = text.as_bytes().chunks(8).map(|digits| {
+            std::str::from_utf8(digits).ok().and_then(super::parse_crc)
+        });
+        crcs.collect::<Option<_>>().ok_or_else(|| D::Error::custom("a CRC-32 has 8 hex digits"))
+    }
+}
+
+fn parse_crc(text: &str) -> Option<u32> {
+    (text.len() == 8 && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b)))
+        .then(|| u32::from_str_radix(text, 16).ok())?
+}

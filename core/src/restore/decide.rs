@@ -1,0 +1,190 @@
+//! Which checkpoint a run resumes from. One process decides, once an attempt, and records it; all
+//! ranks obey the record.
+//!
+//! # Invariants
+//!
+//! - The answer is the newest checkpoint of the lineage whose every shard can be reached, and that no
+//!   rank has marked as bad.
+//! - "Nothing" needs every tier to have answered.
+//! - A newer checkpoint that was passed over is named, with the reason.
+
+use crate::{
+    attempt::{Attempts, Lineage, Parent},
+    error::{Error, Result},
+    names::{CheckpointKey, Rank, Step},
+    tier::Tier,
+};
+
+use super::survey::{Found, Reach, bad_marks, reach, survey};
+
+/// What the caller wishes.
+#[derive(Clone, Debug, Default)]
+pub struct Wish {
+    /// This step and no other.
+    pub step: Option<Step>,
+    /// Of this attempt (needed where two attempts saved the step).
+    pub attempt: Option<u32>,
+    /// Take an older checkpoint where a tier that may have a newer one does not answer.
+    pub accept_older: bool,
+}
+
+/// The answer.
+#[derive(Clone, Debug)]
+pub struct Decision {
+    /// The checkpoint, or nothing.
+    pub parent: Option<Parent>,
+    /// Its saver set.
+    pub savers: Vec<u32>,
+    /// Newer ones that were passed over, one sentence each.
+    pub passed_over: Vec<String>,
+    /// The run has some checkpoint or attempt.
+    pub has_history: bool,
+}
+
+/// Decides over `tiers`, nearest first. `marks` is the tier that holds `bad/`.
+///
+/// # Errors
+/// A tier did not answer; the wished step is not there or not whole.
+pub fn decide(
+    tiers: &[&dyn Tier],
+    marks: &dyn Tier,
+    attempts: &Attempts,
+    wish: &Wish,
+) -> Result<Decision> {
+    let mut decision =
+        Decision { parent: None, savers: vec![], passed_over: vec![], has_history: false };
+    let answering = answering(tiers, wish, &mut decision)?;
+    let found = survey(&answering)?;
+    let bad = bad_marks(marks)?;
+    decision.has_history = !found.is_empty() || attempts.newest().is_some();
+    let run_id = attempts.newest().map(|r| r.run_id);
+    let lineage = lineage_of(&answering, &found, attempts)?;
+    let wished = |f: &&Found| match (wish.step, wish.attempt) {
+        (None, None) => lineage.contains(&f.key),
+        (step, number) => {
+            step.is_none_or(|s| s == f.key.step)
+                && number.map_or_else(
+                    || lineage.contains(&f.key),
+                    |n| f.key.attempt.number == n,
+                )
+        }
+    };
+    // Newest: the highest step; of one step, the newest attempt's.
+    for found in found.iter().rev().filter(wished) {
+        let pass = |why: &str| format!("{}: {why}", found.key);
+        if let Some((.., rank)) =
+            bad.iter().find(|(s, n, _)| *s == found.key.step && *n == found.key.attempt.number)
+        {
+            decision.passed_over.push(pass(&format!(
+                "{rank} found no good copy of its shard (`tierkeep verify` clears the mark)"
+            )));
+            continue;
+        }
+        match reach(&answering, found, run_id.as_ref())? {
+            Reach::Whole(savers) => {
+                decision.parent = Some(parent_of(attempts, &found.key)?);
+                decision.savers = savers;
+                break;
+            }
+            Reach::Broken(why) => decision.passed_over.push(pass(&why.join("; "))),
+            Reach::Unfinished(missing) => tracing::debug!("{} lacks ranks {missing:?}", found.key),
+            Reach::Deleted => {}
+        }
+    }
+    if decision.parent.is_none() && (wish.step.is_some() || wish.attempt.is_some()) {
+        return Err(not_there(wish, &decision, &found, &lineage));
+    }
+    Ok(decision)
+}
+
+/// Tiers that answer. One that does not may have a newer checkpoint: an error, unless the caller
+/// takes an older one.
+fn answering<'a>(
+    tiers: &[&'a dyn Tier],
+    wish: &Wish,
+    decision: &mut Decision,
+) -> Result<Vec<&'a dyn Tier>> {
+    let mut good = Vec::new();
+    for tier in tiers {
+        match tier.list("") {
+            Ok(_) => good.push(*tier),
+            Err(e) if wish.accept_older => decision
+                .passed_over
+                .push(format!("the {} tier does not answer: {}", tier.kind(), e.chain())),
+            Err(e) => {
+                return Err(Error::Io {
+                    what: format!(
+                        "look for checkpoints in the {} tier at {}; it may hold a newer one than the \
+                         others (accept_older=True goes on without it)",
+                        tier.kind(),
+                        tier.address()
+                    ),
+                    source: std::io::Error::other(e.chain()),
+                });
+            }
+        }
+    }
+    Ok(good)
+}
+
+/// The lineage as the checkpoints that exist show it.
+///
+/// # Errors
+/// A tier did not answer.
+pub fn lineage_of(tiers: &[&dyn Tier], found: &[Found], attempts: &Attempts) -> Result<Lineage> {
+    // Only whether an attempt has *some* complete checkpoint matters: look until one is found, newest
+    // attempt first, and stop at the first attempt that leads.
+    let mut complete = Vec::new();
+    for record in attempts.records().iter().rev() {
+        let lineage = attempts.lineage(&complete);
+        if lineage.head().is_some_and(|head| head.number >= record.attempt.number) {
+            break;
+        }
+        let of_it = found.iter().rev().filter(|f| f.key.attempt.is(&record.attempt));
+        for candidate in of_it {
+            if candidate.sealed() && !candidate.deleted()
+                || matches!(reach(tiers, candidate, None)?, Reach::Whole(_))
+            {
+                complete.push(candidate.key.clone());
+                break;
+            }
+        }
+    }
+    Ok(attempts.lineage(&complete))
+}
+
+fn parent_of(attempts: &Attempts, key: &CheckpointKey) -> Result<Parent> {
+    let record = attempts.find(&key.attempt).ok_or_else(|| Error::NotFound {
+        what: format!("the record of attempt {}, which saved {},", key.attempt.number, key.step),
+    })?;
+    Ok(Parent { attempt: record.attempt, step: key.step.0 })
+}
+
+fn not_there(wish: &Wish, decision: &Decision, found: &[Found], lineage: &Lineage) -> Error {
+    let mut what = match wish.step {
+        Some(step) => format!("{step}"),
+        None => "a checkpoint".into(),
+    };
+    if let Some(attempt) = wish.attempt {
+        what.push_str(&format!(" of attempt {attempt}"));
+    }
+    if !decision.passed_over.is_empty() {
+        return Error::Lost {
+            step: wish.step.unwrap_or(Step(0)),
+            rank: Rank(0),
+            why: decision.passed_over.join("; "),
+        };
+    }
+    let elsewhere: Vec<String> = found
+        .iter()
+        .filter(|f| Some(f.key.step) == wish.step && !lineage.contains(&f.key))
+        .map(|f| f.key.attempt.number.to_string())
+        .collect();
+    if !elsewhere.is_empty() {
+        what.push_str(&format!(
+            " (attempt {} has it, but the run has abandoned that branch: name it with attempt=)",
+            elsewhere.join(", ")
+        ));
+    }
+    Error::NotFound { what }
+}

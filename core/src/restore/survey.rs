@@ -1,0 +1,241 @@
+//! What exists: every checkpoint that any tier holds a part of, and whether all of its shards can be
+//! reached.
+//!
+//! It reads names first and manifests only of the steps that are asked about: a run with a thousand
+//! steps is listed, not read.
+//!
+//! # Invariants
+//!
+//! - A tier that did not answer is an error, never "empty".
+//! - Complete means: for every rank of the saver set some tier has a good manifest and a payload of
+//!   the right length; a tombstone anywhere means deleted.
+
+use std::collections::BTreeMap;
+
+use crate::{
+    commit::{Listing, read_manifest, read_seal, same_checkpoint},
+    error::{Error, Result},
+    manifest::{Seal, ShardManifest, manifest_label},
+    names::{
+        AttemptDir, BAD, CheckpointKey, Id, Rank, Step, parse_step_dir,
+    },
+    tier::{Tier, TierKind, label},
+};
+
+/// One checkpoint as the tiers list it, in the order of the tiers.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// Which.
+    pub key: CheckpointKey,
+    /// What each tier holds.
+    pub listings: Vec<Listing>,
+}
+
+impl Found {
+    /// A collector has begun to delete it.
+    #[must_use]
+    pub fn deleted(&self) -> bool {
+        self.listings.iter().any(|l| l.deleted)
+    }
+
+    /// Some tier has its seal.
+    #[must_use]
+    pub fn sealed(&self) -> bool {
+        self.listings.iter().any(|l| l.sealed)
+    }
+}
+
+/// Everything that the tiers list, oldest first.
+///
+/// # Errors
+/// A tier did not answer.
+pub fn survey(tiers: &[&dyn Tier]) -> Result<Vec<Found>> {
+    let mut all: BTreeMap<CheckpointKey, Vec<Listing>> = BTreeMap::new();
+    for (index, tier) in tiers.iter().enumerate() {
+        for step in tier.list("")? {
+            let Some(number) = parse_step_dir(&step.name) else { continue };
+            for attempt in tier.list(&step.name)? {
+                let Some(dir) = AttemptDir::parse(&attempt.name) else { continue };
+                let key = CheckpointKey { step: number, attempt: dir };
+                let listing = Listing::of(*tier, &key)?;
+                if !listing.is_empty() {
+                    let row = all.entry(key).or_insert_with(|| vec![Listing::default(); tiers.len()]);
+                    row[index] = listing;
+                }
+            }
+        }
+    }
+    Ok(all.into_iter().map(|(key, listings)| Found { key, listings }).collect())
+}
+
+/// One good copy of a shard: a manifest that was read and checked, and where.
+#[derive(Clone, Debug)]
+pub struct ShardCopy {
+    /// Index into the tiers.
+    pub tier: usize,
+    /// The manifest.
+    pub manifest: ShardManifest,
+    /// Its bytes, as they lie.
+    pub bytes: Vec<u8>,
+}
+
+/// What was wrong with a copy.
+#[derive(Clone, Debug)]
+pub struct BadCopy {
+    /// Where.
+    pub tier: TierKind,
+    /// One sentence.
+    pub why: String,
+}
+
+/// The good copies of one shard, nearest tier first, and what was wrong with the others.
+///
+/// # Errors
+/// A tier did not answer, or holds a newer format (which is no damage: an upgrade is needed).
+pub fn copies(
+    tiers: &[&dyn Tier],
+    found: &Found,
+    rank: Rank,
+    run_id: Option<&Id>,
+) -> Result<(Vec<ShardCopy>, Vec<BadCopy>)> {
+    let (mut good, mut bad) = (Vec::new(), Vec::new());
+    for (index, tier) in tiers.iter().enumerate() {
+        let listing = &found.listings[index];
+        if !listing.manifests.contains(&rank) {
+            continue;
+        }
+        match copy_in(*tier, found, listing, rank, run_id) {
+            Ok((manifest, bytes)) => good.push(ShardCopy { tier: index, manifest, bytes }),
+            Err(Error::Damaged { file, why }) => {
+                bad.push(BadCopy { tier: tier.kind(), why: format!("{file} is damaged: {why}") });
+            }
+            // Retired between listing and reading.
+            Err(e) if e.is_not_found() => {
+                bad.push(BadCopy { tier: tier.kind(), why: e.chain() });
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    Ok((good, bad))
+}
+
+fn copy_in(
+    tier: &dyn Tier,
+    found: &Found,
+    listing: &Listing,
+    rank: Rank,
+    run_id: Option<&Id>,
+) -> Result<(ShardManifest, Vec<u8>)> {
+    let seal = if listing.sealed { read_good_seal(tier, &found.key)? } else { None };
+    let (manifest, bytes) = read_manifest(tier, &found.key, rank, seal.as_ref())?;
+    let file = label(tier, &manifest_label(&found.key, rank));
+    if run_id.is_some_and(|id| *id != manifest.identity.run_id) {
+        return Err(Error::damaged(file, format!("it is of run {}", manifest.identity.run_id)));
+    }
+    let payload = found.key.file(&manifest.payload.file);
+    let there = match tier.open(&payload) {
+        Ok(source) => source.len(),
+        Err(e) if e.is_not_found() => {
+            return Err(Error::damaged(label(tier, &payload), "it is missing"));
+        }
+        Err(e) => return Err(e),
+    };
+    if there != manifest.payload.length {
+        return Err(Error::damaged(
+            label(tier, &payload),
+            format!("it has {there} bytes, its manifest says {}", manifest.payload.length),
+        ));
+    }
+    Ok((manifest, bytes))
+}
+
+/// A damaged seal costs its second check of the manifests, not the checkpoint: they carry their own
+/// checksums. `verify` reports it.
+fn read_good_seal(tier: &dyn Tier, key: &CheckpointKey) -> Result<Option<Seal>> {
+    match read_seal(tier, key) {
+        Err(Error::Damaged { file, why }) => {
+            tracing::warn!("{file} is damaged: {why}");
+            Ok(None)
+        }
+        other => other,
+    }
+}
+
+/// Whether a checkpoint can be restored, and from whom.
+#[derive(Clone, Debug)]
+pub enum Reach {
+    /// Every shard has a good copy; the saver set.
+    Whole(Vec<u32>),
+    /// Not restorable: one sentence each. Empty where it simply is not finished.
+    Broken(Vec<String>),
+    /// Not every rank has published.
+    Unfinished(Vec<u32>),
+    /// A collector is at it.
+    Deleted,
+}
+
+/// Looks closely at one checkpoint.
+///
+/// # Errors
+/// A tier did not answer, or holds a newer format.
+pub fn reach(tiers: &[&dyn Tier], found: &Found, run_id: Option<&Id>) -> Result<Reach> {
+    if found.deleted() {
+        return Ok(Reach::Deleted);
+    }
+    let mut ranks: Vec<Rank> = found.listings.iter().flat_map(|l| l.manifests.clone()).collect();
+    ranks.sort_unstable();
+    ranks.dedup();
+    let mut first: Option<ShardManifest> = None;
+    let mut trouble = Vec::new();
+    let mut reached = Vec::new();
+    for rank in &ranks {
+        let (good, bad) = copies(tiers, found, *rank, run_id)?;
+        let Some(copy) = good.into_iter().next() else {
+            trouble.extend(bad.into_iter().map(|b| format!("{rank}, {}: {}", b.tier, b.why)));
+            continue;
+        };
+        let savers = first.as_ref().map_or(&copy.manifest.identity.savers, |m| &m.identity.savers);
+        match same_checkpoint(&copy.manifest, first.as_ref(), &savers.clone()) {
+            Ok(()) => reached.push(rank.0),
+            Err(why) => trouble.push(format!("{rank}: {why}")),
+        }
+        first.get_or_insert(copy.manifest);
+    }
+    if !trouble.is_empty() {
+        return Ok(Reach::Broken(trouble));
+    }
+    let Some(first) = first else { return Ok(Reach::Unfinished(Vec::new())) };
+    let savers = first.identity.savers;
+    let missing: Vec<u32> = savers.iter().copied().filter(|r| !reached.contains(r)).collect();
+    match (missing.is_empty(), found.sealed()) {
+        (true, _) => Ok(Reach::Whole(savers)),
+        // It was whole once: somebody took shards away.
+        (false, true) => Ok(Reach::Broken(
+            missing.iter().map(|r| format!("rank {r}: its shard is missing in every tier")).collect(),
+        )),
+        (false, false) => Ok(Reach::Unfinished(missing)),
+    }
+}
+
+/// Checkpoints that a rank found no good copy of, as `bad/` says: (step, attempt number, rank).
+///
+/// # Errors
+/// The tier did not answer.
+pub fn bad_marks(tier: &dyn Tier) -> Result<Vec<(Step, u32, Rank)>> {
+    let parse = |name: &str| {
+        let mut parts = name.strip_suffix(".json")?.split('-');
+        let mark = (
+            Step(parts.next()?.parse().ok()?),
+            parts.next()?.parse().ok()?,
+            Rank(parts.next()?.parse().ok()?),
+        );
+        parts.next().is_none().then_some(mark)
+    };
+    Ok(tier.list(BAD)?.iter().filter_map(|e| parse(&e.name)).collect())
+}
+
+/// The name of such a mark.
+#[must_use]
+pub fn bad_mark_name(key: &CheckpointKey, rank: Rank) -> String {
+    format!("{BAD}/{}-{}-{}.json", key.step.0, key.attempt.number, rank.0)
+}

@@ -1,0 +1,511 @@
+//! The slots of one rank: tmpfs files, mapped, their pages in place, used again for ever.
+//!
+//! A slot lies in `_slots/` while it is free or being filled, and under its checkpoint's name while
+//! it holds one. The file is the same, the map is the same, only the name moves.
+//!
+//! It owns the files and who uses them. It does not own which checkpoint may be given up for the
+//! next: the caller says so each time (`cascade`).
+//!
+//! # Invariants
+//!
+//! - A slot that is being filled has no name that a reader can find.
+//! - A slot is taken from a checkpoint only after its manifest is gone.
+//! - A file shrinks only when nobody else has it open or mapped; else it is left to them and a new
+//!   one is made.
+
+use std::{
+    fs::{File, OpenOptions},
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use memmap2::{Advice, MmapOptions, MmapRaw};
+
+use super::budget::{Budget, human};
+use crate::{
+    error::{Doing, Error, Result},
+    names::{AttemptDir, CheckpointKey, Rank, parse_payload_name, parse_step_dir},
+    observe::locked,
+    signal::Signal,
+    sys,
+    tier::{
+        Created, Payload, Tier,
+        buffer::{AlignedBuf, padded},
+        publish::{create_staged, move_file, remove},
+    },
+};
+
+const SLOTS: &str = "_slots";
+
+/// One mapped file.
+#[derive(Debug)]
+pub struct Slot {
+    file: File,
+    map: MmapRaw,
+    /// Bytes of the map that lie inside the file, rounded up to pages.
+    capacity: usize,
+    path: Mutex<PathBuf>,
+}
+
+impl Slot {
+    fn create(path: &Path, len: u64, budget: &Budget) -> Result<Self> {
+        let file = create_staged(path)?;
+        let made = budget.grow(&file, path, len).and_then(|()| Self::map(file, path, len));
+        if made.is_err() {
+            // The error that matters is on its way up.
+            let _ = remove(path);
+        }
+        made
+    }
+
+    fn adopt(path: &Path) -> Result<Self> {
+        let file = OpenOptions::new().read(true).write(true).open(path).at("open", path)?;
+        let len = file.metadata().at("stat", path)?.len();
+        Self::map(file, path, len)
+    }
+
+    fn map(file: File, path: &Path, len: u64) -> Result<Self> {
+        let capacity = padded(usize::try_from(len.max(1)).unwrap_or(usize::MAX));
+        if file.metadata().at("stat", path)?.len() == 0 {
+            file.set_len(1).at("set the length of", path)?; // An empty file cannot be mapped.
+        }
+        let map = MmapOptions::new().len(capacity).map_raw(&file).at("map", path)?;
+        // A fork's child (a data loader) must not get the slots: it would keep their memory.
+        map.advise(Advice::DontFork).at("advise", path)?;
+        // Where the kernel grants huge pages for tmpfs; most do not, and lose nothing by the asking.
+        let _ = map.advise(Advice::HugePage);
+        Ok(Self { file, map, capacity, path: Mutex::new(path.into()) })
+    }
+
+    /// Puts every page in place, so that no store into the slot faults.
+    ///
+    /// # Errors
+    /// tmpfs is full.
+    pub fn populate(&self) -> Result<()> {
+        sys::populate(&self.map).at("populate", &self.path())
+    }
+
+    /// First byte of the slot.
+    #[must_use]
+    pub fn as_mut_ptr(&self) -> *mut u8 {
+        self.map.as_mut_ptr()
+    }
+
+    /// Bytes that may be stored to.
+    #[must_use]
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// The file's length now.
+    ///
+    /// # Errors
+    /// The file system did not answer.
+    pub fn file_len(&self) -> Result<u64> {
+        Ok(self.file.metadata().at("stat", &self.path())?.len())
+    }
+
+    /// The file's path now.
+    #[must_use]
+    pub fn path(&self) -> PathBuf {
+        locked(&self.path).clone()
+    }
+
+    /// The first `len` bytes, rounded up to pages.
+    pub(crate) fn bytes(&self, len: usize) -> &[u8] {
+        assert!(padded(len) <= self.capacity, "{len} bytes of {}", self.capacity);
+        // SAFETY: the map has `capacity` bytes inside the file. While a slot holds a checkpoint, only
+        // `overwrite` stores to it; a filler reads through its own pointer.
+        unsafe { std::slice::from_raw_parts(self.map.as_ptr(), padded(len)) }
+    }
+
+    /// Replaces damaged bytes of a checkpoint that the slot holds.
+    pub(crate) fn overwrite(&self, offset: usize, bytes: &[u8]) {
+        assert!(offset + bytes.len() <= self.capacity);
+        // SAFETY: inside the map; the caller owns the rank, so nobody else writes here, and readers
+        // check what they read.
+        unsafe {
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.as_mut_ptr().add(offset), bytes.len());
+        }
+    }
+
+    /// Sets the file to exactly `len` bytes, where that can be done without taking pages from
+    /// somebody who has it mapped. `false`: it cannot; the slot is of no use for this length.
+    fn fit(&self, len: u64) -> Result<bool> {
+        let now = self.file_len()?;
+        if padded(usize::try_from(len).unwrap_or(usize::MAX)) > self.capacity {
+            return Ok(false);
+        }
+        let pages = |n: u64| n.div_ceil(4096);
+        if now != len {
+            if pages(len) < pages(now) && !sys::nobody_else_has_it_open(&self.file) {
+                return Ok(false);
+            }
+            self.file.set_len(len).at("set the length of", &self.path())?;
+        }
+        Ok(true)
+    }
+
+    /// Gives the slot its name as a payload of exactly `len` bytes.
+    pub(crate) fn publish(&self, dest: &Path, len: u64) -> Result<Created> {
+        if self.file_len()? != len {
+            return Err(Error::Bug(format!("{} has not {len} bytes", self.path().display())));
+        }
+        let mut path = locked(&self.path);
+        let created = match crate::tier::publish::move_file(&path, dest, false) {
+            Ok(()) => Created::New,
+            Err(_) if dest.exists() => Created::Exists,
+            Err(e) => return Err(e),
+        };
+        if created == Created::New {
+            *path = dest.into();
+        }
+        Ok(created)
+    }
+
+    fn take_back(&self, root: &Path, rank: Rank) -> Result<()> {
+        let free = slot_path(root, rank);
+        let mut path = locked(&self.path);
+        move_file(&path, &free, false)?;
+        *path = free;
+        Ok(())
+    }
+}
+
+/// A payload that lies in a slot.
+#[derive(Clone, Debug)]
+pub struct SlotPayload {
+    /// Where.
+    pub slot: Arc<Slot>,
+    /// Its exact length in bytes.
+    pub len: u64,
+}
+
+impl Payload for SlotPayload {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn block<'a>(&'a self, offset: u64, len: usize, _: &'a mut AlignedBuf) -> Result<&'a [u8]> {
+        let begin = usize::try_from(offset).unwrap_or(usize::MAX);
+        let all = self.slot.bytes(usize::try_from(self.len).unwrap_or(usize::MAX));
+        all.get(begin..begin.saturating_add(len))
+            .ok_or_else(|| Error::Bug(format!("block {offset}+{len} of {} bytes", self.len)))
+    }
+
+    fn slot(&self) -> Option<&Slot> {
+        Some(&self.slot)
+    }
+}
+
+#[derive(Clone, Debug, PartialEq)]
+enum Use {
+    Free,
+    /// Being filled, grown or populated by one thread.
+    Busy,
+    Holds(CheckpointKey),
+}
+
+#[derive(Debug)]
+struct Held {
+    /// `None`: not made yet.
+    slot: Option<Arc<Slot>>,
+    used: Use,
+    populated: bool,
+}
+
+/// The slots of one rank.
+#[derive(Debug)]
+pub struct Arena {
+    tier: Arc<dyn Tier>,
+    root: PathBuf,
+    rank: Rank,
+    slots_max: usize,
+    budget: Budget,
+    held: Mutex<Vec<Held>>,
+    signal: Arc<Signal>,
+}
+
+/// A slot that one thread fills. Dropped without [`Arena::hold`], it is free again.
+#[derive(Debug)]
+pub struct Filling {
+    arena: Arc<Arena>,
+    index: usize,
+    slot: Arc<Slot>,
+    done: bool,
+}
+
+impl Filling {
+    /// The slot.
+    #[must_use]
+    pub fn slot(&self) -> &Arc<Slot> {
+        &self.slot
+    }
+}
+
+impl Drop for Filling {
+    fn drop(&mut self) {
+        if !self.done {
+            self.arena.set(self.index, Use::Free);
+        }
+    }
+}
+
+impl Arena {
+    /// An arena without slots yet. `root` is where `tier` keeps its files.
+    #[must_use]
+    pub fn new(
+        tier: Arc<dyn Tier>,
+        root: PathBuf,
+        rank: Rank,
+        slots_max: usize,
+        budget: Budget,
+        signal: Arc<Signal>,
+    ) -> Arc<Self> {
+        assert!(slots_max >= 2, "a new snapshot never overwrites the newest complete one");
+        let empty = || Held { slot: None, used: Use::Free, populated: false };
+        let held = Mutex::new((0..slots_max).map(|_| empty()).collect());
+        Arc::new(Self { tier, root, rank, slots_max, budget, held, signal })
+    }
+
+    /// Finds the slots that an earlier process of this rank left, maps them and keeps what they hold.
+    /// Where there are more than `slots_max`, free ones go first, then the oldest; never `keep`.
+    ///
+    /// # Errors
+    /// tmpfs did not answer.
+    pub fn adopt(&self, keep: Option<&CheckpointKey>) -> Result<()> {
+        let mut found = self.find_own()?;
+        // Best first: what is kept, then the newest, then free ones.
+        found.sort_by_key(|(key, _)| (key.as_ref() != keep || keep.is_none(), std::cmp::Reverse(key.clone())));
+        let mut held = locked(&self.held);
+        let mut places = held.iter_mut().filter(|h| h.slot.is_none() && h.used == Use::Free);
+        for (key, path) in found {
+            let Some(place) = places.next() else {
+                if let Some(key) = &key {
+                    self.tier.delete(&key.manifest(self.rank))?;
+                }
+                remove(&path)?;
+                continue;
+            };
+            let slot = Arc::new(Slot::adopt(&path)?);
+            let used = match key {
+                Some(key) => Use::Holds(key),
+                None => {
+                    slot.take_back(&self.root, self.rank)?;
+                    Use::Free
+                }
+            };
+            *place = Held { slot: Some(slot), used, populated: false };
+        }
+        drop(held);
+        self.signal.notify();
+        Ok(())
+    }
+
+    /// Every payload file of this rank, with its checkpoint where a manifest names one.
+    fn find_own(&self) -> Result<Vec<(Option<CheckpointKey>, PathBuf)>> {
+        let mut found = Vec::new();
+        for entry in self.tier.list(SLOTS)? {
+            if entry.name.starts_with(&format!("rank-{:06}-", self.rank.0)) {
+                found.push((None, self.root.join(SLOTS).join(&entry.name)));
+            }
+        }
+        for step in self.tier.list("")? {
+            let Some(number) = parse_step_dir(&step.name) else { continue };
+            for attempt in self.tier.list(&step.name)? {
+                let Some(dir) = AttemptDir::parse(&attempt.name) else { continue };
+                let key = CheckpointKey { step: number, attempt: dir };
+                let files = self.tier.list(&key.dir())?;
+                let manifest = crate::names::manifest_name(self.rank);
+                let named = files.iter().any(|f| f.name == manifest);
+                for file in files.iter().filter(|f| parse_payload_name(&f.name) == Some(self.rank)) {
+                    let path = self.root.join(key.file(&file.name));
+                    found.push((named.then(|| key.clone()), path));
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Makes every slot exist with room for `len` bytes and its pages in place. Called behind, so
+    /// that not even the first save waits for page faults; a save meanwhile waits for its slot.
+    ///
+    /// # Errors
+    /// [`Error::Budget`] with the sum for all slots, before any is made.
+    pub fn prepare(self: &Arc<Self>, len: u64) -> Result<()> {
+        self.check_budget(len)?;
+        for index in 0..self.slots_max {
+            let mut held = locked(&self.held);
+            let place = &mut held[index];
+            match (&place.used, &place.slot) {
+                (Use::Free, _) => place.used = Use::Busy,
+                (Use::Holds(_), Some(slot)) if !place.populated => {
+                    // Its pages may be mapped beside any reader.
+                    let slot = slot.clone();
+                    place.populated = true;
+                    drop(held);
+                    slot.populate()?;
+                    continue;
+                }
+                _ => continue,
+            }
+            drop(held);
+            let made = self.ready(index, len);
+            self.set(index, Use::Free);
+            made?;
+        }
+        Ok(())
+    }
+
+    fn check_budget(&self, len: u64) -> Result<()> {
+        let held = locked(&self.held);
+        let have: u64 = held.iter().filter_map(|h| h.slot.as_ref()).map(|s| s.capacity() as u64).sum();
+        let room = padded(usize::try_from(len).unwrap_or(usize::MAX)) as u64;
+        let want = room.saturating_mul(self.slots_max as u64);
+        drop(held);
+        let more = want.saturating_sub(have);
+        if more == 0 {
+            return Ok(());
+        }
+        let what = format!("{} slots x {} for {}", self.slots_max, human(room), self.rank);
+        self.budget.check(more, &what)
+    }
+
+    /// Makes, grows or fits the slot at `index`, which the caller has marked busy.
+    fn ready(&self, index: usize, len: u64) -> Result<Arc<Slot>> {
+        let (existing, populated) = {
+            let held = locked(&self.held);
+            (held[index].slot.clone(), held[index].populated)
+        };
+        if let Some(slot) = existing {
+            if slot.fit(len)? {
+                if !populated {
+                    slot.populate()?;
+                    locked(&self.held)[index].populated = true;
+                }
+                return Ok(slot);
+            }
+            // Of no use for this length. Its memory is given back before more is asked for.
+            remove(&slot.path())?;
+            locked(&self.held)[index].slot = None;
+        }
+        let path = slot_path(&self.root, self.rank);
+        let slot = Arc::new(Slot::create(&path, len, &self.budget)?);
+        slot.fit(len)?;
+        slot.populate()?;
+        let place = &mut locked(&self.held)[index];
+        place.slot = Some(slot.clone());
+        place.populated = true;
+        Ok(slot)
+    }
+
+    fn set(&self, index: usize, used: Use) {
+        locked(&self.held)[index].used = used;
+        self.signal.notify();
+    }
+
+    /// A slot for `len` bytes: a free one, else a new one, else the oldest whose checkpoint `may_go`.
+    /// `None` where all are in use.
+    ///
+    /// # Errors
+    /// [`Error::Budget`], or tmpfs did not answer.
+    pub fn acquire(
+        self: &Arc<Self>,
+        len: u64,
+        may_go: &dyn Fn(&CheckpointKey) -> bool,
+    ) -> Result<Option<Filling>> {
+        let (index, retired) = {
+            let mut held = locked(&self.held);
+            let free = |made: bool| {
+                held.iter().position(|h| h.used == Use::Free && h.slot.is_some() == made)
+            };
+            let goers = held.iter().enumerate().filter_map(|(i, h)| match &h.used {
+                Use::Holds(key) if may_go(key) => Some((key.clone(), i)),
+                _ => None,
+            });
+            let chosen = match free(true).or(free(false)) {
+                Some(index) => Some((index, None)),
+                None => goers.min().map(|(key, index)| (index, Some(key))),
+            };
+            let Some((index, retired)) = chosen else { return Ok(None) };
+            held[index].used = Use::Busy;
+            (index, retired)
+        };
+        if let Some(key) = retired
+            && let Err(e) = self.retire(index, &key)
+        {
+            self.set(index, Use::Holds(key));
+            return Err(e);
+        }
+        match self.ready(index, len) {
+            Ok(slot) => Ok(Some(Filling { arena: self.clone(), index, slot, done: false })),
+            Err(e) => {
+                self.set(index, Use::Free);
+                Err(e)
+            }
+        }
+    }
+
+    fn retire(&self, index: usize, key: &CheckpointKey) -> Result<()> {
+        let slot = locked(&self.held)[index].slot.clone();
+        self.tier.delete(&key.manifest(self.rank))?;
+        if let Some(slot) = slot {
+            slot.take_back(&self.root, self.rank)?;
+        }
+        self.tier.delete(&key.dir())?;
+        self.tier.delete(&crate::names::step_dir(key.step))
+    }
+
+    /// The filled slot holds `key` now.
+    pub fn hold(&self, mut filling: Filling, key: CheckpointKey) {
+        filling.done = true;
+        self.set(filling.index, Use::Holds(key));
+    }
+
+    /// The slot that holds this rank's shard of `key`.
+    #[must_use]
+    pub fn find(&self, key: &CheckpointKey) -> Option<Arc<Slot>> {
+        let held = locked(&self.held);
+        held.iter().find(|h| h.used == Use::Holds(key.clone()))?.slot.clone()
+    }
+
+    /// The checkpoints that slots of this rank hold.
+    #[must_use]
+    pub fn holds(&self) -> Vec<CheckpointKey> {
+        let held = locked(&self.held);
+        let keys = held.iter().filter_map(|h| match &h.used {
+            Use::Holds(key) => Some(key.clone()),
+            _ => None,
+        });
+        keys.collect()
+    }
+
+    /// Gives all memory back. For a run that ended and is durable elsewhere.
+    ///
+    /// # Errors
+    /// tmpfs did not answer.
+    pub fn give_back(&self) -> Result<()> {
+        let take = |h: &mut Held| Some((h.slot.take()?, std::mem::replace(&mut h.used, Use::Free)));
+        let all: Vec<_> = locked(&self.held).iter_mut().filter_map(take).collect();
+        for (slot, used) in all {
+            if let Use::Holds(key) = &used {
+                self.tier.delete(&key.manifest(self.rank))?;
+                remove(&slot.path())?;
+                self.tier.delete(&key.dir())?;
+                self.tier.delete(&crate::names::step_dir(key.step))?;
+            } else {
+                remove(&slot.path())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn slot_path(root: &Path, rank: Rank) -> PathBuf {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let n = COUNT.fetch_add(1, Ordering::Relaxed);
+    root.join(SLOTS).join(format!("rank-{:06}-{}-{n}.slot", rank.0, std::process::id()))
+}

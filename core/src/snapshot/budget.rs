@@ -1,0 +1,258 @@
+//! Memory is a budget in bytes. It is counted from the files that exist, under a lock that all
+//! processes of the root take, so sixteen jobs of one user share it and none can pass it.
+//!
+//! # Invariants
+//!
+//! - The files below the root never take more than `bytes_max` together.
+//! - Memory that `grow` granted is there: the pages are allocated before it returns, so a later
+//!   store cannot find tmpfs full (which the kernel reports as SIGBUS).
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard},
+    time::Duration,
+};
+
+use rustix::fs::FallocateFlags;
+
+use crate::{
+    clock::{Clock, Deadline, SystemClock},
+    error::{Doing, Error, Result},
+    observe::locked,
+    sys,
+};
+
+/// Of the memory that tmpfs and the control group leave, this share is ours by default: the rest is
+/// for NCCL, data loaders and other users of `/dev/shm`.
+const SHARE_PERCENT: u64 = 80;
+
+/// The sum of all files below a directory, and its limit.
+#[derive(Clone, Debug)]
+pub struct Budget {
+    root: PathBuf,
+    bytes_max: Option<u64>,
+}
+
+impl Budget {
+    /// A budget over everything below `root` (made where it is missing). Without `bytes_max` it is
+    /// a share of what tmpfs and the memory control group leave, taken anew at each request.
+    ///
+    /// # Errors
+    /// The directory cannot be made.
+    pub fn open(root: &Path, bytes_max: Option<u64>) -> Result<Self> {
+        crate::tier::publish::make_dirs(root, false)?;
+        Ok(Self { root: root.into(), bytes_max })
+    }
+
+    /// The directory that it counts.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Bytes that all files below the root take now.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn used(&self) -> Result<u64> {
+        used_below(&self.root, 0).at("count the files below", &self.root)
+    }
+
+    /// The limit in force now, in bytes, and where it comes from.
+    ///
+    /// # Errors
+    /// The file system did not answer.
+    pub fn limit(&self, used: u64) -> Result<(u64, String)> {
+        if let Some(max) = self.bytes_max {
+            return Ok((max, "TIERKEEP_RAM_BYTES_MAX (ram_bytes_max)".into()));
+        }
+        let free = crate::tier::disk::free_bytes(&self.root).at("stat", &self.root)?;
+        let mut limit = used.saturating_add(free);
+        let mut from = format!("{SHARE_PERCENT} % of the tmpfs at {}", self.root.display());
+        if let Some(headroom) = group_headroom()
+            && used.saturating_add(headroom) < limit
+        {
+            limit = used.saturating_add(headroom);
+            from = format!("{SHARE_PERCENT} % of what the memory control group leaves");
+        }
+        Ok((limit / 100 * SHARE_PERCENT, from))
+    }
+
+    /// Checks that `more` bytes would fit, without taking them.
+    ///
+    /// # Errors
+    /// [`Error::Budget`] with the sum.
+    pub fn check(&self, more: u64, what: &str) -> Result<()> {
+        let used = self.used()?;
+        let (limit, from) = self.limit(used)?;
+        let free = crate::tier::disk::free_bytes(&self.root).at("stat", &self.root)?;
+        if used.saturating_add(more) > limit {
+            return Err(Error::Budget {
+                sum: format!(
+                    "{what} + {} in use under {} = {}, but the limit is {} ({from}); give the ram \
+                     tier more (TIERKEEP_RAM_BYTES_MAX, a larger /dev/shm, or TIERKEEP_RAM_DIR on \
+                     a larger tmpfs)",
+                    human(used),
+                    self.root.display(),
+                    human(used.saturating_add(more)),
+                    human(limit),
+                ),
+            });
+        }
+        if more > free {
+            return Err(Error::Budget {
+                sum: format!(
+                    "{what}, but the file system at {} has {} free; mount a larger one (docker: \
+                     --shm-size, Kubernetes: an emptyDir with medium Memory) or set TIERKEEP_RAM_DIR",
+                    self.root.display(),
+                    human(free),
+                ),
+            });
+        }
+        Ok(())
+    }
+
+    /// Gives `file` at least `len` bytes of memory that exists.
+    ///
+    /// # Errors
+    /// [`Error::Budget`] with the sum; the file is as before.
+    pub(crate) fn grow(&self, file: &File, path: &Path, len: u64) -> Result<()> {
+        let _guard = self.lock()?;
+        let before = file.metadata().at("stat", path)?;
+        let more = len.saturating_sub(before.len().min(before.blocks() * 512));
+        self.check(more, &format!("{} for {}", human(more), path.display()))?;
+        match rustix::fs::fallocate(file, FallocateFlags::empty(), 0, len) {
+            Ok(()) => Ok(()),
+            Err(errno) => {
+                // What was allocated before it failed is given back.
+                file.set_len(before.len()).at("set the length of", path)?;
+                match errno {
+                    rustix::io::Errno::NOSPC => Err(Error::Budget {
+                        sum: format!(
+                            "{} for {}, and the file system is full",
+                            human(more),
+                            path.display()
+                        ),
+                    }),
+                    other => Err(io::Error::from(other)).at("allocate", path),
+                }
+            }
+        }
+    }
+
+    /// A POSIX lock for other processes, a mutex for our own threads. Not `flock`: that one belongs
+    /// to the open file, which a fork's child inherits and would hold for ever.
+    fn lock(&self) -> Result<Guard> {
+        let thread = locked(&IN_PROCESS);
+        let path = self.root.join(".budget.lock");
+        let open = || OpenOptions::new().create(true).truncate(false).write(true).open(&path);
+        let file = open().at("open", &path)?;
+        let clock = SystemClock;
+        let deadline = Deadline::after(&clock, LOCK_WAIT);
+        loop {
+            match sys::lock(&file).at("lock", &path)? {
+                sys::Lock::Taken => return Ok(Guard { _file: file, _thread: thread }),
+                sys::Lock::HeldBy(pid) => match deadline.left(&clock) {
+                    Some(_) => clock.pause(Duration::from_millis(1)),
+                    None => return Err(deadline.passed(
+                        format!("taking {}", path.display()),
+                        format!("process {pid} has it"),
+                    )),
+                },
+            }
+        }
+    }
+}
+
+static IN_PROCESS: Mutex<()> = Mutex::new(());
+
+/// Another process counts and allocates for this long at most, unless it is stopped.
+const LOCK_WAIT: Duration = Duration::from_secs(60);
+
+/// The file before the thread: the lock is let go before another thread may open the file.
+struct Guard {
+    _file: File,
+    _thread: MutexGuard<'static, ()>,
+}
+
+/// Bytes of all files below `dir`: the larger of length and blocks. What vanishes while we count
+/// counts nothing.
+fn used_below(dir: &Path, depth: usize) -> io::Result<u64> {
+    // root / run / step / attempt / file: more levels than that are not ours.
+    if depth > 6 {
+        return Ok(0);
+    }
+    let gone = |e: &io::Error| e.kind() == io::ErrorKind::NotFound;
+    let entries = match fs::read_dir(dir) {
+        Err(e) if gone(&e) => return Ok(0),
+        other => other?,
+    };
+    let mut sum = 0_u64;
+    for entry in entries {
+        let bytes = entry.and_then(|entry| {
+            let meta = entry.metadata()?;
+            if meta.is_dir() {
+                used_below(&entry.path(), depth + 1)
+            } else {
+                Ok(meta.len().max(meta.blocks() * 512))
+            }
+        });
+        match bytes {
+            Ok(bytes) => sum = sum.saturating_add(bytes),
+            Err(e) if gone(&e) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(sum)
+}
+
+/// What the memory control group (v2, then v1) still leaves this process; `None` without a limit.
+fn group_headroom() -> Option<u64> {
+    let number = |path: &Path| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
+    let own = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let v2 = own.lines().find_map(|l| l.strip_prefix("0::/")).map(|p| ("/sys/fs/cgroup", p));
+    let v1 = own
+        .lines()
+        .find(|l| l.split(':').nth(1) == Some("memory"))
+        .and_then(|l| l.splitn(3, ':').nth(2))
+        .map(|p| ("/sys/fs/cgroup/memory", p.trim_start_matches('/')));
+    let mut least: Option<u64> = None;
+    for ((mount, path), max, current) in [
+        (v2, "memory.max", "memory.current"),
+        (v1, "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ]
+    .into_iter()
+    .filter_map(|(place, max, current)| Some((place?, max, current)))
+    {
+        // A parent's limit binds too.
+        for dir in Path::new(mount).join(path).ancestors() {
+            if !dir.starts_with(mount) {
+                break;
+            }
+            if let (Some(max), Some(used)) = (number(&dir.join(max)), number(&dir.join(current)))
+                && max < u64::MAX / 4
+            {
+                let left = max.saturating_sub(used);
+                least = Some(least.map_or(left, |l| l.min(left)));
+            }
+        }
+    }
+    least
+}
+
+/// `1.5 GiB`
+#[must_use]
+pub fn human(bytes: u64) -> String {
+    const UNITS: [&str; 6] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
+    #[allow(clippy::cast_precision_loss)] // It is for reading.
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{bytes} B") } else { format!("{value:.1} {}", UNITS[unit]) }
+}

@@ -1,0 +1,108 @@
+//! The system calls that have no safe wrapper elsewhere. Every other file in this crate that needs
+//! one of them comes here.
+//!
+//! It owns POSIX locks that know their holder, write leases and the page population of a map. It
+//! decides nothing.
+
+use std::{
+    fs::File,
+    io,
+    os::fd::AsRawFd,
+};
+
+/// The answer to a request for a lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lock {
+    /// This process has it now.
+    Taken,
+    /// Another process has it; its number, 0 where the kernel cannot say (other pid namespace).
+    HeldBy(i32),
+}
+
+fn whole_file(kind: libc::c_int) -> libc::flock {
+    // SAFETY: `flock` is a plain C struct for which all zeros is a valid value.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = kind as libc::c_short;
+    lock.l_whence = libc::SEEK_SET as libc::c_short;
+    lock
+}
+
+/// Asks for an exclusive POSIX lock (`F_SETLK`) on the whole file, without waiting.
+///
+/// POSIX locks belong to the process: a fork's child does not have them, and closing *any*
+/// descriptor of the file drops them. So the caller opens a lock file once a process.
+pub(crate) fn lock(file: &File) -> io::Result<Lock> {
+    let mut request = whole_file(libc::F_WRLCK);
+    // SAFETY: the descriptor is open for the whole call and `request` is a valid `flock`.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLK, &mut request) } == 0 {
+        return Ok(Lock::Taken);
+    }
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        Some(libc::EACCES | libc::EAGAIN) => Ok(match holder(file)? {
+            Some(pid) => Lock::HeldBy(pid),
+            // It was let go between the two calls; the caller asks again.
+            None => Lock::HeldBy(0),
+        }),
+        _ => Err(error),
+    }
+}
+
+/// The process that holds a lock on the file, if it is another one.
+pub(crate) fn holder(file: &File) -> io::Result<Option<i32>> {
+    let mut request = whole_file(libc::F_WRLCK);
+    // SAFETY: the descriptor is open for the whole call and `request` is a valid `flock`.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETLK, &mut request) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok((libc::c_int::from(request.l_type) != libc::F_UNLCK).then_some(request.l_pid))
+}
+
+/// True where nobody else has the file open or mapped: a write lease was granted (and given back).
+///
+/// Refused also where the file system has no leases (NFS, FUSE): the caller then treats the file as
+/// in use, which costs a recycled file and nothing else.
+pub(crate) fn nobody_else_has_it_open(file: &File) -> bool {
+    // SAFETY: the descriptor is open for the whole call; `F_SETLEASE` takes an int.
+    let granted =
+        unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_WRLCK as libc::c_int) };
+    if granted == 0 {
+        // SAFETY: as above; giving a lease back that is held cannot fail.
+        unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_UNLCK as libc::c_int) };
+    }
+    granted == 0
+}
+
+/// Maps every page of a shared map for writing, so that no later store faults. Pages that have no
+/// memory yet get it. Kernels before 5.14 say `EINVAL`: each page is then touched by hand, with an
+/// atomic add of zero, which changes nothing that is there.
+pub(crate) fn populate(map: &memmap2::MmapRaw) -> io::Result<()> {
+    match map.advise(memmap2::Advice::PopulateWrite) {
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
+            for offset in (0..map.len()).step_by(4096) {
+                // SAFETY: `offset` is inside the map, which is writable; the atomic add of zero
+                // leaves the byte as it is even where another process maps the same page.
+                unsafe {
+                    (*map.as_mut_ptr().add(offset).cast::<std::sync::atomic::AtomicU8>())
+                        .fetch_add(0, std::sync::atomic::Ordering::Relaxed)
+                };
+            }
+            Ok(())
+        }
+        other => other,
+    }
+}
+
+/// How many pages of a range lie in the page cache; `None` where the kernel (before 6.5) or the file
+/// system cannot say.
+pub(crate) fn cached_pages(file: &File, offset: u64, len: u64) -> Option<u64> {
+    const SYS_CACHESTAT: libc::c_long = 451;
+    let range = [offset, len];
+    let mut answer = [0_u64; 5]; // nr_cache, nr_dirty, nr_writeback, nr_evicted, nr_recently_evicted
+    // SAFETY: the descriptor is open; `range` and `answer` have the layouts of `struct
+    // cachestat_range` and `struct cachestat`, and the kernel writes only the second.
+    let rc = unsafe {
+        libc::syscall(SYS_CACHESTAT, file.as_raw_fd(), range.as_ptr(), answer.as_mut_ptr(), 0)
+    };
+    (rc == 0).then_some(answer[0])
+}

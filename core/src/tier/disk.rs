@@ -1,0 +1,260 @@
+//! The tier that survives a reboot: a directory on a local disk or a shared file system.
+//!
+//! Payloads go around the page cache (`O_DIRECT`) in blocks of one chunk, straight from the slot,
+//! by a few threads; where the file system refuses, through the cache. Files of retired checkpoints
+//! are kept as the next staging files: overwriting blocks that are allocated already is up to twice
+//! as fast as growing a file.
+//!
+//! # Invariants
+//!
+//! - A file is reused only when its name has been moved out, it has one link, and a write lease on
+//!   it was granted: nobody reads or maps it, and no hard-linked backup shares it.
+//! - A payload that appears has its exact length; the padding of the last block is cut off first.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io,
+    os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+};
+
+use super::{
+    Created, Entry, Payload, Receipt, Source, Tier, TierKind,
+    buffer::{AlignedBuf, padded},
+    posix::{PosixDir, usable_root},
+    publish::{STAGING, create_staged, move_file, publish, remove, staging_path},
+};
+use crate::{
+    chunk::CHUNK_BYTES,
+    error::{Doing, Error, Result},
+    names::{Id, parse_payload_name},
+    observe::locked,
+    sys,
+};
+
+/// Blocks in flight a payload. One thread keeps one block in the device's queue; two are at the
+/// device's speed on the disks measured (benches/RESULTS.md), four leave room for faster ones.
+const WRITERS: usize = 4;
+/// Retired files kept a rank: one that is being overwritten next, one that was retired just now.
+const FREE_FILES_MAX: usize = 2;
+
+/// A directory that survives a reboot.
+#[derive(Debug)]
+pub struct DiskTier {
+    dir: PosixDir,
+    id: Id,
+}
+
+impl DiskTier {
+    /// Opens `root`, making it where it is missing.
+    ///
+    /// # Errors
+    /// It is a file, or may not be written.
+    pub fn open(root: &Path) -> Result<Self> {
+        usable_root(root, true)?;
+        Ok(Self { dir: PosixDir { root: root.into(), durable: true }, id: Id([0; 16]) })
+    }
+
+    /// Opens `root` for reading only: nothing is made or tried.
+    #[must_use]
+    pub fn reader(root: &Path) -> Self {
+        Self { dir: PosixDir { root: root.into(), durable: true }, id: Id([0; 16]) }
+    }
+
+    /// Removes what earlier processes of this rank left in the staging directory. The caller holds
+    /// the rank's lock, so nothing there is in use.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn sweep(&self, rank: crate::names::Rank, keep_free: bool) -> Result<()> {
+        let mine = format!("rank-{:06}-", rank.0);
+        for entry in self.dir.list(STAGING)? {
+            let free = entry.name.strip_prefix("free-");
+            let ours = free.unwrap_or(&entry.name).starts_with(&mine);
+            let dead_record = entry.name.starts_with("record.") && !part_is_live(&entry.name);
+            if dead_record || (ours && !(keep_free && free.is_some())) {
+                self.dir.delete(&format!("{STAGING}/{}", entry.name))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn stage(&self, file_name: &str) -> Result<(PathBuf, File, bool)> {
+        let staged = staging_path(&self.dir.root, file_name);
+        if let Some(file) = self.reuse(file_name, &staged)? {
+            return Ok((staged, file, true));
+        }
+        let file = create_staged(&staged)?;
+        Ok((staged, file, false))
+    }
+
+    /// Takes a retired file of the same rank, if there is one that nobody else has.
+    fn reuse(&self, file_name: &str, staged: &Path) -> Result<Option<File>> {
+        let Some(rank) = parse_payload_name(file_name) else { return Ok(None) };
+        let prefix = format!("free-rank-{:06}-", rank.0);
+        for entry in self.dir.list(STAGING)?.iter().filter(|e| e.name.starts_with(&prefix)) {
+            let free = self.dir.path(&format!("{STAGING}/{}", entry.name))?;
+            // The move claims it: of two takers one finds nothing there.
+            if move_file(&free, staged, false).is_err() {
+                continue;
+            }
+            let file = OpenOptions::new().read(true).write(true).open(staged).at("open", staged)?;
+            let alone = file.metadata().at("stat", staged)?.nlink() == 1;
+            if alone && sys::nobody_else_has_it_open(&file) {
+                return Ok(Some(file));
+            }
+            remove(staged)?; // Whoever reads it keeps its bytes; we only drop the name.
+        }
+        Ok(None)
+    }
+}
+
+/// True where the process that a staging name carries is alive (its number may have been reused:
+/// the file then stays until a later sweep).
+fn part_is_live(name: &str) -> bool {
+    let pid = name.split('.').nth(1).and_then(|rest| rest.split('-').next());
+    pid.is_some_and(|pid| Path::new("/proc").join(pid).exists())
+}
+
+impl Tier for DiskTier {
+    fn kind(&self) -> TierKind {
+        TierKind::Disk
+    }
+
+    fn address(&self) -> String {
+        self.dir.root.display().to_string()
+    }
+
+    fn put(&self, name: &str, payload: &dyn Payload) -> Result<Receipt> {
+        let dest = self.dir.path(name)?;
+        let file_name = name.rsplit('/').next().unwrap_or(name);
+        let (staged, file, _) = self.stage(file_name)?;
+        let put = write_payload(&file, &staged, payload)
+            .and_then(|()| publish(Some(file), &staged, &dest, true));
+        match put {
+            Ok(Created::New) => Ok(Receipt {
+                tier: TierKind::Disk,
+                name: name.into(),
+                length: payload.len(),
+                incarnation: self.id,
+            }),
+            Ok(Created::Exists) => Err(Error::invalid(format!("{} is there already", dest.display()))),
+            Err(e) => {
+                // The error that matters is on its way up; a staged file that stays is swept.
+                let _ = remove(&staged);
+                Err(e)
+            }
+        }
+    }
+
+    fn create(&self, name: &str, bytes: &[u8]) -> Result<Created> {
+        self.dir.create(name, bytes)
+    }
+
+    fn open(&self, name: &str) -> Result<Box<dyn Source>> {
+        self.dir.open(name)
+    }
+
+    fn list(&self, dir: &str) -> Result<Vec<Entry>> {
+        self.dir.list(dir)
+    }
+
+    fn delete(&self, name: &str) -> Result<()> {
+        self.dir.delete(name)
+    }
+
+    fn mend(&self, name: &str, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.dir.mend(name, offset, bytes)
+    }
+
+    fn retire(&self, name: &str) -> Result<()> {
+        let path = self.dir.path(name)?;
+        let file_name = name.rsplit('/').next().unwrap_or(name);
+        if let Some(rank) = parse_payload_name(file_name) {
+            let prefix = format!("free-rank-{:06}-", rank.0);
+            let free = self.dir.list(STAGING)?;
+            if free.iter().filter(|e| e.name.starts_with(&prefix)).count() < FREE_FILES_MAX {
+                let kept = self.dir.root.join(STAGING).join(format!("free-{file_name}"));
+                match move_file(&path, &kept, true) {
+                    Err(e) if e.is_not_found() => return Ok(()),
+                    Ok(()) => return Ok(()),
+                    Err(_) => {} // Its name is taken there: delete like any other.
+                }
+            }
+        }
+        self.delete(name)
+    }
+}
+
+/// Writes the payload into an open file of any length and leaves it with its exact length.
+fn write_payload(file: &File, staged: &Path, payload: &dyn Payload) -> Result<()> {
+    let flags = rustix::fs::OFlags::DIRECT.bits().cast_signed();
+    let direct = OpenOptions::new().write(true).custom_flags(flags).open(staged);
+    let direct = match direct {
+        Ok(direct) => Some(direct),
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => None,
+        Err(e) => return Err(e).at("open", staged),
+    };
+    match write_blocks(direct.as_ref().unwrap_or(file), staged, payload) {
+        // Opened, and refused at the first write: some file systems only say so then.
+        Err(Error::Io { source, .. })
+            if direct.is_some() && source.raw_os_error() == Some(libc::EINVAL) =>
+        {
+            write_blocks(file, staged, payload)?;
+        }
+        other => other?,
+    }
+    drop(direct);
+    file.set_len(payload.len()).at("set the length of", staged)
+}
+
+fn write_blocks(file: &File, staged: &Path, payload: &dyn Payload) -> Result<()> {
+    let len = payload.len();
+    let next = AtomicU64::new(0);
+    let failed = AtomicBool::new(false);
+    let error = Mutex::new(None);
+    let work = || {
+        let mut scratch = AlignedBuf::new(1);
+        while !failed.load(Ordering::Relaxed) {
+            let offset = next.fetch_add(CHUNK_BYTES, Ordering::Relaxed);
+            if offset >= len {
+                break;
+            }
+            let want = padded(usize::try_from((len - offset).min(CHUNK_BYTES)).unwrap_or(0));
+            let written = payload
+                .block(offset, want, &mut scratch)
+                .and_then(|block| file.write_all_at(block, offset).at("write", staged));
+            if let Err(e) = written {
+                failed.store(true, Ordering::Relaxed);
+                locked(&error).get_or_insert(e);
+            }
+        }
+    };
+    let writers = usize::try_from(len.div_ceil(CHUNK_BYTES)).unwrap_or(WRITERS).min(WRITERS);
+    if writers <= 1 {
+        work();
+    } else {
+        std::thread::scope(|scope| {
+            for _ in 0..writers {
+                scope.spawn(work);
+            }
+        });
+    }
+    let error = locked(&error).take();
+    error.map_or(Ok(()), Err)
+}
+
+/// Free bytes for us where `path` lies, for messages about a full disk.
+pub(crate) fn free_bytes(path: &Path) -> io::Result<u64> {
+    let stat = rustix::fs::statvfs(path)?;
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+/// True where `path` exists as a directory.
+pub(crate) fn is_dir(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|m| m.is_dir())
+}

@@ -1,0 +1,181 @@
+//! How a file appears, moves and stays: the only place in the crate that renames.
+//!
+//! # Invariants
+//!
+//! - A name that appears has all its bytes, and on a durable tier they are on the medium before the
+//!   name is.
+//! - A name that is taken is never given again.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io,
+    os::fd::IntoRawFd,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use rustix::{fs::RenameFlags, io::Errno};
+
+use super::Created;
+use crate::error::{Doing, Result};
+
+/// Where files are written before they appear; below a tier's root.
+pub(crate) const STAGING: &str = "_staging";
+
+/// A name in the staging directory that nobody else uses.
+pub(crate) fn staging_path(root: &Path, label: &str) -> PathBuf {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let n = COUNT.fetch_add(1, Ordering::Relaxed);
+    root.join(STAGING).join(format!("{label}.{}-{n}.part", std::process::id()))
+}
+
+/// Opens a new staging file, making the directory where it is missing.
+pub(crate) fn create_staged(path: &Path) -> Result<File> {
+    let open = || OpenOptions::new().read(true).write(true).create_new(true).open(path);
+    match open() {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            make_dirs(path.parent().unwrap_or(path), false)?;
+            open()
+        }
+        other => other,
+    }
+    .at("create", path)
+}
+
+/// Makes `staged` appear as `dest`, whole and once.
+///
+/// In this order, each against one accident: `sync_data` (a power cut after the rename that leaves
+/// a name without its bytes), `close` with its answer read (a network file system that reports a
+/// failed write only there), a rename that refuses to replace (two writers of one name), sync of
+/// the directory (a power cut that forgets the name after we said it is there).
+///
+/// `file` is `None` for a slot that stays open and mapped. `durable` is false on tmpfs, where
+/// syncing means nothing.
+pub(crate) fn publish(
+    file: Option<File>,
+    staged: &Path,
+    dest: &Path,
+    durable: bool,
+) -> Result<Created> {
+    if let Some(file) = file {
+        if durable {
+            file.sync_data().at("sync", staged)?;
+        }
+        close(file).at("close", staged)?;
+    }
+    let parent = dest.parent().unwrap_or(dest);
+    let mut tries = 0;
+    let created = loop {
+        match rename_to_free_name(staged, dest) {
+            Ok(()) => break Created::New,
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => break Created::Exists,
+            // The directory is not there yet, or a collector removed it, empty, just now.
+            Err(e) if e.kind() == io::ErrorKind::NotFound && tries < 8 && staged.exists() => {
+                tries += 1;
+                make_dirs(parent, durable)?;
+            }
+            Err(e) => return Err(e).at("publish", dest),
+        }
+    };
+    match created {
+        Created::New if durable => sync_dir(parent)?,
+        Created::New => {}
+        Created::Exists => remove(staged)?,
+    }
+    Ok(created)
+}
+
+/// Moves a file out of sight, or a free one to a new owner, and syncs both directories.
+pub(crate) fn move_file(from: &Path, to: &Path, durable: bool) -> Result<()> {
+    let rename = || rename_to_free_name(from, to);
+    let moved = match rename() {
+        Err(e) if e.kind() == io::ErrorKind::NotFound && from.exists() => {
+            make_dirs(to.parent().unwrap_or(to), durable)?;
+            rename()
+        }
+        other => other,
+    };
+    moved.doing(|| format!("move {} to {}", from.display(), to.display()))?;
+    if durable {
+        sync_dir(to.parent().unwrap_or(to))?;
+        sync_dir(from.parent().unwrap_or(from))?;
+    }
+    Ok(())
+}
+
+fn rename_to_free_name(from: &Path, to: &Path) -> io::Result<()> {
+    let cwd = rustix::fs::CWD;
+    match rustix::fs::renameat_with(cwd, from, cwd, to, RenameFlags::NOREPLACE) {
+        // NFS and some FUSE file systems have no such flag: a hard link refuses a taken name too.
+        Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => link_then_unlink(from, to),
+        other => other.map_err(io::Error::from),
+    }
+}
+
+#[allow(clippy::disallowed_methods)] // This is the one place.
+fn link_then_unlink(from: &Path, to: &Path) -> io::Result<()> {
+    fs::hard_link(from, to)?;
+    fs::remove_file(from)
+}
+
+/// `mkdir -p`; on a durable tier each new directory's parent is synced.
+pub(crate) fn make_dirs(path: &Path, durable: bool) -> Result<()> {
+    let mut missing = Vec::new();
+    let mut at = path;
+    while !at.is_dir() {
+        missing.push(at);
+        match at.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => at = parent,
+            _ => break,
+        }
+    }
+    for dir in missing.into_iter().rev() {
+        match fs::create_dir(dir) {
+            Ok(()) => {}
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists && dir.is_dir() => {}
+            Err(e) => return Err(e).at("make directory", dir),
+        }
+        if let (true, Some(parent)) = (durable, dir.parent()) {
+            let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+            sync_dir(parent)?;
+        }
+    }
+    Ok(())
+}
+
+/// Syncs a directory's entries.
+pub(crate) fn sync_dir(path: &Path) -> Result<()> {
+    match File::open(path).and_then(|dir| dir.sync_all()) {
+        // A collector removed the directory, empty, after our file left it: nothing to keep.
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other.at("sync directory", path),
+    }
+}
+
+/// Removes a file or an empty directory; what is not there, or not empty, is left in peace.
+pub(crate) fn remove(path: &Path) -> Result<()> {
+    let answer = match fs::symlink_metadata(path) {
+        Ok(meta) if meta.is_dir() => fs::remove_dir(path),
+        Ok(_) => fs::remove_file(path),
+        Err(e) => Err(e),
+    };
+    match answer {
+        Err(e)
+            if matches!(
+                e.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty
+            ) =>
+        {
+            Ok(())
+        }
+        // ENOTDIR: a part of the path is a file, so what is asked for is not there either.
+        Err(e) if e.kind() == io::ErrorKind::NotADirectory => Ok(()),
+        other => other.at("remove", path),
+    }
+}
+
+fn close(file: File) -> io::Result<()> {
+    let fd = file.into_raw_fd();
+    // SAFETY: `fd` was owned by `file`, which gave it up, and is not used after this.
+    unsafe { rustix::io::try_close(fd) }.map_err(io::Error::from)
+}
