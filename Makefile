@@ -16,8 +16,6 @@
 ##   PYTEST_ARGS            test: more arguments for pytest, as in PYTEST_ARGS="-k restore -x"
 ##   CARGO_TEST_ARGS        test: more arguments for the Rust test runner
 ##
-## pip obeys its own variables: PIP_INDEX_URL=https://download.pytorch.org/whl/cpu with
-## PIP_EXTRA_INDEX_URL=https://pypi.org/simple fetches a PyTorch without CUDA, a tenth of the size.
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help

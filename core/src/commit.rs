@@ -27,9 +27,7 @@ use std::collections::BTreeMap;
 use crate::{
     error::{Error, Result},
     manifest::{Identity, Seal, ShardManifest, decode},
-    names::{
-        CheckpointKey, Rank, SEAL, TOMBSTONE, parse_manifest_name, parse_payload_name,
-    },
+    names::{CheckpointKey, Rank, SEAL, TOMBSTONE, parse_manifest_name, parse_payload_name},
     tier::{Receipt, Tier, create_same, find_record, label, read_record},
 };
 
@@ -99,9 +97,7 @@ pub fn publish_shard(
     if create_same(tier, &name, manifest)? {
         return Ok(());
     }
-    Err(Error::Fenced {
-        why: format!("{} was written by another process", label(tier, &name)),
-    })
+    Err(Error::Fenced { why: format!("{} was written by another process", label(tier, &name)) })
 }
 
 /// Reads the manifest of one shard in one tier and checks it against its place, and against the seal

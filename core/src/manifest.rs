@@ -157,7 +157,12 @@ impl TensorEntry {
             return Err(format!("{}: bytes {begin}..{end} of {}", self.name, payload.length));
         }
         if dtype.bytes_of(&self.shape) != Some(end - begin) {
-            return Err(format!("{}: {dtype} {:?} in {} bytes", self.name, self.shape, end - begin));
+            return Err(format!(
+                "{}: {dtype} {:?} in {} bytes",
+                self.name,
+                self.shape,
+                end - begin
+            ));
         }
         let (global, offset) = match (&self.global_shape, &self.offset) {
             (None, None) => return Ok(()),
@@ -279,7 +284,10 @@ impl ShardManifest {
             return Err(format!("it is of step {}, it lies at {}", identity.step, key.step));
         }
         if !key.attempt.is(&identity.attempt) {
-            return Err(format!("it is of attempt {:?}, it lies at {}", identity.attempt, key.attempt));
+            return Err(format!(
+                "it is of attempt {:?}, it lies at {}",
+                identity.attempt, key.attempt
+            ));
         }
         if identity.rank != rank.0 {
             return Err(format!("it is of rank {}, it lies at {rank}", identity.rank));
@@ -439,9 +447,10 @@ mod crcs_hex {
 
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<u32>, D::Error> {
         let text = String::deserialize(d)?;
-        let crcs = text.as_bytes().chunks(8).map(|digits| {
-            std::str::from_utf8(digits).ok().and_then(super::parse_crc)
-        });
+        let crcs = text
+            .as_bytes()
+            .chunks(8)
+            .map(|digits| std::str::from_utf8(digits).ok().and_then(super::parse_crc));
         crcs.collect::<Option<_>>().ok_or_else(|| D::Error::custom("a CRC-32 has 8 hex digits"))
     }
 }

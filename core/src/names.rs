@@ -106,7 +106,9 @@ impl<'de> serde::Deserialize<'de> for Id {
 }
 
 /// One start of the run: its number in the run, and the random id of that process start.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize,
+)]
 pub struct AttemptRef {
     /// Counts from 1.
     pub number: u32,

@@ -85,7 +85,9 @@ impl Observer {
     /// Tells `event`: traced at once, queued for the host.
     pub fn tell(&self, event: Event) {
         match event.severity {
-            Severity::Info => tracing::info!(kind = event.kind, step = event.step, "{}", event.text),
+            Severity::Info => {
+                tracing::info!(kind = event.kind, step = event.step, "{}", event.text)
+            }
             Severity::Warning => {
                 tracing::warn!(kind = event.kind, step = event.step, "{}", event.text);
             }
@@ -123,12 +125,21 @@ impl Observer {
     pub fn next(&self, timeout: Duration) -> Result<Option<Event>, ()> {
         let mut queue = locked(&self.queue.0);
         if queue.events.is_empty() && !queue.closed {
-            queue = self.queue.1.wait_timeout(queue, timeout).map_or_else(|e| e.into_inner().0, |r| r.0);
+            queue = self
+                .queue
+                .1
+                .wait_timeout(queue, timeout)
+                .map_or_else(|e| e.into_inner().0, |r| r.0);
         }
         if queue.lost > 0 {
             let text = format!("{} events were dropped: nobody pulled them", queue.lost);
             queue.lost = 0;
-            return Ok(Some(Event { severity: Severity::Warning, kind: "events_lost", text, step: None }));
+            return Ok(Some(Event {
+                severity: Severity::Warning,
+                kind: "events_lost",
+                text,
+                step: None,
+            }));
         }
         match queue.events.pop_front() {
             Some(event) => Ok(Some(event)),

@@ -27,8 +27,8 @@ use crate::{
 
 #[derive(Debug)]
 struct Owned {
-    /// Kept open for ever: closing any descriptor of the file would drop the lock.
-    file: File,
+    /// Kept open, never read: closing any descriptor of the file would drop the lock.
+    _file: File,
     /// A fork's child inherits this table but not the locks.
     pid: u32,
     generation: u64,
@@ -94,8 +94,10 @@ impl Ownership {
             sys::Lock::HeldBy(pid) => Ok(Err(pid)),
             sys::Lock::Taken => {
                 let text = format!("{me}\n");
-                file.set_len(0).and_then(|()| file.write_all_at(text.as_bytes(), 0)).at("write", path)?;
-                table.owned.insert(path.into(), Owned { file, pid: me, generation });
+                file.set_len(0)
+                    .and_then(|()| file.write_all_at(text.as_bytes(), 0))
+                    .at("write", path)?;
+                table.owned.insert(path.into(), Owned { _file: file, pid: me, generation });
                 Ok(Ok(Self { path: path.into(), generation, pid: me }))
             }
         }

@@ -18,11 +18,11 @@ use serde::de::DeserializeOwned;
 use crate::error::{Error, Result};
 
 /// The format that this build writes, and the newest that it reads.
-pub const FORMAT: u32 = 1;
+pub(crate) const FORMAT: u32 = 1;
 /// Features that a reader must know; this build knows none beyond the base format.
-pub const FEATURES: [&str; 0] = [];
+pub(crate) const FEATURES: [&str; 0] = [];
 /// The longest record that is read: a manifest with 4 million tensors has about 1 GiB.
-pub const RECORD_BYTES_MAX: u64 = 1 << 30;
+pub(crate) const RECORD_BYTES_MAX: u64 = 1 << 30;
 
 const HEAD: &[u8] = b"{\"checksum\":\"";
 const DIGITS: std::ops::Range<usize> = 13..21;

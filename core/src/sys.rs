@@ -4,11 +4,7 @@
 //! It owns POSIX locks that know their holder, write leases and the page population of a map. It
 //! decides nothing.
 
-use std::{
-    fs::File,
-    io,
-    os::fd::AsRawFd,
-};
+use std::{fs::File, io, os::fd::AsRawFd};
 
 /// The answer to a request for a lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

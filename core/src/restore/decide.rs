@@ -63,10 +63,7 @@ pub fn decide(
         (None, None) => lineage.contains(&f.key),
         (step, number) => {
             step.is_none_or(|s| s == f.key.step)
-                && number.map_or_else(
-                    || lineage.contains(&f.key),
-                    |n| f.key.attempt.number == n,
-                )
+                && number.map_or_else(|| lineage.contains(&f.key), |n| f.key.attempt.number == n)
         }
     };
     // Newest: the highest step; of one step, the newest attempt's.
@@ -108,9 +105,11 @@ fn answering<'a>(
     for tier in tiers {
         match tier.list("") {
             Ok(_) => good.push(*tier),
-            Err(e) if wish.accept_older => decision
-                .passed_over
-                .push(format!("the {} tier does not answer: {}", tier.kind(), e.chain())),
+            Err(e) if wish.accept_older => decision.passed_over.push(format!(
+                "the {} tier does not answer: {}",
+                tier.kind(),
+                e.chain()
+            )),
             Err(e) => {
                 return Err(Error::Io {
                     what: format!(

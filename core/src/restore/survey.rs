@@ -16,9 +16,7 @@ use crate::{
     commit::{Listing, read_manifest, read_seal, same_checkpoint},
     error::{Error, Result},
     manifest::{Seal, ShardManifest, manifest_label},
-    names::{
-        AttemptDir, BAD, CheckpointKey, Id, Rank, Step, parse_step_dir,
-    },
+    names::{AttemptDir, BAD, CheckpointKey, Id, Rank, Step, parse_step_dir},
     tier::{Tier, TierKind, label},
 };
 
@@ -59,7 +57,8 @@ pub fn survey(tiers: &[&dyn Tier]) -> Result<Vec<Found>> {
                 let key = CheckpointKey { step: number, attempt: dir };
                 let listing = Listing::of(*tier, &key)?;
                 if !listing.is_empty() {
-                    let row = all.entry(key).or_insert_with(|| vec![Listing::default(); tiers.len()]);
+                    let row =
+                        all.entry(key).or_insert_with(|| vec![Listing::default(); tiers.len()]);
                     row[index] = listing;
                 }
             }
@@ -211,7 +210,10 @@ pub fn reach(tiers: &[&dyn Tier], found: &Found, run_id: Option<&Id>) -> Result<
         (true, _) => Ok(Reach::Whole(savers)),
         // It was whole once: somebody took shards away.
         (false, true) => Ok(Reach::Broken(
-            missing.iter().map(|r| format!("rank {r}: its shard is missing in every tier")).collect(),
+            missing
+                .iter()
+                .map(|r| format!("rank {r}: its shard is missing in every tier"))
+                .collect(),
         )),
         (false, false) => Ok(Reach::Unfinished(missing)),
     }

@@ -117,19 +117,10 @@ impl Slot {
     /// The first `len` bytes, rounded up to pages.
     pub(crate) fn bytes(&self, len: usize) -> &[u8] {
         assert!(padded(len) <= self.capacity, "{len} bytes of {}", self.capacity);
-        // SAFETY: the map has `capacity` bytes inside the file. While a slot holds a checkpoint, only
-        // `overwrite` stores to it; a filler reads through its own pointer.
+        // SAFETY: the map has `capacity` bytes inside the file. While a slot holds a checkpoint nobody
+        // stores to it (but for mending, whose bytes are checked by whoever reads them); a filler reads
+        // through its own pointer.
         unsafe { std::slice::from_raw_parts(self.map.as_ptr(), padded(len)) }
-    }
-
-    /// Replaces damaged bytes of a checkpoint that the slot holds.
-    pub(crate) fn overwrite(&self, offset: usize, bytes: &[u8]) {
-        assert!(offset + bytes.len() <= self.capacity);
-        // SAFETY: inside the map; the caller owns the rank, so nobody else writes here, and readers
-        // check what they read.
-        unsafe {
-            std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.as_mut_ptr().add(offset), bytes.len());
-        }
     }
 
     /// Sets the file to exactly `len` bytes, where that can be done without taking pages from
@@ -279,7 +270,9 @@ impl Arena {
     pub fn adopt(&self, keep: Option<&CheckpointKey>) -> Result<()> {
         let mut found = self.find_own()?;
         // Best first: what is kept, then the newest, then free ones.
-        found.sort_by_key(|(key, _)| (key.as_ref() != keep || keep.is_none(), std::cmp::Reverse(key.clone())));
+        found.sort_by_key(|(key, _)| {
+            (key.as_ref() != keep || keep.is_none(), std::cmp::Reverse(key.clone()))
+        });
         let mut held = locked(&self.held);
         let mut places = held.iter_mut().filter(|h| h.slot.is_none() && h.used == Use::Free);
         for (key, path) in found {
@@ -321,7 +314,8 @@ impl Arena {
                 let files = self.tier.list(&key.dir())?;
                 let manifest = crate::names::manifest_name(self.rank);
                 let named = files.iter().any(|f| f.name == manifest);
-                for file in files.iter().filter(|f| parse_payload_name(&f.name) == Some(self.rank)) {
+                for file in files.iter().filter(|f| parse_payload_name(&f.name) == Some(self.rank))
+                {
                     let path = self.root.join(key.file(&file.name));
                     found.push((named.then(|| key.clone()), path));
                 }
@@ -360,9 +354,14 @@ impl Arena {
         Ok(())
     }
 
-    fn check_budget(&self, len: u64) -> Result<()> {
+    /// Checks that every slot would fit with room for `len` bytes.
+    ///
+    /// # Errors
+    /// [`Error::Budget`] with the sum.
+    pub fn check_budget(&self, len: u64) -> Result<()> {
         let held = locked(&self.held);
-        let have: u64 = held.iter().filter_map(|h| h.slot.as_ref()).map(|s| s.capacity() as u64).sum();
+        let have: u64 =
+            held.iter().filter_map(|h| h.slot.as_ref()).map(|s| s.capacity() as u64).sum();
         let room = padded(usize::try_from(len).unwrap_or(usize::MAX)) as u64;
         let want = room.saturating_mul(self.slots_max as u64);
         drop(held);

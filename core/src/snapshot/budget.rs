@@ -157,10 +157,12 @@ impl Budget {
                 sys::Lock::Taken => return Ok(Guard { _file: file, _thread: thread }),
                 sys::Lock::HeldBy(pid) => match deadline.left(&clock) {
                     Some(_) => clock.pause(Duration::from_millis(1)),
-                    None => return Err(deadline.passed(
-                        format!("taking {}", path.display()),
-                        format!("process {pid} has it"),
-                    )),
+                    None => {
+                        return Err(deadline.passed(
+                            format!("taking {}", path.display()),
+                            format!("process {pid} has it"),
+                        ));
+                    }
                 },
             }
         }

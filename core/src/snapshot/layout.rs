@@ -70,8 +70,8 @@ impl Layout {
             placed.push((index, at, sizes[index]));
             at = end;
         }
-        let tensors_json = serde_json::to_vec(&entries)
-            .map_err(|e| Error::Bug(format!("tensor table: {e}")))?;
+        let tensors_json =
+            serde_json::to_vec(&entries).map_err(|e| Error::Bug(format!("tensor table: {e}")))?;
         Ok(Self { header, len: at, order: placed, tensors_json, specs })
     }
 

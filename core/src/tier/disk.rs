@@ -12,7 +12,7 @@
 //! - A payload that appears has its exact length; the padding of the last block is cut off first.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{File, OpenOptions},
     io,
     os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
@@ -31,7 +31,7 @@ use super::{
 use crate::{
     chunk::CHUNK_BYTES,
     error::{Doing, Error, Result},
-    names::{Id, parse_payload_name},
+    names::parse_payload_name,
     observe::locked,
     sys,
 };
@@ -46,7 +46,6 @@ const FREE_FILES_MAX: usize = 2;
 #[derive(Debug)]
 pub struct DiskTier {
     dir: PosixDir,
-    id: Id,
 }
 
 impl DiskTier {
@@ -56,13 +55,13 @@ impl DiskTier {
     /// It is a file, or may not be written.
     pub fn open(root: &Path) -> Result<Self> {
         usable_root(root, true)?;
-        Ok(Self { dir: PosixDir { root: root.into(), durable: true }, id: Id([0; 16]) })
+        Ok(Self { dir: PosixDir { root: root.into(), durable: true } })
     }
 
     /// Opens `root` for reading only: nothing is made or tried.
     #[must_use]
     pub fn reader(root: &Path) -> Self {
-        Self { dir: PosixDir { root: root.into(), durable: true }, id: Id([0; 16]) }
+        Self { dir: PosixDir { root: root.into(), durable: true } }
     }
 
     /// Removes what earlier processes of this rank left in the staging directory. The caller holds
@@ -136,13 +135,12 @@ impl Tier for DiskTier {
         let put = write_payload(&file, &staged, payload)
             .and_then(|()| publish(Some(file), &staged, &dest, true));
         match put {
-            Ok(Created::New) => Ok(Receipt {
-                tier: TierKind::Disk,
-                name: name.into(),
-                length: payload.len(),
-                incarnation: self.id,
-            }),
-            Ok(Created::Exists) => Err(Error::invalid(format!("{} is there already", dest.display()))),
+            Ok(Created::New) => {
+                Ok(Receipt { tier: TierKind::Disk, name: name.into(), length: payload.len() })
+            }
+            Ok(Created::Exists) => {
+                Err(Error::invalid(format!("{} is there already", dest.display())))
+            }
             Err(e) => {
                 // The error that matters is on its way up; a staged file that stays is swept.
                 let _ = remove(&staged);
@@ -252,9 +250,4 @@ fn write_blocks(file: &File, staged: &Path, payload: &dyn Payload) -> Result<()>
 pub(crate) fn free_bytes(path: &Path) -> io::Result<u64> {
     let stat = rustix::fs::statvfs(path)?;
     Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
-}
-
-/// True where `path` exists as a directory.
-pub(crate) fn is_dir(path: &Path) -> bool {
-    fs::metadata(path).is_ok_and(|m| m.is_dir())
 }

@@ -1,13 +1,9 @@
 //! The tier that survives the process: tmpfs files. A snapshot was copied into a slot of the arena,
 //! and the slot *is* the payload file: putting it here moves its name and no byte.
 //!
-//! Nothing is synced, because there is nothing to sync to. A receipt carries the kernel's boot id:
-//! after a reboot it is void.
+//! Nothing is synced, because there is nothing to sync to.
 
-use std::{
-    os::unix::fs::FileExt,
-    path::{Path, PathBuf},
-};
+use std::{os::unix::fs::FileExt, path::Path};
 
 use super::{
     Created, Entry, Payload, Receipt, Source, Tier, TierKind,
@@ -18,7 +14,6 @@ use super::{
 use crate::{
     chunk::CHUNK_BYTES,
     error::{Doing, Error, Result},
-    names::Id,
     snapshot::budget::Budget,
 };
 
@@ -28,7 +23,6 @@ pub struct MemoryTier {
     dir: PosixDir,
     /// For payloads that do not come in a slot (repairs, copies); `None` for a reader.
     budget: Option<Budget>,
-    boot: Id,
 }
 
 impl MemoryTier {
@@ -38,27 +32,15 @@ impl MemoryTier {
     /// It is a file, or may not be written.
     pub fn open(root: &Path, budget: Budget) -> Result<Self> {
         usable_root(root, false)?;
-        Ok(Self {
-            dir: PosixDir { root: root.into(), durable: false },
-            budget: Some(budget),
-            boot: boot_id(),
-        })
+        let dir = PosixDir { root: root.into(), durable: false };
+        Ok(Self { dir, budget: Some(budget) })
     }
 
     /// Opens `root` for reading only: nothing is made or tried.
     #[must_use]
     pub fn reader(root: &Path) -> Self {
         let dir = PosixDir { root: root.into(), durable: false };
-        Self { dir, budget: None, boot: boot_id() }
-    }
-
-    /// The path of a name: the arena maps its own files.
-    pub(crate) fn path(&self, name: &str) -> Result<PathBuf> {
-        self.dir.path(name)
-    }
-
-    fn receipt(&self, name: &str, length: u64) -> Receipt {
-        Receipt { tier: TierKind::Ram, name: name.into(), length, incarnation: self.boot }
+        Self { dir, budget: None }
     }
 
     /// A payload without a slot: written to a file of its own, within the budget.
@@ -108,7 +90,9 @@ impl Tier for MemoryTier {
             None => self.put_copy(&dest, payload)?,
         };
         match created {
-            Created::New => Ok(self.receipt(name, payload.len())),
+            Created::New => {
+                Ok(Receipt { tier: TierKind::Ram, name: name.into(), length: payload.len() })
+            }
             Created::Exists => Err(Error::invalid(format!("{} is there already", dest.display()))),
         }
     }
@@ -137,12 +121,4 @@ impl Tier for MemoryTier {
     fn retire(&self, name: &str) -> Result<()> {
         self.dir.delete(name)
     }
-}
-
-/// The kernel's name for this boot; zeros where it has none to tell.
-fn boot_id() -> Id {
-    std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
-        .ok()
-        .and_then(|text| Id::parse(&text.trim().replace('-', "")))
-        .unwrap_or(Id([0; 16]))
 }

@@ -28,7 +28,10 @@ pub mod wrap;
 
 use std::fmt;
 
-use crate::{error::{Error, Result}, names::Id, record};
+use crate::{
+    error::{Error, Result},
+    record,
+};
 use buffer::AlignedBuf;
 
 /// Which kind of place a tier is, named by what it survives.
@@ -56,8 +59,6 @@ pub struct Receipt {
     pub(crate) tier: TierKind,
     pub(crate) name: String,
     pub(crate) length: u64,
-    /// The medium that gave it: the boot id for RAM, so that it is void after a reboot.
-    pub(crate) incarnation: Id,
 }
 
 /// Bytes that `put` can read block by block without a copy where they lie in a slot.
@@ -73,7 +74,12 @@ pub trait Payload: Sync {
     ///
     /// # Errors
     /// The bytes could not be had, or do not match their checksum.
-    fn block<'a>(&'a self, offset: u64, len: usize, scratch: &'a mut AlignedBuf) -> Result<&'a [u8]>;
+    fn block<'a>(
+        &'a self,
+        offset: u64,
+        len: usize,
+        scratch: &'a mut AlignedBuf,
+    ) -> Result<&'a [u8]>;
     /// The slot that holds them, if one does: the memory tier then moves it instead of copying.
     fn slot(&self) -> Option<&crate::snapshot::arena::Slot> {
         None

@@ -30,7 +30,8 @@ pub(crate) struct PosixDir {
 impl PosixDir {
     /// The path of a name, which may come from a file or a person: no part of it may leave the root.
     pub(crate) fn path(&self, name: &str) -> Result<PathBuf> {
-        let good = |part: &str| !part.is_empty() && part != "." && part != ".." && !part.contains('\0');
+        let good =
+            |part: &str| !part.is_empty() && part != "." && part != ".." && !part.contains('\0');
         if name.split('/').all(good) {
             Ok(self.root.join(name))
         } else {

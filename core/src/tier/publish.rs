@@ -161,10 +161,7 @@ pub(crate) fn remove(path: &Path) -> Result<()> {
     };
     match answer {
         Err(e)
-            if matches!(
-                e.kind(),
-                io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty
-            ) =>
+            if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::DirectoryNotEmpty) =>
         {
             Ok(())
         }
@@ -177,5 +174,6 @@ pub(crate) fn remove(path: &Path) -> Result<()> {
 fn close(file: File) -> io::Result<()> {
     let fd = file.into_raw_fd();
     // SAFETY: `fd` was owned by `file`, which gave it up, and is not used after this.
-    unsafe { rustix::io::try_close(fd) }.map_err(io::Error::from)
+    let closed = unsafe { libc::close(fd) };
+    if closed == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }

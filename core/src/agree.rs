@@ -1,0 +1,155 @@
+//! Decisions that all ranks obey and no rank waits for: the first that must decide records, the
+//! others read.
+//!
+//! A decision is a symbolic link: it appears whole or not at all, the first one wins, and making or
+//! reading one costs microseconds. Links point nowhere; their target is the decision's text. They
+//! matter while an attempt runs and are removed as it goes on.
+//!
+//! # Invariants
+//!
+//! - Two ranks that ask the same question get the same answer.
+//! - A lone rank asks nobody.
+
+use std::{
+    fs, io,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+};
+
+use crate::{
+    error::{Doing, Error, Result},
+    names::AttemptRef,
+    tier::publish::{make_dirs, remove},
+};
+
+/// The decisions of one attempt.
+#[derive(Debug)]
+pub struct Agreements {
+    dir: Option<PathBuf>,
+}
+
+/// Whether a due step is saved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Saving {
+    /// It is.
+    Save,
+    /// Every rank passes it over: one had no free slot.
+    Skip,
+}
+
+impl Agreements {
+    /// The decisions of `attempt`, under a directory that all ranks share; a lone rank needs none.
+    #[must_use]
+    pub fn new(shared: &Path, attempt: &AttemptRef, lone: bool) -> Self {
+        Self { dir: (!lone).then(|| shared.join("_decisions").join(attempt.dir())) }
+    }
+
+    /// Whether `step` is saved: `wish`, unless another rank said otherwise before.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn saving(&self, step: u64, wish: Saving) -> Result<Saving> {
+        let word = match wish {
+            Saving::Save => "save",
+            Saving::Skip => "skip",
+        };
+        match self.record(&format!("save-{step:020}"), word)?.as_deref() {
+            None => Ok(wish),
+            Some("save") => Ok(Saving::Save),
+            Some("skip") => Ok(Saving::Skip),
+            Some(other) => Err(Error::damaged("a decision", format!("it says {other:?}"))),
+        }
+    }
+
+    /// The leader: `step` is the next one that goes to disk.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn carry(&self, step: u64) -> Result<()> {
+        self.record(&format!("carry-{step:020}"), "carry").map(drop)
+    }
+
+    /// The newest step that goes to disk, as recorded.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn carried(&self) -> Result<Option<u64>> {
+        Ok(self.steps("carry-")?.into_iter().max())
+    }
+
+    /// Gives `step` up for the disk tier, for all ranks.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn give_up(&self, step: u64, why: &str) -> Result<()> {
+        // A link's target is at most one page, and never empty.
+        let why: String = why.chars().filter(|c| *c != '\0').take(500).collect();
+        self.record(&format!("gaveup-{step:020}"), &format!("!{why}")).map(drop)
+    }
+
+    /// Why `step` was given up, if it was.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn gave_up(&self, step: u64) -> Result<Option<String>> {
+        let Some(dir) = &self.dir else { return Ok(None) };
+        let found = read(&dir.join(format!("gaveup-{step:020}")))?;
+        Ok(found.map(|text| text.trim_start_matches('!').to_owned()))
+    }
+
+    /// Forgets decisions about steps before `step`.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn forget_before(&self, step: u64) -> Result<()> {
+        let Some(dir) = &self.dir else { return Ok(()) };
+        for prefix in ["save-", "carry-", "gaveup-"] {
+            for old in self.steps(prefix)?.into_iter().filter(|s| *s < step) {
+                remove(&dir.join(format!("{prefix}{old:020}")))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn steps(&self, prefix: &str) -> Result<Vec<u64>> {
+        let Some(dir) = &self.dir else { return Ok(Vec::new()) };
+        let entries = match fs::read_dir(dir) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            other => other.at("list", dir)?,
+        };
+        let mut steps = Vec::new();
+        for entry in entries {
+            let name = entry.at("list", dir)?.file_name();
+            let step = name.to_str().and_then(|n| n.strip_prefix(prefix)?.parse::<u64>().ok());
+            steps.extend(step);
+        }
+        Ok(steps)
+    }
+
+    /// The recorded text: `text`, unless somebody was first. `None`: there is nobody to agree with.
+    fn record(&self, name: &str, text: &str) -> Result<Option<String>> {
+        let Some(dir) = &self.dir else { return Ok(None) };
+        let path = dir.join(name);
+        for _ in 0..8 {
+            match symlink(text, &path) {
+                Ok(()) => return Ok(Some(text.into())),
+                Err(e) if e.kind() == io::ErrorKind::NotFound => make_dirs(dir, false)?,
+                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+                    if let Some(there) = read(&path)? {
+                        return Ok(Some(there));
+                    }
+                }
+                Err(e) => return Err(e).at("record", &path),
+            }
+        }
+        Err(Error::Bug(format!("{} comes and goes", path.display())))
+    }
+}
+
+fn read(path: &Path) -> Result<Option<String>> {
+    match fs::read_link(path) {
+        Ok(text) => Ok(Some(text.to_string_lossy().into_owned())),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e).at("read", path),
+    }
+}

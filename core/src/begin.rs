@@ -1,0 +1,240 @@
+//! How an attempt begins: rank 0 decides and records, the others find its record; all claim, and all
+//! obey.
+//!
+//! # Invariants
+//!
+//! - A rank follows a record only if a live rank 0 holds that start's lock, or the start's id was
+//!   given to it.
+//! - After recording, rank 0 looks whether the parent is still there; if a collector took it, a
+//!   successor is recorded.
+//! - `fresh` and rollbacks are recorded as such: what they leave behind is abandoned at once.
+
+use std::time::Duration;
+
+use crate::{
+    attempt::{self, AttemptRecord, Attempts},
+    checkpointer::{Place, start_lock_path},
+    clock::Deadline,
+    commit::Listing,
+    error::{Error, Result},
+    names::{AttemptRef, CheckpointKey, Id, Rank},
+    observe::Observer,
+    ownership::is_held,
+    record,
+    restore::{
+        decide::{Decision, Wish, decide},
+        read::Restorable,
+        survey::{Found, bad_mark_name, copies},
+    },
+    tier::Tier,
+};
+
+/// How an attempt is to begin.
+#[derive(Clone, Debug, Default)]
+pub struct Begin {
+    /// Which checkpoint, if not the newest.
+    pub wish: Wish,
+    /// Abandon what is newer than the wished step.
+    pub rollback: bool,
+    /// Begin at step 0 and abandon what is there.
+    pub fresh: bool,
+    /// Begin at step 0 only where nothing is there: a save without a restore.
+    pub only_new: bool,
+}
+
+/// An attempt that has begun.
+pub(crate) struct Started {
+    pub(crate) record: AttemptRecord,
+    pub(crate) restorable: Option<Restorable>,
+}
+
+/// How often a rank looks for rank 0's record.
+const POLL: Duration = Duration::from_millis(10);
+
+pub(crate) fn begin(place: &Place, how: &Begin, decision: u32) -> Result<Started> {
+    let deadline = Deadline::after(&*place.clock, place.config.attempt_wait);
+    if place.config.leads() {
+        // The step that was decided on can go while we decide: then decide again.
+        loop {
+            let record = record_decision(place, how, decision)?;
+            match join_attempt(place, &record) {
+                Err(e) if e.is_not_found() && deadline.left(&*place.clock).is_some() => {
+                    tracing::warn!("{}; deciding again", e.chain());
+                }
+                other => return other,
+            }
+        }
+    }
+    let mut refused = None;
+    loop {
+        if let Some(record) = leaders_record(place, decision)? {
+            match join_attempt(place, &record) {
+                // Claimed by a process of an older start that is still dying, or taken by a collector
+                // between record and look: rank 0 will record another.
+                Err(e) if matches!(e, Error::Fenced { .. }) || e.is_not_found() => {
+                    refused = Some(e)
+                }
+                other => return other,
+            }
+        }
+        if deadline.left(&*place.clock).is_none() {
+            return Err(refused.unwrap_or_else(|| no_record(place, &deadline)));
+        }
+        place.clock.pause(POLL);
+    }
+}
+
+fn no_record(place: &Place, deadline: &Deadline) -> Error {
+    let config = &place.config;
+    deadline.passed(
+        format!(
+            "an attempt record of rank {} in {} (seen from host {})",
+            config.leader(),
+            config.destination.display(),
+            host()
+        ),
+        format!(
+            "rank {} has not called restore, or does not share this directory (several nodes need a \
+             shared one, and attempt_id=)",
+            config.leader()
+        ),
+    )
+}
+
+/// Rank 0: decides and records.
+fn record_decision(place: &Place, how: &Begin, decision: u32) -> Result<AttemptRecord> {
+    let tiers: [&dyn Tier; 2] = [&*place.ram, &*place.disk];
+    let durable_first: [&dyn Tier; 2] = [&*place.disk, &*place.ram];
+    let attempts = Attempts::load(&durable_first)?;
+    let decided = decide(&tiers, &*place.disk, &attempts, &how.wish)?;
+    if how.only_new && decided.has_history {
+        return Err(Error::invalid(format!(
+            "{} already has checkpoints or attempts: call restore(state) before the first save, or say \
+             fresh=True to begin anew",
+            place.config.destination.display()
+        )));
+    }
+    let decided = if how.fresh { Decision { parent: None, ..decided } } else { decided };
+    check_world(place, &decided)?;
+    for why in &decided.passed_over {
+        place.observer.warn("passed_over", None, format!("passed over {why}"));
+    }
+    let newest = attempts.newest();
+    let draft = AttemptRecord {
+        format: record::FORMAT,
+        required_features: Vec::new(),
+        run_id: newest.map_or_else(Id::random, |r| Ok(r.run_id))?,
+        attempt: AttemptRef { number: newest.map_or(0, |r| r.attempt.number) + 1, id: place.start },
+        decision,
+        parent: decided.parent,
+        rollback: how.rollback || (how.fresh && decided.has_history),
+        savers: place.config.savers.clone(),
+        host: host(),
+        pid: std::process::id(),
+        created_unix_ms: place.clock.unix_ms(),
+        passed_over: decided.passed_over,
+    };
+    attempt::create(&durable_first, draft)
+}
+
+fn check_world(place: &Place, decided: &Decision) -> Result<()> {
+    match decided.parent {
+        Some(parent) if decided.savers != place.config.savers => {
+            Err(Error::Mismatch(vec![format!(
+                "{} was saved by {} ranks, this job has {}: a checkpoint is restored by as many ranks as \
+             saved it",
+                parent.key(),
+                decided.savers.len(),
+                place.config.savers.len()
+            )]))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The record that the live rank 0 made for this decision, if it is there.
+fn leaders_record(place: &Place, decision: u32) -> Result<Option<AttemptRecord>> {
+    let attempts = Attempts::load(&[&*place.disk, &*place.ram])?;
+    let of_start = |r: &&AttemptRecord| match &place.config.attempt_id {
+        Some(start) => r.attempt.id == *start,
+        None => true,
+    };
+    let Some(record) = attempts.records().iter().rev().find(of_start) else { return Ok(None) };
+    if record.decision < decision {
+        return Ok(None);
+    }
+    let known = place.config.attempt_id.is_some()
+        || is_held(&start_lock_path(&place.config.destination, &record.attempt.id))?;
+    Ok(known.then(|| record.clone()))
+}
+
+/// Every rank: claims its place and finds its shard of the decided step.
+fn join_attempt(place: &Place, record: &AttemptRecord) -> Result<Started> {
+    let rank = Rank(place.config.rank);
+    if record.savers != place.config.savers {
+        return Err(Error::invalid(format!(
+            "rank {} says that ranks {:?} save, {rank} says {:?}",
+            place.config.leader(),
+            record.savers,
+            place.config.savers
+        )));
+    }
+    attempt::claim(&*place.disk, &record.attempt, rank, &place.nonce)?;
+    let restorable = match record.parent {
+        None => None,
+        Some(parent) => Some(find_shard(place, record, &parent.key(), rank)?),
+    };
+    Ok(Started { record: record.clone(), restorable })
+}
+
+fn find_shard(
+    place: &Place,
+    record: &AttemptRecord,
+    key: &CheckpointKey,
+    rank: Rank,
+) -> Result<Restorable> {
+    let tiers = vec![place.ram.clone(), place.disk.clone()];
+    let borrowed: Vec<&dyn Tier> = tiers.iter().map(|t| &**t).collect();
+    let listings: Result<Vec<Listing>> = borrowed.iter().map(|t| Listing::of(*t, key)).collect();
+    let found = Found { key: key.clone(), listings: listings? };
+    if found.deleted() || found.listings.iter().all(Listing::is_empty) {
+        return Err(Error::NotFound {
+            what: format!("{key}, which {} resumes from,", record.attempt),
+        });
+    }
+    let (good, bad) = copies(&borrowed, &found, rank, Some(&record.run_id))?;
+    if good.is_empty() {
+        let why = if bad.is_empty() {
+            "neither has it".into()
+        } else {
+            bad.iter().map(|b| b.why.clone()).collect::<Vec<_>>().join("; ")
+        };
+        mark_bad(&*place.disk, &place.observer, key, rank);
+        return Err(Error::Lost { step: key.step, rank, why });
+    }
+    Ok(Restorable {
+        key: key.clone(),
+        rank,
+        tiers,
+        copies: good,
+        bad,
+        slot: None,
+        observer: place.observer.clone(),
+        mends: true,
+    })
+}
+
+/// Told to the next decision, which then takes another step.
+pub(crate) fn mark_bad(tier: &dyn Tier, observer: &Observer, key: &CheckpointKey, rank: Rank) {
+    let body = format!("{{\"format\":{},\"host\":{:?}}}", record::FORMAT, host());
+    let name = bad_mark_name(key, rank);
+    if let Err(e) = tier.create(&name, &record::seal(body.as_bytes())) {
+        let text = format!("could not record that {key} is bad for {rank}: {}", e.chain());
+        observer.error("mark_failed", Some(key.step.0), text);
+    }
+}
+
+/// This machine's name, for messages.
+pub(crate) fn host() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}

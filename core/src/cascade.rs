@@ -1,0 +1,619 @@
+//! From RAM to disk, behind the training: one step at a time, the same step on every rank.
+//!
+//! One thread a rank. It watches its rank's shards until all ranks have theirs in RAM; the leader
+//! then records which step goes to disk next (the newest that is complete in RAM), every rank
+//! writes its shard of that step and keeps its slot until the step is sealed or given up.
+//!
+//! It decides which slot may be used again. It does not own how bytes are written (`tier`), when a
+//! checkpoint exists (`commit`) or what is deleted (`retain`).
+//!
+//! # Invariants
+//!
+//! - A slot is never taken from the newest complete checkpoint, nor from one that is on its way to
+//!   disk, nor from one that the leader is about to choose.
+//! - A step is carried by all ranks or given up by all; no rank drops it alone.
+//! - A newer attempt's record ends this cascade: a late writer completes nothing.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use crate::{
+    agree::Agreements,
+    attempt::{self, AttemptRecord, Attempts},
+    clock::{Deadline, SharedClock},
+    commit::{Gathered, Listing, gather, publish_shard},
+    config::Config,
+    error::{Error, Result},
+    manifest::Identity,
+    names::{CheckpointKey, Rank, Step},
+    observe::{Observer, add, locked},
+    restore::{decide::lineage_of, survey::survey},
+    retain,
+    save::{Level, Save},
+    signal::Signal,
+    snapshot::arena::SlotPayload,
+    tier::{Payload, Tier, buffer::AlignedBuf},
+};
+
+/// How often a rank looks for what other ranks did, while it waits for them.
+const POLL: Duration = Duration::from_millis(5);
+/// How often it looks with nothing in flight.
+const IDLE: Duration = Duration::from_millis(500);
+
+/// One shard that this rank has in RAM.
+#[derive(Clone, Debug)]
+pub(crate) struct Shard {
+    pub(crate) key: CheckpointKey,
+    pub(crate) identity: Identity,
+    pub(crate) payload: SlotPayload,
+    pub(crate) manifest: Arc<Vec<u8>>,
+    pub(crate) save: Save,
+    /// All ranks have theirs in RAM.
+    pub(crate) complete: bool,
+}
+
+#[derive(Debug)]
+struct Carry {
+    step: u64,
+    deadline: Deadline,
+    own_done: bool,
+}
+
+#[derive(Debug, Default)]
+struct Work {
+    shards: BTreeMap<u64, Shard>,
+    /// The checkpoint that is complete in RAM and newest, of this attempt or what it resumed from.
+    newest: Option<CheckpointKey>,
+    carry: Option<Carry>,
+    /// The newest step that was ever chosen for disk.
+    chosen: Option<u64>,
+    sealed: Option<u64>,
+    joined: bool,
+    fenced: bool,
+    stop: bool,
+}
+
+/// The parts that it works with.
+pub(crate) struct Parts {
+    pub(crate) config: Config,
+    pub(crate) record: AttemptRecord,
+    pub(crate) ram: Arc<dyn Tier>,
+    pub(crate) disk: Arc<dyn Tier>,
+    pub(crate) agreements: Agreements,
+    pub(crate) observer: Observer,
+    pub(crate) clock: SharedClock,
+    pub(crate) signal: Arc<Signal>,
+}
+
+/// The way of one attempt's checkpoints to disk.
+pub(crate) struct Cascade {
+    parts: Parts,
+    work: Mutex<Work>,
+}
+
+impl std::fmt::Debug for Cascade {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Cascade").field("work", &*locked(&self.work)).finish_non_exhaustive()
+    }
+}
+
+impl Cascade {
+    /// `resumed`: this rank's slot still holds the shard it restored; it goes to disk if it is not
+    /// there.
+    pub(crate) fn new(parts: Parts, resumed: Option<Shard>) -> Arc<Self> {
+        let mut work = Work { newest: parts.record.parent.map(|p| p.key()), ..Work::default() };
+        if let Some(shard) = resumed {
+            work.shards.insert(shard.key.step.0, shard);
+        }
+        Arc::new(Self { parts, work: Mutex::new(work) })
+    }
+
+    pub(crate) fn agreements(&self) -> &Agreements {
+        &self.parts.agreements
+    }
+
+    /// A shard was published in RAM.
+    pub(crate) fn push(&self, shard: Shard) {
+        shard.save.reach(Level::Ram, true);
+        let mut work = locked(&self.work);
+        let step = shard.key.step.0;
+        work.shards.insert(step, shard);
+        if self.parts.config.savers.len() == 1 {
+            self.completed(&mut work, step);
+        }
+        drop(work);
+        self.parts.signal.notify();
+    }
+
+    /// Whether the slot that holds `key` may be taken for the next snapshot.
+    pub(crate) fn may_go(&self, key: &CheckpointKey) -> bool {
+        let work = locked(&self.work);
+        if work.newest.as_ref() == Some(key) {
+            return false;
+        }
+        let Some(shard) = work.shards.get(&key.step.0).filter(|s| s.key == *key) else {
+            return true; // Of an older attempt, and not what this one resumed from.
+        };
+        let newest = work.newest.as_ref().map_or(0, |k| k.step.0);
+        let step = key.step.0;
+        let carried = work.carry.as_ref().is_some_and(|c| c.step == step);
+        // The leader may choose it at this moment.
+        let next = work.carry.is_none()
+            && shard.complete
+            && self.is_due(step)
+            && work.chosen.is_none_or(|c| step > c)
+            && !work.fenced;
+        step < newest && !carried && !next
+    }
+
+    /// Gives up the oldest shard that other ranks never completed, so that its slot can be used.
+    pub(crate) fn give_up_straggler(&self) -> Result<bool> {
+        let found = {
+            let work = locked(&self.work);
+            work.shards.values().find(|s| !s.complete).cloned()
+        };
+        let Some(shard) = found else { return Ok(false) };
+        let missing = self.missing_in_ram(&shard.key)?;
+        if missing.is_empty() {
+            return Ok(false);
+        }
+        let error = Error::Skipped {
+            step: shard.key.step,
+            why: format!("{} never saved it", ranks(&missing)),
+        };
+        self.parts.observer.error("incomplete", Some(shard.key.step.0), error.to_string());
+        shard.save.fail(Level::Ram, &error);
+        let mut work = locked(&self.work);
+        work.shards.remove(&shard.key.step.0);
+        Ok(true)
+    }
+
+    fn is_due(&self, step: u64) -> bool {
+        step.is_multiple_of(self.parts.config.disk_every) || self.is_parent(step)
+    }
+
+    fn is_parent(&self, step: u64) -> bool {
+        self.parts.record.parent.is_some_and(|p| p.step == step)
+    }
+
+    fn missing_in_ram(&self, key: &CheckpointKey) -> Result<Vec<u32>> {
+        Ok(Listing::of(&*self.parts.ram, key)?.missing(&self.parts.config.savers))
+    }
+
+    fn completed(&self, work: &mut Work, step: u64) {
+        let Some(shard) = work.shards.get_mut(&step) else { return };
+        shard.complete = true;
+        shard.save.set_waiting_for(String::new());
+        shard.save.reach(Level::Ram, false);
+        let key = shard.key.clone();
+        if work.newest.as_ref().is_none_or(|n| *n < key || !self.is_own(n)) {
+            work.newest = Some(key);
+        }
+    }
+
+    fn is_own(&self, key: &CheckpointKey) -> bool {
+        key.attempt.is(&self.parts.record.attempt)
+    }
+
+    /// True until the newest step that can still reach disk has reached it or failed.
+    pub(crate) fn is_busy(&self) -> bool {
+        let work = locked(&self.work);
+        if work.fenced {
+            return false;
+        }
+        let waits = |s: &Shard| {
+            !s.complete
+                || (self.is_due(s.key.step.0) && work.chosen.is_none_or(|c| s.key.step.0 > c))
+        };
+        work.carry.is_some() || work.shards.values().any(waits)
+    }
+
+    pub(crate) fn stop(&self) {
+        locked(&self.work).stop = true;
+        self.parts.signal.notify();
+    }
+
+    pub(crate) fn is_fenced(&self) -> bool {
+        locked(&self.work).fenced
+    }
+
+    /// The newest step that this rank knows to be sealed on disk.
+    pub(crate) fn sealed(&self) -> Option<u64> {
+        locked(&self.work).sealed
+    }
+
+    pub(crate) fn newest(&self) -> Option<CheckpointKey> {
+        locked(&self.work).newest.clone()
+    }
+
+    /// The thread's whole life.
+    pub(crate) fn run(&self) {
+        let mut told: Option<String> = None;
+        loop {
+            let seen = self.parts.signal.seen();
+            if locked(&self.work).stop {
+                return;
+            }
+            let busy = match self.turn() {
+                Ok(progress) => {
+                    told = None;
+                    if progress {
+                        continue;
+                    }
+                    self.is_busy()
+                }
+                Err(e) => {
+                    // The same trouble is told once, not two hundred times a second.
+                    let text = e.chain();
+                    if told.as_deref() != Some(&text) {
+                        self.parts.observer.error("disk_failed", None, text.clone());
+                        told = Some(text);
+                    }
+                    false
+                }
+            };
+            let polls = busy && self.parts.config.savers.len() > 1;
+            let pause = if told.is_some() {
+                IDLE
+            } else if polls {
+                POLL
+            } else {
+                IDLE
+            };
+            self.parts.signal.wait(seen, pause);
+        }
+    }
+
+    /// One look at everything; true where something moved. Tests call it instead of the thread.
+    pub(crate) fn turn(&self) -> Result<bool> {
+        if self.is_fenced() {
+            return Ok(false);
+        }
+        let mut moved = self.watch_ram()?;
+        moved |= self.join()?;
+        moved |= self.choose()?;
+        moved |= self.carry()?;
+        moved |= self.watch_disk()?;
+        Ok(moved)
+    }
+
+    /// Looks for the other ranks' shards.
+    fn watch_ram(&self) -> Result<bool> {
+        let open: Vec<Shard> =
+            locked(&self.work).shards.values().filter(|s| !s.complete).cloned().collect();
+        let mut moved = false;
+        for shard in open {
+            let missing = self.missing_in_ram(&shard.key)?;
+            if missing.is_empty() || self.is_parent(shard.key.step.0) {
+                self.completed(&mut locked(&self.work), shard.key.step.0);
+                moved = true;
+            } else {
+                shard.save.set_waiting_for(ranks(&missing));
+            }
+        }
+        if moved {
+            self.parts.signal.notify();
+        }
+        Ok(moved)
+    }
+
+    /// The first complete checkpoint of this attempt is recorded: from then on it leads the lineage.
+    fn join(&self) -> Result<bool> {
+        let due = {
+            let work = locked(&self.work);
+            let own = work.shards.values().any(|s| s.complete && self.is_own(&s.key));
+            own && !work.joined && self.parts.config.leads()
+        };
+        if due {
+            attempt::join(&*self.parts.disk, &self.parts.record.attempt)?;
+            locked(&self.work).joined = true;
+        }
+        Ok(due)
+    }
+
+    /// The leader chooses the next step for disk; the others read what it chose.
+    fn choose(&self) -> Result<bool> {
+        let (idle, chosen) = {
+            let work = locked(&self.work);
+            (work.carry.is_none(), work.chosen)
+        };
+        let newer = |step: &u64| chosen.is_none_or(|c| *step > c);
+        let next = if self.parts.config.leads() {
+            let work = locked(&self.work);
+            let mut steps = work.shards.values().filter(|s| s.complete).map(|s| s.key.step.0);
+            steps.rfind(|step| newer(step) && self.is_due(*step)).filter(|_| idle)
+        } else {
+            // A newer choice means that the leader is done with the old one, one way or the other.
+            self.parts.agreements.carried()?.filter(newer)
+        };
+        let Some(step) = next else { return Ok(false) };
+        self.check_fence()?;
+        if self.is_fenced() {
+            return Ok(false);
+        }
+        if self.parts.config.leads() {
+            self.parts.agreements.carry(step)?;
+        }
+        let mut work = locked(&self.work);
+        let old = work.carry.take();
+        work.chosen = Some(step);
+        let deadline = Deadline::after(&*self.parts.clock, self.parts.config.disk_wait);
+        work.carry = Some(Carry { step, deadline, own_done: false });
+        let passed: Vec<Shard> = work
+            .shards
+            .values()
+            .filter(|s| s.key.step.0 < step && old.as_ref().is_none_or(|o| o.step != s.key.step.0))
+            .filter(|s| newer(&s.key.step.0))
+            .cloned()
+            .collect();
+        drop(work);
+        if let Some(old) = old {
+            self.fail_step(old.step, "the leader went on to a newer step");
+        }
+        for shard in passed {
+            self.pass_over(&shard, step);
+        }
+        Ok(true)
+    }
+
+    fn pass_over(&self, shard: &Shard, for_step: u64) {
+        let why = if self.is_due(shard.key.step.0) {
+            add(&self.parts.observer.counters.disk_passed_over, 1);
+            format!(
+                "it was passed over for disk: the disk is slower than the saves, step {for_step} goes next"
+            )
+        } else {
+            format!("it is not due for disk: every {} steps", self.parts.config.disk_every)
+        };
+        shard.save.fail(Level::Disk, &Error::Skipped { step: shard.key.step, why });
+    }
+
+    /// A newer attempt began: nothing of this one may be completed any more.
+    fn check_fence(&self) -> Result<()> {
+        let attempts = Attempts::load(&[&*self.parts.disk, &*self.parts.ram])?;
+        let own = self.parts.record.attempt;
+        let Some(newer) = attempts.newest().filter(|r| r.attempt.number > own.number) else {
+            return Ok(());
+        };
+        let (number, by_us) = (newer.attempt.number, newer.attempt.id == own.id);
+        let error = Error::Fenced {
+            why: format!("attempt {number} of this run has begun: {own} writes no more"),
+        };
+        let mut work = locked(&self.work);
+        work.fenced = true;
+        work.carry = None;
+        for shard in work.shards.values() {
+            shard.save.fail(Level::Disk, &error);
+        }
+        if !by_us {
+            self.parts.observer.error("fenced", None, error.to_string());
+        }
+        Ok(())
+    }
+
+    /// Writes this rank's shard of the chosen step.
+    fn carry(&self) -> Result<bool> {
+        let (step, shard) = {
+            let work = locked(&self.work);
+            let Some(carry) = work.carry.as_ref().filter(|c| !c.own_done) else { return Ok(false) };
+            (carry.step, work.shards.get(&carry.step).cloned())
+        };
+        let done = match &shard {
+            None => self.have_on_disk(step),
+            Some(shard) => self.write(shard),
+        };
+        match done {
+            Ok(()) => {
+                if let Some(carry) = locked(&self.work).carry.as_mut().filter(|c| c.step == step) {
+                    carry.own_done = true;
+                }
+            }
+            Err(e) => {
+                let why = format!("{}: {}", Rank(self.parts.config.rank), e.chain());
+                // Told to the others if it can be; without, the leader's deadline does it.
+                let recorded = self.parts.agreements.give_up(step, &why);
+                self.abandon(step, &why);
+                recorded?;
+            }
+        }
+        Ok(true)
+    }
+
+    /// A step that this rank restored from disk needs no slot: its shard is there.
+    fn have_on_disk(&self, step: u64) -> Result<()> {
+        let parent = self.parts.record.parent.filter(|p| p.step == step);
+        let Some(parent) = parent else {
+            return Err(Error::Skipped {
+                step: Step(step),
+                why: "this rank has no shard of it".into(),
+            });
+        };
+        let listing = Listing::of(&*self.parts.disk, &parent.key())?;
+        if listing.manifests.contains(&Rank(self.parts.config.rank)) {
+            return Ok(());
+        }
+        Err(Error::Skipped { step: Step(step), why: "its slot is gone".into() })
+    }
+
+    fn write(&self, shard: &Shard) -> Result<()> {
+        let disk = &*self.parts.disk;
+        let rank = Rank(shard.identity.rank);
+        let listing = Listing::of(disk, &shard.key)?;
+        if !listing.manifests.contains(&rank) {
+            retain::drop_shard(disk, &shard.key, rank)?;
+            let begun = self.parts.clock.monotonic();
+            let name = shard.key.file(&shard.identity.payload_name());
+            let counted = Counted { shard };
+            let receipt = disk.put(&name, &counted)?;
+            publish_shard(disk, &shard.identity, &shard.manifest, receipt)?;
+            let took = self.parts.clock.monotonic().saturating_sub(begun);
+            let counters = &self.parts.observer.counters;
+            add(&counters.disk_bytes, shard.payload.len);
+            add(&counters.disk_ns, u64::try_from(took.as_nanos()).unwrap_or(u64::MAX));
+        }
+        shard.save.reach(Level::Disk, true);
+        Ok(())
+    }
+
+    /// Seals the step if every rank is done, or sees that it was sealed or given up.
+    fn watch_disk(&self) -> Result<bool> {
+        let (step, done, deadline) = {
+            let work = locked(&self.work);
+            let Some(carry) = &work.carry else { return Ok(false) };
+            (carry.step, carry.own_done, carry.deadline)
+        };
+        if let Some(why) = self.parts.agreements.gave_up(step)? {
+            self.abandon(step, &why);
+            return Ok(true);
+        }
+        if !done {
+            return Ok(false);
+        }
+        let key = self.key_of(step);
+        let disk = &*self.parts.disk;
+        if Listing::of(disk, &key)?.sealed {
+            return self.sealed_on_disk(step, &key).map(|()| true);
+        }
+        match gather(disk, &key, &self.parts.config.savers)? {
+            Gathered::Complete(complete) => {
+                complete.seal(disk)?;
+                self.sealed_on_disk(step, &key)?;
+                Ok(true)
+            }
+            Gathered::Deleted => {
+                self.abandon(step, "it is being deleted");
+                Ok(true)
+            }
+            Gathered::Missing(missing) => {
+                let who = ranks(&missing);
+                if let Some(shard) = locked(&self.work).shards.get(&step) {
+                    shard.save.set_waiting_for(who.clone());
+                }
+                if deadline.left(&*self.parts.clock).is_some() {
+                    return Ok(false);
+                }
+                let why = format!("{who} did not write its shard in time");
+                self.parts.agreements.give_up(step, &why)?;
+                self.abandon(step, &why);
+                Ok(true)
+            }
+        }
+    }
+
+    fn key_of(&self, step: u64) -> CheckpointKey {
+        match self.parts.record.parent.filter(|p| p.step == step) {
+            Some(parent) => parent.key(),
+            None => CheckpointKey::new(Step(step), &self.parts.record.attempt),
+        }
+    }
+
+    fn sealed_on_disk(&self, step: u64, key: &CheckpointKey) -> Result<()> {
+        {
+            let mut work = locked(&self.work);
+            if let Some(shard) = work.shards.get(&step) {
+                shard.save.set_waiting_for(String::new());
+                shard.save.reach(Level::Disk, false);
+            }
+            work.carry = None;
+            work.sealed = Some(step);
+            self.forget_old(&mut work);
+        }
+        add(&self.parts.observer.counters.disk_sealed, 1);
+        tracing::info!("{key} is sealed on disk");
+        self.parts.signal.notify();
+        if self.parts.config.leads() {
+            self.parts.agreements.forget_before(step.saturating_sub(1))?;
+            self.retain()?;
+        }
+        Ok(())
+    }
+
+    /// Shards whose slots were taken meanwhile are of no more use here.
+    fn forget_old(&self, work: &mut Work) {
+        let newest = work.newest.as_ref().map_or(0, |k| k.step.0);
+        let chosen = work.chosen.unwrap_or(0);
+        work.shards.retain(|step, _| *step >= newest.min(chosen));
+    }
+
+    fn abandon(&self, step: u64, why: &str) {
+        self.fail_step(step, why);
+        locked(&self.work).carry.take_if(|c| c.step == step);
+        self.parts.signal.notify();
+    }
+
+    fn fail_step(&self, step: u64, why: &str) {
+        let shard = locked(&self.work).shards.get(&step).cloned();
+        let error =
+            Error::Skipped { step: Step(step), why: format!("it was given up for disk: {why}") };
+        self.parts.observer.error("disk_failed", Some(step), error.to_string());
+        add(&self.parts.observer.counters.saves_failed, 1);
+        if let Some(shard) = shard {
+            shard.save.fail(Level::Disk, &error);
+        }
+    }
+
+    /// Deletes what the policy lets go.
+    fn retain(&self) -> Result<()> {
+        let disk = &*self.parts.disk;
+        let found = survey(&[disk])?;
+        let attempts = Attempts::load(&[disk, &*self.parts.ram])?;
+        let newest = attempts.newest().map_or(0, |r| r.attempt.number);
+        if newest != self.parts.record.attempt.number {
+            return Ok(()); // Superseded: its leader collects.
+        }
+        let lineage = lineage_of(&[disk], &found, &attempts)?;
+        let in_flight: BTreeSet<CheckpointKey> = {
+            let work = locked(&self.work);
+            work.carry.iter().map(|c| self.key_of(c.step)).collect()
+        };
+        let policy = retain::Policy {
+            keep_last: self.parts.config.keep_last,
+            keep_every: self.parts.config.keep_every,
+            abandoned: false,
+        };
+        let pins = retain::pins(disk)?;
+        let known = retain::Known {
+            found: &found,
+            lineage: &lineage,
+            attempts: &attempts,
+            pins: &pins,
+            in_flight: &in_flight,
+        };
+        retain::collect(disk, &retain::plan(&policy, &known), newest).map(drop)
+    }
+}
+
+/// The shard's payload, with its bytes counted for the progress bar as they are handed out.
+struct Counted<'a> {
+    shard: &'a Shard,
+}
+
+impl Payload for Counted<'_> {
+    fn len(&self) -> u64 {
+        self.shard.payload.len()
+    }
+
+    fn block<'a>(
+        &'a self,
+        offset: u64,
+        len: usize,
+        scratch: &'a mut AlignedBuf,
+    ) -> Result<&'a [u8]> {
+        let block = self.shard.payload.block(offset, len, scratch)?;
+        self.shard.save.add_disk_bytes((len as u64).min(self.len().saturating_sub(offset)));
+        Ok(block)
+    }
+}
+
+/// `rank 3`, `ranks 3, 5 and 2 more`
+pub(crate) fn ranks(list: &[u32]) -> String {
+    let shown: Vec<String> = list.iter().take(4).map(ToString::to_string).collect();
+    match list.len() {
+        1 => format!("rank {}", list[0]),
+        n if n <= 4 => format!("ranks {}", shown.join(", ")),
+        n => format!("ranks {} and {} more", shown.join(", "), n - 4),
+    }
+}

@@ -1,0 +1,689 @@
+//! One rank's handle on a run: the face of the core.
+//!
+//! open -> begin (the restore decision, recorded) -> save, save, save -> close
+//!
+//! # Invariants
+//!
+//! - Nothing is saved before the attempt is recorded and the rank claimed.
+//! - Steps of one attempt rise; a step is published once.
+//! - A save that fails leaves the training, the older checkpoints and the slots as they were, and is
+//!   told.
+//! - In a fork's child every call is refused and nothing is touched.
+
+use std::{
+    any::Any,
+    collections::BTreeMap,
+    path::Path,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use crate::{
+    agree::{Agreements, Saving},
+    attempt::AttemptRecord,
+    begin::{Begin, begin},
+    cascade::{Cascade, Parts, Shard},
+    clock::{Deadline, SharedClock, SystemClock},
+    config::Config,
+    error::{Error, ErrorKind, Result},
+    manifest::{Identity, Meta},
+    names::{CheckpointKey, Id, Rank, Step},
+    observe::{Observer, add, locked},
+    ownership::Ownership,
+    restore::read::Restorable,
+    save::{Level, Save},
+    signal::Signal,
+    snapshot::{
+        Snapshot,
+        arena::{Arena, Filling, SlotPayload},
+        budget::Budget,
+        layout::Layout,
+    },
+    state::{State, TensorSpec},
+    tier::{Tier, disk::DiskTier, memory::MemoryTier, wrap::Retried},
+};
+
+/// One save, as asked for.
+pub struct SaveRequest {
+    /// Completed training steps.
+    pub step: u64,
+    /// The state. Its memory must stay readable until the save is staged, and unchanged but for what
+    /// `late` tensors' owners wait for.
+    pub state: State,
+    /// What the user says about it.
+    pub meta: Meta,
+    /// Copy `late` tensors after returning.
+    pub overlap: bool,
+    /// Pass the step over where every slot is in use, instead of waiting.
+    pub skip_if_busy: bool,
+    /// Dropped when the copy is done: what keeps the state's memory alive.
+    pub keep_alive: Box<dyn Any + Send + Sync>,
+}
+
+/// The tiers and locks of one rank, before and after it has an attempt.
+pub(crate) struct Place {
+    pub(crate) config: Config,
+    pub(crate) ram: Arc<dyn Tier>,
+    pub(crate) disk: Arc<dyn Tier>,
+    pub(crate) arena: Arc<Arena>,
+    pub(crate) observer: Observer,
+    pub(crate) clock: SharedClock,
+    pub(crate) signal: Arc<Signal>,
+    /// Of this process start; rank 0's names the attempt.
+    pub(crate) start: Id,
+    /// Of this writer; in its payloads' names.
+    pub(crate) nonce: Id,
+}
+
+struct Running {
+    record: AttemptRecord,
+    cascade: Arc<Cascade>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct Inner {
+    place: Place,
+    ownership: Ownership,
+    /// Held by the leader: others find its record by it.
+    start_lock: Option<Ownership>,
+    running: Mutex<Option<Running>>,
+    decisions: Mutex<u32>,
+    saves: Mutex<BTreeMap<u64, Save>>,
+    layout: Mutex<Option<Arc<Layout>>>,
+    copying: AtomicUsize,
+    closed: AtomicBool,
+    pid: u32,
+}
+
+/// One rank's handle on a run. Clones are the same handle.
+#[derive(Clone)]
+pub struct Checkpointer {
+    inner: Arc<Inner>,
+}
+
+impl std::fmt::Debug for Checkpointer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let config = &self.inner.place.config;
+        f.debug_struct("Checkpointer")
+            .field("destination", &config.destination)
+            .field("rank", &config.rank)
+            .finish_non_exhaustive()
+    }
+}
+
+/// How many past saves keep their handle: a second `save` of an older step than that is an error.
+const SAVES_KEPT: usize = 64;
+
+impl Checkpointer {
+    /// Takes the rank: opens the tiers and the locks. Nothing is recorded yet.
+    ///
+    /// # Errors
+    /// A place cannot be used, or another live process has the rank.
+    pub fn open(config: Config) -> Result<Self> {
+        config.check()?;
+        let clock: SharedClock = Arc::new(SystemClock);
+        let disk = DiskTier::open(&config.destination)?;
+        let budget = Budget::open(&config.ram_root, config.ram_bytes_max)?;
+        let ram: Arc<dyn Tier> = Arc::new(MemoryTier::open(&config.ram_dir(), budget.clone())?);
+        let ownership = Ownership::take(
+            &config.destination.join(format!("_locks/rank-{:06}", config.rank)),
+            &format!("rank {} of {}", config.rank, config.destination.display()),
+            config.lock_wait,
+            &*clock,
+        )?;
+        disk.sweep(Rank(config.rank), true)?;
+        let observer = Observer::default();
+        let disk: Arc<dyn Tier> = Arc::new(Retried::new(disk, clock.clone()));
+        let signal = Arc::new(Signal::default());
+        let arena = Arena::new(
+            ram.clone(),
+            config.ram_dir(),
+            Rank(config.rank),
+            config.slots,
+            budget,
+            signal.clone(),
+        );
+        let start = config.attempt_id.map_or_else(Id::random, Ok)?;
+        let place = Place {
+            ram,
+            disk,
+            arena,
+            observer,
+            clock,
+            signal,
+            start,
+            nonce: Id::random()?,
+            config,
+        };
+        let start_lock = if place.config.leads() { Some(place.start_lock()?) } else { None };
+        Ok(Self {
+            inner: Arc::new(Inner {
+                place,
+                ownership,
+                start_lock,
+                running: Mutex::new(None),
+                decisions: Mutex::new(0),
+                saves: Mutex::new(BTreeMap::new()),
+                layout: Mutex::new(None),
+                copying: AtomicUsize::new(0),
+                closed: AtomicBool::new(false),
+                pid: std::process::id(),
+            }),
+        })
+    }
+
+    /// Decides, or learns, where this attempt begins, and records and claims it. `None`: at step 0.
+    /// Called again in a running process (a rollback), it begins a new attempt.
+    ///
+    /// # Errors
+    /// A tier did not answer, rank 0's record did not come, the rank is claimed, or the shard of the
+    /// decided step has no good copy here.
+    pub fn begin(&self, how: &Begin) -> Result<Option<Restorable>> {
+        self.check_open()?;
+        let mut running = locked(&self.inner.running);
+        let fresh_run = running.is_none();
+        if let Some(old) = running.take() {
+            if !self.fence(self.inner.place.config.slot_wait)? {
+                return Err(Error::Bug("a copy of the state is still being taken".into()));
+            }
+            stop(old);
+        }
+        let decision = {
+            let mut decisions = locked(&self.inner.decisions);
+            *decisions += 1;
+            *decisions - 1
+        };
+        let place = &self.inner.place;
+        let started = begin(place, how, decision)?;
+        let keep = started.record.parent.map(|p| p.key());
+        if fresh_run {
+            place.arena.adopt(keep.as_ref())?;
+        }
+        locked(&self.inner.saves).clear();
+        let restorable = started.restorable.map(|mut found| {
+            found.slot = place.arena.find(&found.key);
+            found
+        });
+        let resumed = restorable.as_ref().and_then(|found| self.resumed_shard(found));
+        *running = Some(self.run(started.record, resumed)?);
+        Ok(restorable)
+    }
+
+    /// The shard that this attempt resumes from, if it lies in a slot of ours: it may still have to
+    /// go to disk.
+    fn resumed_shard(&self, found: &Restorable) -> Option<Shard> {
+        let copy = found
+            .copies
+            .iter()
+            .find(|c| found.tiers[c.tier].kind() == crate::tier::TierKind::Ram)?;
+        let len = copy.manifest.payload.length;
+        Some(Shard {
+            key: found.key.clone(),
+            identity: copy.manifest.identity.clone(),
+            payload: SlotPayload { slot: found.slot.clone()?, len },
+            manifest: Arc::new(copy.bytes.clone()),
+            save: Save::new(found.key.step.0),
+            complete: false,
+        })
+    }
+
+    fn run(&self, record: AttemptRecord, resumed: Option<Shard>) -> Result<Running> {
+        let place = &self.inner.place;
+        let lone = place.config.savers.len() == 1;
+        let agreements = Agreements::new(&place.config.destination, &record.attempt, lone);
+        let parts = Parts {
+            config: place.config.clone(),
+            record: record.clone(),
+            ram: place.ram.clone(),
+            disk: place.disk.clone(),
+            agreements,
+            observer: place.observer.clone(),
+            clock: place.clock.clone(),
+            signal: place.signal.clone(),
+        };
+        let cascade = Cascade::new(parts, resumed);
+        let runner = cascade.clone();
+        let thread = std::thread::Builder::new()
+            .name("tierkeep-disk".into())
+            .spawn(move || runner.run())
+            .map_err(|source| Error::Io { what: "start the disk tier's thread".into(), source })?;
+        Ok(Running { record, cascade, thread: Some(thread) })
+    }
+
+    /// Makes the slots for a state of this form and puts their pages in place, behind.
+    ///
+    /// # Errors
+    /// [`Error::Budget`] with the sum, at once.
+    pub fn prepare(&self, specs: Vec<TensorSpec>) -> Result<()> {
+        self.check_open()?;
+        let layout = self.layout(specs.iter())?;
+        let (arena, observer) = (self.inner.place.arena.clone(), self.inner.place.observer.clone());
+        arena.check_budget(layout.len)?;
+        let work = move || {
+            if let Err(e) = arena.prepare(layout.len) {
+                observer.warn(
+                    "prepare_failed",
+                    None,
+                    format!("slots were not prepared: {}", e.chain()),
+                );
+            }
+        };
+        let spawned = std::thread::Builder::new().name("tierkeep-prepare".into()).spawn(work);
+        spawned.map(drop).map_err(|source| Error::Io { what: "start a thread".into(), source })
+    }
+
+    fn layout<'a>(
+        &self,
+        specs: impl ExactSizeIterator<Item = &'a TensorSpec> + Clone,
+    ) -> Result<Arc<Layout>> {
+        let mut kept = locked(&self.inner.layout);
+        if let Some(layout) = kept.as_ref().filter(|l| l.fits(specs.clone())) {
+            return Ok(layout.clone());
+        }
+        let layout = Arc::new(Layout::new(specs.cloned().collect())?);
+        *kept = Some(layout.clone());
+        Ok(layout)
+    }
+
+    /// Saves a state. Returns when the caller may go on: the copy is done and published in RAM, or,
+    /// with `overlap`, everything but the `late` tensors is copied.
+    ///
+    /// A failure of the copy is told, counted and kept in the returned [`Save`]; only mistakes of the
+    /// caller are errors here.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`], [`ErrorKind::Fenced`].
+    ///
+    /// # Safety
+    /// The memory that the state points to is readable until the save is staged, and nobody writes to
+    /// it meanwhile.
+    pub unsafe fn save(&self, request: SaveRequest) -> Result<Save> {
+        self.check_open()?;
+        let (record, cascade) = self.running()?;
+        if let Some(save) = self.earlier(request.step)? {
+            return Ok(save);
+        }
+        if record.parent.is_some_and(|p| request.step <= p.step) {
+            return Err(Error::invalid(format!(
+                "step {} is not newer than the step that this attempt resumed from, {}",
+                request.step,
+                record.parent.map_or(0, |p| p.step)
+            )));
+        }
+        let save = Save::new(request.step);
+        locked(&self.inner.saves).insert(request.step, save.clone());
+        // SAFETY: the caller's promise.
+        match unsafe { self.take(&save, request, &record, &cascade) } {
+            Ok(()) => Ok(save),
+            Err(e) => {
+                self.inner.failed(&save, &e);
+                match e.kind() {
+                    ErrorKind::Fenced | ErrorKind::Invalid
+                        if !matches!(e, Error::Budget { .. }) =>
+                    {
+                        Err(e)
+                    }
+                    _ => Ok(save),
+                }
+            }
+        }
+    }
+
+    /// The save of this step, if this attempt has one; an error for a step that is older than it.
+    fn earlier(&self, step: u64) -> Result<Option<Save>> {
+        let mut saves = locked(&self.inner.saves);
+        if let Some(save) = saves.get(&step) {
+            if !save.is_void() {
+                return Ok(Some(save.clone()));
+            }
+            saves.remove(&step);
+        }
+        if let Some((newest, _)) = saves.last_key_value().filter(|(s, _)| **s > step) {
+            return Err(Error::invalid(format!(
+                "step {step} is older than step {newest}, which this attempt has saved: steps rise \
+                 (to go back, restore with rollback=True)"
+            )));
+        }
+        while saves.len() >= SAVES_KEPT {
+            saves.pop_first();
+        }
+        Ok(None)
+    }
+
+    /// # Safety
+    /// As [`save`](Self::save).
+    unsafe fn take(
+        &self,
+        save: &Save,
+        request: SaveRequest,
+        record: &AttemptRecord,
+        cascade: &Arc<Cascade>,
+    ) -> Result<()> {
+        let inner = &self.inner;
+        let layout = self.layout(request.state.tensors.iter().map(|t| &t.spec))?;
+        let snapshot = Snapshot::new(&request.state, layout, inner.place.config.threads)?;
+        save.set_bytes(snapshot.len());
+        let Some(filling) = self.slot(save, snapshot.len(), request.skip_if_busy, cascade)? else {
+            return Ok(());
+        };
+        let identity = Identity {
+            run_id: record.run_id,
+            attempt: record.attempt,
+            writer: inner.place.nonce,
+            step: request.step,
+            rank: inner.place.config.rank,
+            savers: inner.place.config.savers.clone(),
+        };
+        let mut meta = request.meta;
+        meta.saved_unix_ms = inner.place.clock.unix_ms();
+        let job =
+            Job { snapshot, filling, identity, meta, save: save.clone(), cascade: cascade.clone() };
+        let begun = inner.place.clock.monotonic();
+        let overlap = request.overlap && !job.snapshot.is_all_now();
+        let done = if overlap {
+            // SAFETY: the caller's promise.
+            unsafe { job.snapshot.begin(job.filling.slot()) };
+            inner.copy_behind(job, request.keep_alive)
+        } else {
+            // SAFETY: the caller's promise.
+            let crcs = unsafe { job.snapshot.take(job.filling.slot()) };
+            save.reach(Level::Staged, false);
+            inner.publish(job, crcs)
+        };
+        let took = inner.place.clock.monotonic().saturating_sub(begun);
+        add(&inner.place.observer.counters.stall_ns, u64::try_from(took.as_nanos()).unwrap_or(0));
+        done
+    }
+
+    /// A slot for the snapshot; `None`: the step is skipped, by this rank's wish or another's.
+    fn slot(
+        &self,
+        save: &Save,
+        len: u64,
+        skip_if_busy: bool,
+        cascade: &Arc<Cascade>,
+    ) -> Result<Option<Filling>> {
+        let place = &self.inner.place;
+        let may_go = |key: &CheckpointKey| cascade.may_go(key);
+        let mut filling = place.arena.acquire(len, &may_go)?;
+        let wish = if filling.is_none() && skip_if_busy { Saving::Skip } else { Saving::Save };
+        if cascade.agreements().saving(save.step(), wish)? == Saving::Skip {
+            let why = "every slot is in use: the disk is slower than the saves";
+            add(&place.observer.counters.saves_skipped, 1);
+            place.observer.warn(
+                "skipped",
+                Some(save.step()),
+                format!("step {}: {why}", save.step()),
+            );
+            save.skip(why);
+            return Ok(None);
+        }
+        let deadline = Deadline::after(&*place.clock, place.config.slot_wait);
+        let stragglers = Deadline::after(&*place.clock, place.config.stragglers_wait);
+        while filling.is_none() {
+            let seen = place.signal.seen();
+            filling = place.arena.acquire(len, &may_go)?;
+            if filling.is_some() {
+                break;
+            }
+            if stragglers.left(&*place.clock).is_none() && cascade.give_up_straggler()? {
+                continue;
+            }
+            if deadline.left(&*place.clock).is_none() {
+                return Err(deadline.passed(
+                    format!("a free slot for step {}", save.step()),
+                    "the disk tier has not finished with an older step",
+                ));
+            }
+            place.signal.wait(seen, Duration::from_millis(20));
+        }
+        Ok(filling)
+    }
+
+    /// Waits up to `timeout` until no copy is being taken behind; then any tensor may be changed.
+    ///
+    /// # Errors
+    /// The handle is closed.
+    pub fn fence(&self, timeout: Duration) -> Result<bool> {
+        self.inner.check_pid()?;
+        let place = &self.inner.place;
+        let deadline = Deadline::after(&*place.clock, timeout);
+        loop {
+            let seen = place.signal.seen();
+            if self.inner.copying.load(Ordering::Acquire) == 0 {
+                return Ok(true);
+            }
+            let Some(left) = deadline.left(&*place.clock) else { return Ok(false) };
+            place.signal.wait(seen, left);
+        }
+    }
+
+    fn running(&self) -> Result<(AttemptRecord, Arc<Cascade>)> {
+        if let Some(running) = locked(&self.inner.running).as_ref() {
+            return Ok((running.record.clone(), running.cascade.clone()));
+        }
+        // The first save without `restore`: right on a new run, an error on any other.
+        self.begin(&Begin { only_new: true, ..Begin::default() })?;
+        self.running()
+    }
+
+    fn check_open(&self) -> Result<()> {
+        self.inner.check_pid()?;
+        if self.inner.closed.load(Ordering::Relaxed) {
+            return Err(Error::invalid("this Checkpointer is closed"));
+        }
+        let superseded = !self.inner.ownership.is_current();
+        let fenced = locked(&self.inner.running).as_ref().is_some_and(|r| r.cascade.is_fenced());
+        if superseded || fenced {
+            let who =
+                if superseded { "a newer Checkpointer of this process" } else { "a newer attempt" };
+            return Err(Error::Fenced { why: format!("{who} has taken over this run") });
+        }
+        Ok(())
+    }
+
+    /// Events and counters.
+    #[must_use]
+    pub fn observer(&self) -> &Observer {
+        &self.inner.place.observer
+    }
+
+    /// The settings.
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        &self.inner.place.config
+    }
+
+    /// The id of this process start: rank 0's, given to the others, makes them one attempt.
+    #[must_use]
+    pub fn start_id(&self) -> Id {
+        self.inner.place.start
+    }
+
+    /// The attempt, once begun.
+    #[must_use]
+    pub fn attempt(&self) -> Option<AttemptRecord> {
+        locked(&self.inner.running).as_ref().map(|r| r.record.clone())
+    }
+
+    /// The tiers, nearest first.
+    #[must_use]
+    pub fn tiers(&self) -> Vec<Arc<dyn Tier>> {
+        vec![self.inner.place.ram.clone(), self.inner.place.disk.clone()]
+    }
+
+    /// Pins a step of this run's lineage, or takes the pin away.
+    ///
+    /// # Errors
+    /// No such complete checkpoint, or the tier did not answer.
+    pub fn pin(&self, step: u64, pinned: bool) -> Result<()> {
+        self.check_open()?;
+        crate::reader::Reader::of(self.tiers()).pin(Step(step), None, pinned)
+    }
+
+    /// One slice of closing: waits up to `timeout` for what is on its way. True: closed, everything
+    /// that could reach disk is there or has failed. False: not yet, call again. `now`: do not wait
+    /// for disk.
+    ///
+    /// # Errors
+    /// A fork's child.
+    pub fn close(&self, timeout: Duration, now: bool) -> Result<bool> {
+        self.inner.check_pid()?;
+        let place = &self.inner.place;
+        let deadline = Deadline::after(&*place.clock, timeout);
+        let cascade = locked(&self.inner.running).as_ref().map(|r| r.cascade.clone());
+        loop {
+            let seen = place.signal.seen();
+            let copying = self.inner.copying.load(Ordering::Acquire) > 0;
+            if !copying && (now || cascade.as_ref().is_none_or(|c| !c.is_busy())) {
+                break;
+            }
+            let Some(left) = deadline.left(&*place.clock) else { return Ok(false) };
+            place.signal.wait(seen, left.min(Duration::from_millis(50)));
+        }
+        self.inner.shut(!now);
+        Ok(true)
+    }
+}
+
+struct Job {
+    snapshot: Snapshot,
+    filling: Filling,
+    identity: Identity,
+    meta: Meta,
+    save: Save,
+    cascade: Arc<Cascade>,
+}
+
+impl Inner {
+    fn check_pid(&self) -> Result<()> {
+        if self.pid == std::process::id() {
+            return Ok(());
+        }
+        Err(Error::Fenced {
+            why: format!(
+                "this Checkpointer belongs to process {}: it does nothing in a forked child",
+                self.pid
+            ),
+        })
+    }
+
+    /// Gives the filled slot its name in the ram tier, manifest last.
+    fn publish(&self, job: Job, crcs: Vec<u32>) -> Result<()> {
+        let Job { snapshot, filling, identity, meta, save, cascade } = job;
+        let manifest = snapshot.manifest(&identity, &meta, crcs)?;
+        let payload = SlotPayload { slot: filling.slot().clone(), len: snapshot.len() };
+        let key = identity.key();
+        let ram = &*self.place.ram;
+        let receipt = ram.put(&key.file(&identity.payload_name()), &payload)?;
+        // From here on the slot has a name: whatever happens, it is found again by it.
+        self.place.arena.hold(filling, key.clone());
+        crate::commit::publish_shard(ram, &identity, &manifest, receipt)?;
+        add(&self.place.observer.counters.saves, 1);
+        add(&self.place.observer.counters.captured_bytes, payload.len);
+        let manifest = Arc::new(manifest);
+        cascade.push(Shard { key, identity, payload, manifest, save, complete: false });
+        Ok(())
+    }
+
+    fn copy_behind(
+        self: &Arc<Self>,
+        job: Job,
+        keep_alive: Box<dyn Any + Send + Sync>,
+    ) -> Result<()> {
+        let inner = self.clone();
+        let save = job.save.clone();
+        self.copying.fetch_add(1, Ordering::AcqRel);
+        let work = move || {
+            // SAFETY: `keep_alive` holds the memory, and the owners of `late` tensors wait for
+            // `staged` before they write (the promise of `save`).
+            let crcs = unsafe { job.snapshot.finish(job.filling.slot()) };
+            drop(keep_alive);
+            let save = job.save.clone();
+            save.reach(Level::Staged, false);
+            inner.copying.fetch_sub(1, Ordering::AcqRel);
+            inner.place.signal.notify();
+            if let Err(e) = inner.publish(job, crcs) {
+                inner.failed(&save, &e);
+            }
+        };
+        let spawned = std::thread::Builder::new().name("tierkeep-copy".into()).spawn(work);
+        spawned.map(drop).map_err(|source| {
+            self.copying.fetch_sub(1, Ordering::AcqRel);
+            Error::Io { what: format!("start the thread that copies step {}", save.step()), source }
+        })
+    }
+
+    fn failed(&self, save: &Save, error: &Error) {
+        save.fail(Level::Staged, error);
+        add(&self.place.observer.counters.saves_failed, 1);
+        let text = format!("step {} was not saved: {}", save.step(), error.chain());
+        self.place.observer.error("save_failed", Some(save.step()), text);
+    }
+
+    /// Ends the threads and gives the locks up. Memory goes back only where the newest checkpoint is
+    /// durable elsewhere.
+    fn shut(&self, clean: bool) {
+        if self.closed.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let running = locked(&self.running).take();
+        if let Some(running) = running {
+            let cascade = running.cascade.clone();
+            let current = self.ownership.is_current();
+            stop(running);
+            let durable = cascade.newest().is_some_and(|k| cascade.sealed() == Some(k.step.0));
+            if clean
+                && durable
+                && current
+                && let Err(e) = self.place.arena.give_back()
+            {
+                let text = format!("memory was not given back: {}", e.chain());
+                self.place.observer.warn("give_back_failed", None, text);
+            }
+        }
+        self.place.observer.close();
+    }
+}
+
+impl Place {
+    /// Others find this process's attempt record by this lock, whose name nobody else has.
+    fn start_lock(&self) -> Result<Ownership> {
+        let path = start_lock_path(&self.config.destination, &self.start);
+        Ownership::take(&path, "this start of the job", self.config.lock_wait, &*self.clock)
+    }
+}
+
+pub(crate) fn start_lock_path(destination: &Path, start: &Id) -> std::path::PathBuf {
+    destination.join(format!("_locks/start-{start}"))
+}
+
+fn stop(mut running: Running) {
+    running.cascade.stop();
+    if let Some(thread) = running.thread.take()
+        && thread.join().is_err()
+    {
+        tracing::error!("the disk tier's thread panicked");
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        if self.pid == std::process::id() {
+            self.shut(false);
+            if let Some(lock) = self.start_lock.take() {
+                drop(lock);
+                // A dead start's lock file is of no use; left behind it would be swept at the next.
+                let path = start_lock_path(&self.place.config.destination, &self.place.start);
+                let _ = crate::tier::publish::remove(&path);
+            }
+        } else if let Some(running) = locked(&self.running).take() {
+            // A fork's child has neither the threads nor the locks: nothing of it may run here.
+            std::mem::forget(running);
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! The settings of one rank's handle, with their defaults, units and environment variables.
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use crate::{
+    error::{Doing, Error, Result},
+    names::{Id, check_run_name},
+};
+
+/// The settings of one rank's handle on a run.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// `<root>/<run>`: the disk tier's directory of this run.
+    pub destination: PathBuf,
+    /// The directory that all runs of this user share for the ram tier. `TIERKEEP_RAM_DIR`; else
+    /// `/dev/shm/tierkeep-<uid>`.
+    pub ram_root: PathBuf,
+    /// Limit of all files below `ram_root` together. `TIERKEEP_RAM_BYTES_MAX`; else a share of what
+    /// tmpfs and the control group leave.
+    pub ram_bytes_max: Option<u64>,
+    /// This process.
+    pub rank: u32,
+    /// Every rank that saves, rising.
+    pub savers: Vec<u32>,
+    /// The id of this start of the job, the same for all ranks, where something can tell them. `None`:
+    /// rank 0 draws it, the others find it in the record whose lock rank 0 holds.
+    pub attempt_id: Option<Id>,
+    /// Slots a rank: one more than snapshots that are carried at once. `TIERKEEP_SLOTS`.
+    pub slots: usize,
+    /// Steps that are divisible by it go to disk. `TIERKEEP_DISK_EVERY`.
+    pub disk_every: u64,
+    /// Newest checkpoints that stay on disk. `TIERKEEP_KEEP_LAST`.
+    pub keep_last: usize,
+    /// Steps divisible by it stay on disk for ever. `TIERKEEP_KEEP_EVERY`.
+    pub keep_every: Option<u64>,
+    /// Threads of one copy; `None`: as many as help and are there. `TIERKEEP_THREADS`.
+    pub threads: Option<usize>,
+    /// How long a rank's lock is waited for.
+    pub lock_wait: Duration,
+    /// How long ranks wait for rank 0's record.
+    pub attempt_wait: Duration,
+    /// How long a save waits for a slot.
+    pub slot_wait: Duration,
+    /// How long a step may take to be sealed on disk before it is given up.
+    pub disk_wait: Duration,
+    /// How long a rank waits for the others' shards of an older step before it takes that step's slot.
+    pub stragglers_wait: Duration,
+}
+
+impl Config {
+    /// The defaults, then `TIERKEEP_*`.
+    ///
+    /// # Errors
+    /// The run's name or a variable is not what it must be.
+    pub fn new(destination: &Path) -> Result<Self> {
+        let destination = absolute(destination)?;
+        let run = destination.file_name().and_then(|n| n.to_str()).unwrap_or("");
+        check_run_name(run)?;
+        let seconds = Duration::from_secs;
+        Ok(Self {
+            destination,
+            ram_root: default_ram_root(),
+            ram_bytes_max: number("TIERKEEP_RAM_BYTES_MAX")?,
+            rank: 0,
+            savers: vec![0],
+            attempt_id: None,
+            slots: number("TIERKEEP_SLOTS")?.unwrap_or(2),
+            disk_every: number("TIERKEEP_DISK_EVERY")?.unwrap_or(1),
+            keep_last: number("TIERKEEP_KEEP_LAST")?.unwrap_or(2),
+            keep_every: number("TIERKEEP_KEEP_EVERY")?,
+            threads: number("TIERKEEP_THREADS")?,
+            lock_wait: seconds(10),
+            attempt_wait: seconds(120),
+            slot_wait: seconds(600),
+            disk_wait: seconds(1800),
+            stragglers_wait: seconds(10),
+        })
+    }
+
+    /// Checks what the fields say together.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] that names the field.
+    pub fn check(&self) -> Result<()> {
+        let savers = &self.savers;
+        let wrong = if !savers.is_sorted_by(|a, b| a < b) || savers.is_empty() {
+            format!("savers = {savers:?}: ranks must be rising, and at least one")
+        } else if !savers.contains(&self.rank) {
+            format!("rank = {} is not among the ranks that save, {savers:?}", self.rank)
+        } else if self.slots < 2 {
+            format!(
+                "slots = {}: at least 2, or a save would overwrite the newest checkpoint",
+                self.slots
+            )
+        } else if self.disk_every == 0 || self.keep_every == Some(0) {
+            "disk_every and keep_every count steps from 1".into()
+        } else if self.keep_last == 0 {
+            "keep_last = 0: the last good checkpoint is never deleted, say 1 or more".into()
+        } else if self.threads == Some(0) {
+            "threads = 0: at least 1".into()
+        } else {
+            return Ok(());
+        };
+        Err(Error::invalid(wrong))
+    }
+
+    /// The rank that creates attempt records and leads the disk tier.
+    #[must_use]
+    pub fn leader(&self) -> u32 {
+        self.savers.first().copied().unwrap_or(self.rank)
+    }
+
+    /// True for the leader.
+    #[must_use]
+    pub fn leads(&self) -> bool {
+        self.rank == self.leader()
+    }
+
+    /// Where the ram tier of this run lies: apart for each destination, so that two runs of one name
+    /// in two places do not meet.
+    #[must_use]
+    pub fn ram_dir(&self) -> PathBuf {
+        ram_dir(&self.ram_root, &self.destination)
+    }
+}
+
+/// `<ram_root>/<run>-<8 hex of the destination's hash>`
+#[must_use]
+pub fn ram_dir(ram_root: &Path, destination: &Path) -> PathBuf {
+    use std::os::unix::ffi::OsStrExt;
+    // A link to the destination is the same destination.
+    let real = destination.canonicalize().unwrap_or_else(|_| {
+        let parent = destination.parent().and_then(|p| p.canonicalize().ok());
+        match (parent, destination.file_name()) {
+            (Some(parent), Some(name)) => parent.join(name),
+            _ => destination.into(),
+        }
+    });
+    let hash = crate::manifest::sha256(real.as_os_str().as_bytes());
+    let run = destination.file_name().unwrap_or_default().to_string_lossy();
+    ram_root.join(format!("{run}-{}", &hash[..8]))
+}
+
+/// `TIERKEEP_RAM_DIR`, else `/dev/shm/tierkeep-<uid>`.
+#[must_use]
+pub fn default_ram_root() -> PathBuf {
+    std::env::var_os("TIERKEEP_RAM_DIR").filter(|v| !v.is_empty()).map_or_else(
+        || format!("/dev/shm/tierkeep-{}", rustix::process::getuid().as_raw()).into(),
+        PathBuf::from,
+    )
+}
+
+fn absolute(path: &Path) -> Result<PathBuf> {
+    if path.as_os_str().is_empty() {
+        return Err(Error::invalid("the destination is empty: it is <root>/<run>"));
+    }
+    if path.as_os_str().as_encoded_bytes().contains(&0) {
+        return Err(Error::invalid(format!("the destination {path:?} has a NUL in it")));
+    }
+    std::path::absolute(path).at("find", path)
+}
+
+fn number<T: std::str::FromStr>(name: &str) -> Result<Option<T>> {
+    match std::env::var(name) {
+        Ok(text) if text.is_empty() => Ok(None),
+        Ok(text) => text
+            .parse()
+            .map(Some)
+            .map_err(|_| Error::invalid(format!("{name} is {text:?}: it must be a whole number"))),
+        Err(std::env::VarError::NotPresent) => Ok(None),
+        Err(e) => Err(Error::invalid(format!("{name}: {e}"))),
+    }
+}

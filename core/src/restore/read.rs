@@ -1,0 +1,413 @@
+//! Reading one shard into memory: every chunk checked, from the nearest tier that has it whole, and
+//! the bad copies mended from the good ones.
+//!
+//! # Invariants
+//!
+//! - A byte that does not match its checksum in one tier is taken from the next; in none: an error.
+//! - A damaged copy is told once for each restore.
+//! - Bytes that come from a file reach the caller's memory only after they were checked.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use super::survey::{BadCopy, ShardCopy};
+use crate::{
+    error::{Error, Result},
+    manifest::ShardManifest,
+    names::{CheckpointKey, Rank, Step},
+    observe::{Observer, add, locked},
+    snapshot::{
+        arena::Slot,
+        copy::{Memory, Piece, Plan, restore, restore_chunk, threads_for},
+    },
+    tier::{
+        Payload, Source, Tier, TierKind,
+        buffer::{AlignedBuf, padded},
+        label,
+    },
+};
+
+/// Chunks in flight from a file: a disk wants a few requests, and four of 4 MiB are 16 MiB.
+const READERS: usize = 4;
+
+/// Where one shard can be read, nearest first.
+#[derive(Clone, Debug)]
+pub struct Restorable {
+    /// Which checkpoint.
+    pub key: CheckpointKey,
+    /// Which rank's shard.
+    pub rank: Rank,
+    pub(crate) tiers: Vec<Arc<dyn Tier>>,
+    pub(crate) copies: Vec<ShardCopy>,
+    pub(crate) bad: Vec<BadCopy>,
+    /// The slot of this process that holds it, mapped.
+    pub(crate) slot: Option<Arc<Slot>>,
+    pub(crate) observer: Observer,
+    /// The owner of the run mends; a mere reader does not write.
+    pub(crate) mends: bool,
+}
+
+/// How a read went.
+#[derive(Clone, Debug)]
+pub struct ReadReport {
+    /// The tier that most bytes came from: the nearest with a good manifest.
+    pub tier: TierKind,
+    /// One sentence for each damaged copy.
+    pub damaged: Vec<String>,
+}
+
+impl Restorable {
+    /// Completed training steps.
+    #[must_use]
+    pub fn step(&self) -> Step {
+        self.key.step
+    }
+
+    /// The shard's description.
+    #[must_use]
+    pub fn manifest(&self) -> &ShardManifest {
+        &self.copies[0].manifest
+    }
+
+    /// Copies the tensors named in `targets` into the caller's memory. Others are not read.
+    ///
+    /// # Errors
+    /// [`Error::Lost`] where some chunk is good in no tier. The targets then hold old and new bytes.
+    ///
+    /// # Safety
+    /// Each target is writable memory of exactly the tensor's bytes, apart from all others, and no
+    /// thread touches it until this returns.
+    pub unsafe fn read(
+        &self,
+        targets: &HashMap<String, Memory>,
+        threads: Option<usize>,
+    ) -> Result<ReadReport> {
+        let plan = self.plan(targets)?;
+        let mut left: Vec<usize> = (0..plan.chunks()).filter(|c| plan.wants(*c)).collect();
+        let mut report = ReadReport { tier: self.tier(0).kind(), damaged: Vec::new() };
+        report.damaged.extend(self.bad.iter().map(|b| b.why.clone()));
+        let mut damaged: Vec<(usize, Vec<usize>)> = Vec::new();
+        for index in 0..self.copies.len() {
+            if left.is_empty() {
+                break;
+            }
+            let wanted = left.len();
+            // SAFETY: the caller's promise.
+            let (bad, trouble) = unsafe { self.read_copy(index, &plan, &left, threads) };
+            if bad.len() < wanted && (index == 0 || wanted == plan.chunks()) {
+                report.tier = self.tier(index).kind();
+            }
+            if !bad.is_empty() {
+                add(&self.observer.counters.checksum_failures, bad.len() as u64);
+                let why = trouble.unwrap_or_else(|| self.chunks_in_words(index, &bad));
+                report.damaged.push(why);
+                damaged.push((index, bad.clone()));
+            }
+            left = bad;
+        }
+        if !left.is_empty() {
+            if self.mends
+                && let Some(home) = self.tiers.last()
+            {
+                crate::begin::mark_bad(&**home, &self.observer, &self.key, self.rank);
+            }
+            return Err(self.lost(&report.damaged));
+        }
+        self.tell(&report);
+        if self.mends {
+            self.mend(&damaged);
+        }
+        Ok(report)
+    }
+
+    fn tier(&self, copy: usize) -> &dyn Tier {
+        &*self.tiers[self.copies[copy].tier]
+    }
+
+    fn plan(&self, targets: &HashMap<String, Memory>) -> Result<Plan> {
+        let manifest = self.manifest();
+        let size = |n: u64| usize::try_from(n).map_err(|_| Error::Bug("a 32-bit machine".into()));
+        let mut pieces = Vec::with_capacity(manifest.tensors.len() + 2);
+        let mut at = 0;
+        let skip_to = |pieces: &mut Vec<Piece>, at: &mut usize, to: usize| {
+            if to > *at {
+                let len = to - *at;
+                pieces.push(Piece { offset: *at, len, memory: Memory::Skip, now: false });
+            }
+            *at = to;
+        };
+        for tensor in &manifest.tensors {
+            let (begin, end) = (size(tensor.at[0])?, size(tensor.at[1])?);
+            skip_to(&mut pieces, &mut at, begin);
+            let memory = targets.get(&tensor.name).cloned().unwrap_or(Memory::Skip);
+            pieces.push(Piece { offset: begin, len: end - begin, memory, now: false });
+            at = end;
+        }
+        skip_to(&mut pieces, &mut at, size(manifest.payload.length)?);
+        Plan::new(pieces, size(manifest.payload.length)?, size(manifest.payload.chunk_bytes)?)
+    }
+
+    /// Reads chunks from one copy; returns those that are not good there, and why if it is one reason.
+    unsafe fn read_copy(
+        &self,
+        index: usize,
+        plan: &Plan,
+        chunks: &[usize],
+        threads: Option<usize>,
+    ) -> (Vec<usize>, Option<String>) {
+        let payload = &self.copies[index].manifest.payload;
+        if let (TierKind::Ram, Some(slot), true) = (self.tier(index).kind(), &self.slot, index == 0)
+        {
+            let threads = threads.unwrap_or_else(|| threads_for(plan.len()));
+            let bytes = slot.bytes(plan.len());
+            // SAFETY: the slot has the payload's bytes; the caller's promise covers the targets.
+            let bad = unsafe { restore(plan, bytes.as_ptr(), &payload.chunks, threads) };
+            return (bad.into_iter().map(|c| c as usize).collect(), None);
+        }
+        let name = self.key.file(&payload.file);
+        let source = match self.tier(index).open(&name) {
+            Ok(source) => source,
+            Err(e) => return (chunks.to_vec(), Some(e.chain())),
+        };
+        let next = AtomicUsize::new(0);
+        let bad = Mutex::new(Vec::new());
+        let trouble = Mutex::new(None);
+        let work = || {
+            let mut buffer = AlignedBuf::new(1);
+            while let Some(chunk) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
+                match read_chunk(&*source, payload, *chunk, &mut buffer) {
+                    // SAFETY: the caller's promise; each chunk is one thread's.
+                    Ok(bytes)
+                        if unsafe {
+                            restore_chunk(plan, *chunk, bytes, payload.chunks[*chunk])
+                        } => {}
+                    Ok(_) => locked(&bad).push(*chunk),
+                    Err(e) => {
+                        locked(&trouble).get_or_insert(e.chain());
+                        locked(&bad).push(*chunk);
+                    }
+                }
+            }
+        };
+        run_on(READERS.min(chunks.len()), &work);
+        let mut bad = std::mem::take(&mut *locked(&bad));
+        bad.sort_unstable();
+        (bad, locked(&trouble).take())
+    }
+
+    fn chunks_in_words(&self, copy: usize, bad: &[usize]) -> String {
+        let file = label(self.tier(copy), &self.key.file(&self.copies[copy].manifest.payload.file));
+        let shown: Vec<String> = bad.iter().take(4).map(ToString::to_string).collect();
+        let more = if bad.len() > 4 { ", ..." } else { "" };
+        let s = if bad.len() == 1 { "" } else { "s" };
+        format!(
+            "{file} is damaged: chunk{s} {}{more} of {}",
+            shown.join(", "),
+            self.manifest().payload.chunks.len()
+        )
+    }
+
+    fn lost(&self, damaged: &[String]) -> Error {
+        Error::Lost { step: self.key.step, rank: self.rank, why: damaged.join("; ") }
+    }
+
+    fn tell(&self, report: &ReadReport) {
+        for why in &report.damaged {
+            self.observer.warn(
+                "damaged_copy",
+                Some(self.key.step.0),
+                format!("{}, {}: {why}; another copy was used", self.key.step, self.rank),
+            );
+        }
+    }
+
+    /// Puts good bytes where bad ones were found. What cannot be mended is told and stays as it was.
+    fn mend(&self, damaged: &[(usize, Vec<usize>)]) {
+        for (copy, chunks) in damaged {
+            let mended = chunks.iter().try_for_each(|chunk| self.mend_chunk(*copy, *chunk));
+            self.tell_mended(self.copies[*copy].tier, mended);
+        }
+        // A copy whose manifest was bad, or whose payload was gone or short, is made anew.
+        for bad in &self.bad {
+            let Some(tier) = self.tiers.iter().position(|t| t.kind() == bad.tier) else { continue };
+            self.tell_mended(tier, self.replace(&*self.tiers[tier]));
+        }
+    }
+
+    fn tell_mended(&self, tier: usize, mended: Result<()>) {
+        let (step, tier) = (Some(self.key.step.0), &self.tiers[tier]);
+        match mended {
+            Ok(()) => {
+                add(&self.observer.counters.repairs, 1);
+                let text = format!(
+                    "{}, {}: the copy in the {} tier was mended",
+                    self.key.step,
+                    self.rank,
+                    tier.kind()
+                );
+                self.observer.info("repaired", step, text);
+            }
+            Err(e) => {
+                let text = format!(
+                    "{}, {}: the copy in the {} tier could not be mended: {}",
+                    self.key.step,
+                    self.rank,
+                    tier.kind(),
+                    e.chain()
+                );
+                self.observer.warn("repair_failed", step, text);
+            }
+        }
+    }
+
+    fn mend_chunk(&self, copy: usize, chunk: usize) -> Result<()> {
+        let mut buffer = AlignedBuf::new(1);
+        let good = self.good_chunk(copy, chunk, &mut buffer)?;
+        let payload = &self.copies[copy].manifest.payload;
+        let offset = chunk as u64 * payload.chunk_bytes;
+        self.tier(copy).mend(&self.key.file(&payload.file), offset, good)
+    }
+
+    /// A checked chunk from any copy but `not`.
+    fn good_chunk<'a>(
+        &self,
+        not: usize,
+        chunk: usize,
+        buffer: &'a mut AlignedBuf,
+    ) -> Result<&'a [u8]> {
+        let mut len = None;
+        for index in (0..self.copies.len()).filter(|i| *i != not) {
+            let payload = &self.copies[index].manifest.payload;
+            let source = self.tier(index).open(&self.key.file(&payload.file))?;
+            if read_chunk(&*source, payload, chunk, buffer)
+                .is_ok_and(|bytes| crc32fast::hash(bytes) == payload.chunks[chunk])
+            {
+                len = usize::try_from(payload.chunk_len(chunk)).ok();
+                break;
+            }
+        }
+        match len {
+            Some(len) => Ok(&buffer[..len]),
+            None => Err(self.lost(&[format!("chunk {chunk} is good nowhere else")])),
+        }
+    }
+
+    /// Writes this shard anew into a tier whose copy is beyond mending, manifest last.
+    fn replace(&self, tier: &dyn Tier) -> Result<()> {
+        let (manifest, bytes) = (self.manifest(), &self.copies[0].bytes);
+        tier.delete(&self.key.manifest(self.rank))?;
+        let name = self.key.file(&manifest.payload.file);
+        tier.delete(&name)?;
+        let receipt = tier.put(&name, &CheckedPayload { shard: self })?;
+        crate::commit::publish_shard(tier, &manifest.identity, bytes, receipt)
+    }
+
+    /// The shard as a payload that checks each block: for copying it elsewhere.
+    #[must_use]
+    pub fn payload(&self) -> impl Payload + '_ {
+        CheckedPayload { shard: self }
+    }
+
+    /// Reads every byte of every copy and says what is wrong with each: the whole of `verify`.
+    ///
+    /// # Errors
+    /// None; what a tier does not answer is among the findings.
+    pub fn verify(&self) -> Vec<BadCopy> {
+        let mut findings = self.bad.clone();
+        for index in 0..self.copies.len() {
+            let payload = &self.copies[index].manifest.payload;
+            let tier = self.tier(index);
+            let source = match tier.open(&self.key.file(&payload.file)) {
+                Ok(source) => source,
+                Err(e) => {
+                    findings.push(BadCopy { tier: tier.kind(), why: e.chain() });
+                    continue;
+                }
+            };
+            let next = AtomicUsize::new(0);
+            let bad = Mutex::new(Vec::new());
+            let work = || {
+                let mut buffer = AlignedBuf::new(1);
+                loop {
+                    let chunk = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(crc) = payload.chunks.get(chunk) else { break };
+                    if !read_chunk(&*source, payload, chunk, &mut buffer)
+                        .is_ok_and(|bytes| crc32fast::hash(bytes) == *crc)
+                    {
+                        locked(&bad).push(chunk);
+                    }
+                }
+            };
+            run_on(READERS.min(payload.chunks.len()), &work);
+            let mut bad = std::mem::take(&mut *locked(&bad));
+            bad.sort_unstable();
+            if !bad.is_empty() {
+                let why = self.chunks_in_words(index, &bad);
+                findings.push(BadCopy { tier: tier.kind(), why });
+            }
+        }
+        findings
+    }
+}
+
+/// A shard read from whichever copy is good, block by block.
+struct CheckedPayload<'a> {
+    shard: &'a Restorable,
+}
+
+impl Payload for CheckedPayload<'_> {
+    fn len(&self) -> u64 {
+        self.shard.manifest().payload.length
+    }
+
+    fn block<'a>(
+        &'a self,
+        offset: u64,
+        len: usize,
+        scratch: &'a mut AlignedBuf,
+    ) -> Result<&'a [u8]> {
+        let chunk_bytes = self.shard.manifest().payload.chunk_bytes;
+        let chunk = usize::try_from(offset / chunk_bytes).unwrap_or(usize::MAX);
+        if !offset.is_multiple_of(chunk_bytes) || len as u64 > chunk_bytes {
+            return Err(Error::invalid(format!(
+                "chunks of {chunk_bytes} bytes cannot be written in blocks of {len}"
+            )));
+        }
+        let good = self.shard.good_chunk(usize::MAX, chunk, scratch)?.len();
+        scratch[good..].fill(0);
+        Ok(&scratch[..len.min(scratch.len())])
+    }
+}
+
+/// One chunk into an aligned buffer, unchecked.
+fn read_chunk<'a>(
+    source: &dyn Source,
+    payload: &crate::manifest::PayloadInfo,
+    chunk: usize,
+    buffer: &'a mut AlignedBuf,
+) -> Result<&'a [u8]> {
+    let len = usize::try_from(payload.chunk_len(chunk)).unwrap_or(0);
+    buffer.ensure(len);
+    let offset = chunk as u64 * payload.chunk_bytes;
+    if offset + len as u64 > source.len() {
+        return Err(Error::damaged(payload.file.clone(), "it is shorter than its manifest says"));
+    }
+    source.read_at(offset, &mut buffer[..padded(len)])?;
+    Ok(&buffer[..len])
+}
+
+fn run_on(threads: usize, work: &(impl Fn() + Sync)) {
+    if threads <= 1 {
+        return work();
+    }
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(work);
+        }
+    });
+}

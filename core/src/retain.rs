@@ -1,0 +1,221 @@
+//! Which checkpoints stay, and how the others go.
+//!
+//! # Invariants
+//!
+//! - The newest complete checkpoint of the lineage stays, whatever the policy says.
+//! - A checkpoint goes only after a newer one of the lineage is complete at the same durability.
+//! - What the newest attempt resumed from stays until that attempt has a complete checkpoint here.
+//! - Abandoned branches are touched only when asked for by name.
+//! - Going is: tombstone, seal, manifests, payloads, tombstone. Dying anywhere leaves the checkpoint
+//!   whole, or invisible and finished by the next collector. Two collectors at once do no harm.
+//! - A collector that finds itself superseded (a newer attempt) stops.
+
+use std::collections::BTreeSet;
+
+use crate::{
+    attempt::{Attempts, Lineage},
+    commit::Listing,
+    error::Result,
+    names::{AttemptDir, CheckpointKey, Rank, SEAL, TOMBSTONE, manifest_name, step_dir},
+    record,
+    restore::survey::Found,
+    tier::Tier,
+};
+
+const PINS: &str = "_pins";
+
+/// What stays.
+#[derive(Clone, Debug)]
+pub struct Policy {
+    /// The newest so many.
+    pub keep_last: usize,
+    /// Steps divisible by it.
+    pub keep_every: Option<u64>,
+    /// Also clear branches that the run has abandoned.
+    pub abandoned: bool,
+}
+
+/// One checkpoint that goes, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Victim {
+    /// Which.
+    pub key: CheckpointKey,
+    /// One sentence.
+    pub why: String,
+}
+
+/// What is known when a plan is made.
+#[derive(Debug)]
+pub struct Known<'a> {
+    /// Everything in this tier.
+    pub found: &'a [Found],
+    /// The run's lineage.
+    pub lineage: &'a Lineage,
+    /// All attempts.
+    pub attempts: &'a Attempts,
+    /// Pinned checkpoints.
+    pub pins: &'a BTreeSet<CheckpointKey>,
+    /// Checkpoints that are being written.
+    pub in_flight: &'a BTreeSet<CheckpointKey>,
+}
+
+/// Chooses what goes. Pure.
+#[must_use]
+pub fn plan(policy: &Policy, known: &Known<'_>) -> Vec<Victim> {
+    let whole = |f: &&Found| f.sealed() && !f.deleted();
+    let on_line = |f: &&Found| known.lineage.contains(&f.key);
+    let mut kept: BTreeSet<&CheckpointKey> = BTreeSet::new();
+    let sealed: Vec<&CheckpointKey> =
+        known.found.iter().rev().filter(whole).filter(on_line).map(|f| &f.key).collect();
+    kept.extend(sealed.iter().take(policy.keep_last.max(1)));
+    kept.extend(sealed.iter().filter(|k| {
+        policy.keep_every.is_some_and(|every| every > 0 && k.step.0.is_multiple_of(every))
+    }));
+    kept.extend(known.pins);
+    kept.extend(known.in_flight);
+    let parents = parents(known);
+    let newest = sealed.first();
+    let mut victims = Vec::new();
+    for found in known.found {
+        let key = &found.key;
+        if kept.contains(key) || parents.contains(key) {
+            continue;
+        }
+        let why = if found.deleted() {
+            "its deletion was begun and not finished".to_owned()
+        } else if !known.lineage.contains(key) {
+            if !policy.abandoned || newest.is_none() {
+                continue;
+            }
+            format!("attempt {} was abandoned", key.attempt.number)
+        } else if newest.is_none_or(|newest| key.step >= newest.step) {
+            continue; // Newer than all that is complete here: it may become so.
+        } else if found.sealed() {
+            format!("{} newer ones are kept", policy.keep_last)
+        } else {
+            "it was never completed here".to_owned()
+        };
+        victims.push(Victim { key: key.clone(), why });
+    }
+    victims
+}
+
+/// What attempts resumed from, as long as they have nothing newer here.
+fn parents(known: &Known<'_>) -> BTreeSet<CheckpointKey> {
+    let has_own = |number: u32| {
+        known.found.iter().any(|f| f.key.attempt.number == number && f.sealed() && !f.deleted())
+    };
+    let Some(newest) = known.attempts.newest() else { return BTreeSet::new() };
+    let mut pinned = BTreeSet::new();
+    let mut next = Some(newest);
+    while let Some(record) = next {
+        if has_own(record.attempt.number) {
+            break;
+        }
+        let Some(parent) = record.parent else { break };
+        pinned.insert(parent.key());
+        next = known.attempts.records().iter().find(|r| r.attempt == parent.attempt);
+    }
+    pinned
+}
+
+/// The pinned checkpoints of a tier.
+///
+/// # Errors
+/// The tier did not answer.
+pub fn pins(tier: &dyn Tier) -> Result<BTreeSet<CheckpointKey>> {
+    let parse = |name: &str| {
+        let (step, attempt) = name.split_once('.')?;
+        let step = crate::names::parse_step_dir(step)?;
+        Some(CheckpointKey { step, attempt: AttemptDir::parse(attempt)? })
+    };
+    Ok(tier.list(PINS)?.iter().filter_map(|e| parse(&e.name)).collect())
+}
+
+/// Pins a checkpoint: retention leaves it alone.
+///
+/// # Errors
+/// The tier did not answer.
+pub fn pin(tier: &dyn Tier, key: &CheckpointKey) -> Result<()> {
+    tier.create(&pin_name(key), b"").map(drop)
+}
+
+/// Takes a pin away.
+///
+/// # Errors
+/// The tier did not answer.
+pub fn unpin(tier: &dyn Tier, key: &CheckpointKey) -> Result<()> {
+    tier.delete(&pin_name(key))
+}
+
+fn pin_name(key: &CheckpointKey) -> String {
+    format!("{PINS}/{}.{}", step_dir(key.step), key.attempt)
+}
+
+/// How a collection ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Collected {
+    /// All victims are gone.
+    All,
+    /// A newer attempt began meanwhile; what was begun is finished by its collector.
+    Superseded,
+}
+
+/// Deletes the victims, oldest first. `newest` is the number of the newest attempt that the plan knew.
+///
+/// # Errors
+/// The tier did not answer; what was begun is finished by the next collector.
+pub fn collect(tier: &dyn Tier, victims: &[Victim], newest: u32) -> Result<Collected> {
+    for victim in victims {
+        let key = &victim.key;
+        tombstone(tier, victim)?;
+        // After the tombstone: whoever resumes from here now either sees it, or was recorded before
+        // this look.
+        let attempts = Attempts::load(&[tier])?;
+        if attempts.newest().is_some_and(|r| r.attempt.number > newest) {
+            return Ok(Collected::Superseded);
+        }
+        tracing::info!("deleting {key}: {}", victim.why);
+        tier.delete(&key.file(SEAL))?;
+        let listing = Listing::of(tier, key)?;
+        for rank in &listing.manifests {
+            tier.delete(&key.file(&manifest_name(*rank)))?;
+        }
+        for file in listing.payloads.values().flatten() {
+            tier.retire(&key.file(file))?;
+        }
+        tier.delete(&key.file(TOMBSTONE))?;
+        tier.delete(&key.dir())?;
+        tier.delete(&step_dir(key.step))?;
+    }
+    Ok(Collected::All)
+}
+
+fn tombstone(tier: &dyn Tier, victim: &Victim) -> Result<()> {
+    #[derive(serde::Serialize)]
+    struct Tombstone<'a> {
+        format: u32,
+        why: &'a str,
+    }
+    let text = Tombstone { format: record::FORMAT, why: &victim.why };
+    let body =
+        serde_json::to_vec(&text).map_err(|e| crate::Error::Bug(format!("tombstone: {e}")))?;
+    // One that is there already is as good.
+    tier.create(&victim.key.file(TOMBSTONE), &record::seal(&body)).map(drop)
+}
+
+/// Deletes one rank's unfinished shard of a step that was given up: the others may still finish
+/// theirs, so the step itself is left to the next collection.
+///
+/// # Errors
+/// The tier did not answer.
+pub fn drop_shard(tier: &dyn Tier, key: &CheckpointKey, rank: Rank) -> Result<()> {
+    let listing = Listing::of(tier, key)?;
+    if listing.sealed || listing.manifests.contains(&rank) {
+        return Ok(());
+    }
+    for file in listing.payloads.get(&rank).into_iter().flatten() {
+        tier.retire(&key.file(file))?;
+    }
+    Ok(())
+}
