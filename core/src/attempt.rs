@@ -1,7 +1,7 @@
 //! One start of the run, the decision it began with, and the chain of decisions behind it.
 //!
-//! It owns the attempt record and lineage. It does not own choosing the step (`restore::decide`) nor
-//! locks (`ownership`).
+//! It owns the attempt record and lineage. It does not own choosing the step (`restore::decide`)
+//! nor locks (`ownership`).
 //!
 //! # Invariants
 //!
@@ -113,7 +113,7 @@ impl Attempts {
         }
         numbers.sort_unstable();
         numbers.dedup();
-        let records = numbers.into_iter().map(|number| read(tiers, number));
+        let records = numbers.into_iter().map(|number| read(tiers, number).map(|(r, _)| r));
         Ok(Self { records: records.collect::<Result<_>>()?, joined })
     }
 
@@ -199,7 +199,8 @@ impl Lineage {
     }
 }
 
-fn read(tiers: &[&dyn Tier], number: u32) -> Result<AttemptRecord> {
+/// A record and its bytes, from the first of `tiers` that has a good copy.
+pub(crate) fn read(tiers: &[&dyn Tier], number: u32) -> Result<(AttemptRecord, Vec<u8>)> {
     let name = attempt_file(number);
     let mut last = None;
     for tier in tiers {
@@ -208,7 +209,7 @@ fn read(tiers: &[&dyn Tier], number: u32) -> Result<AttemptRecord> {
         let record = record::open::<AttemptRecord>(&bytes, &file)
             .and_then(|r| r.check(number).map(|()| r).map_err(|why| Error::damaged(&file, why)));
         match record {
-            Ok(record) => return Ok(record),
+            Ok(record) => return Ok((record, bytes)),
             Err(e) => last = Some(e),
         }
     }

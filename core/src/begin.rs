@@ -1,5 +1,5 @@
-//! How an attempt begins: rank 0 decides and records, the others find its record; all claim, and all
-//! obey.
+//! How an attempt begins: rank 0 decides and records, the others find its record; all claim, and
+//! all obey.
 //!
 //! # Invariants
 //!
@@ -69,8 +69,8 @@ pub(crate) fn begin(place: &Place, how: &Begin, decision: u32) -> Result<Started
     loop {
         if let Some(record) = leaders_record(place, decision)? {
             match join_attempt(place, &record) {
-                // Claimed by a process of an older start that is still dying, or taken by a collector
-                // between record and look: rank 0 will record another.
+                // Claimed by a process of an older start that is still dying, or taken by a
+                // collector between record and look: rank 0 will record another.
                 Err(e) if matches!(e, Error::Fenced { .. }) || e.is_not_found() => {
                     refused = Some(e)
                 }

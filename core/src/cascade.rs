@@ -73,6 +73,8 @@ struct Work {
     sealed: Option<u64>,
     joined: bool,
     fenced: bool,
+    /// The disk tier did not answer at the last turn: nothing is kept for it.
+    trouble: bool,
     stop: bool,
 }
 
@@ -145,7 +147,8 @@ impl Cascade {
             && shard.complete
             && self.is_due(step)
             && work.chosen.is_none_or(|c| step > c)
-            && !work.fenced;
+            && !work.fenced
+            && !work.trouble;
         step < newest && !carried && !next
     }
 
@@ -246,7 +249,7 @@ impl Cascade {
                     self.is_busy()
                 }
                 Err(e) => {
-                    // The same trouble is told once, not two hundred times a second.
+                    // The same trouble is told once, not at every turn.
                     let text = e.chain();
                     if told.as_deref() != Some(&text) {
                         self.parts.observer.error("disk_failed", None, text.clone());
@@ -267,17 +270,30 @@ impl Cascade {
         }
     }
 
-    /// One look at everything; true where something moved. Tests call it instead of the thread.
+    /// One look at everything; true where something moved. A stage that fails does not keep the
+    /// others from their turn.
     pub(crate) fn turn(&self) -> Result<bool> {
         if self.is_fenced() {
             return Ok(false);
         }
-        let mut moved = self.watch_ram()?;
-        moved |= self.join()?;
-        moved |= self.choose()?;
-        moved |= self.carry()?;
-        moved |= self.watch_disk()?;
-        Ok(moved)
+        let stages =
+            [self.watch_ram(), self.join(), self.choose(), self.carry(), self.watch_disk()];
+        let moved = stages.iter().any(|s| matches!(s, Ok(true)));
+        let failed = stages.into_iter().find_map(Result::err);
+        let before = std::mem::replace(&mut locked(&self.work).trouble, failed.is_some());
+        if before != failed.is_some() {
+            self.parts.signal.notify();
+        }
+        let Some(error) = failed else { return Ok(moved) };
+        // Retries are behind us. Training waits for no disk that does not answer: the step is given
+        // up here, for all ranks if that can be recorded, and its slot is free.
+        let carried = locked(&self.work).carry.as_ref().map(|c| c.step);
+        if let Some(step) = carried {
+            let why = format!("{}: {}", Rank(self.parts.config.rank), error.chain());
+            let _ = self.parts.agreements.give_up(step, &why);
+            self.abandon(step, &why);
+        }
+        Err(error)
     }
 
     /// Looks for the other ranks' shards.
@@ -300,7 +316,8 @@ impl Cascade {
         Ok(moved)
     }
 
-    /// The first complete checkpoint of this attempt is recorded: from then on it leads the lineage.
+    /// The first complete checkpoint of this attempt is recorded: from then on it leads the
+    /// lineage.
     fn join(&self) -> Result<bool> {
         let due = {
             let work = locked(&self.work);
@@ -414,9 +431,8 @@ impl Cascade {
             Err(e) => {
                 let why = format!("{}: {}", Rank(self.parts.config.rank), e.chain());
                 // Told to the others if it can be; without, the leader's deadline does it.
-                let recorded = self.parts.agreements.give_up(step, &why);
+                let _ = self.parts.agreements.give_up(step, &why);
                 self.abandon(step, &why);
-                recorded?;
             }
         }
         Ok(true)

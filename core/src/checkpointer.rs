@@ -6,8 +6,8 @@
 //!
 //! - Nothing is saved before the attempt is recorded and the rank claimed.
 //! - Steps of one attempt rise; a step is published once.
-//! - A save that fails leaves the training, the older checkpoints and the slots as they were, and is
-//!   told.
+//! - A save that fails leaves the training, the older checkpoints and the slots as they were, and
+//!   is told.
 //! - In a fork's child every call is refused and nothing is touched.
 
 use std::{
@@ -51,8 +51,8 @@ use crate::{
 pub struct SaveRequest {
     /// Completed training steps.
     pub step: u64,
-    /// The state. Its memory must stay readable until the save is staged, and unchanged but for what
-    /// `late` tensors' owners wait for.
+    /// The state. Its memory must stay readable until the save is staged, and unchanged but for
+    /// what `late` tensors' owners wait for.
     pub state: State,
     /// What the user says about it.
     pub meta: Meta,
@@ -124,11 +124,22 @@ impl Checkpointer {
     /// # Errors
     /// A place cannot be used, or another live process has the rank.
     pub fn open(config: Config) -> Result<Self> {
+        Self::open_wrapped(config, &|tier| tier)
+    }
+
+    /// [`open`](Self::open) with something put around each tier: faults in tests, a limit, a meter.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn open_wrapped(
+        config: Config,
+        wrap: &dyn Fn(Arc<dyn Tier>) -> Arc<dyn Tier>,
+    ) -> Result<Self> {
         config.check()?;
         let clock: SharedClock = Arc::new(SystemClock);
         let disk = DiskTier::open(&config.destination)?;
         let budget = Budget::open(&config.ram_root, config.ram_bytes_max)?;
-        let ram: Arc<dyn Tier> = Arc::new(MemoryTier::open(&config.ram_dir(), budget.clone())?);
+        let ram = wrap(Arc::new(MemoryTier::open(&config.ram_dir(), budget.clone())?));
         let ownership = Ownership::take(
             &config.destination.join(format!("_locks/rank-{:06}", config.rank)),
             &format!("rank {} of {}", config.rank, config.destination.display()),
@@ -136,8 +147,7 @@ impl Checkpointer {
             &*clock,
         )?;
         disk.sweep(Rank(config.rank), true)?;
-        let observer = Observer::default();
-        let disk: Arc<dyn Tier> = Arc::new(Retried::new(disk, clock.clone()));
+        let disk = wrap(Arc::new(Retried::new(disk, clock.clone())));
         let signal = Arc::new(Signal::default());
         let arena = Arena::new(
             ram.clone(),
@@ -148,17 +158,9 @@ impl Checkpointer {
             signal.clone(),
         );
         let start = config.attempt_id.map_or_else(Id::random, Ok)?;
-        let place = Place {
-            ram,
-            disk,
-            arena,
-            observer,
-            clock,
-            signal,
-            start,
-            nonce: Id::random()?,
-            config,
-        };
+        let observer = Observer::default();
+        let nonce = Id::random()?;
+        let place = Place { ram, disk, arena, observer, clock, signal, start, nonce, config };
         let start_lock = if place.config.leads() { Some(place.start_lock()?) } else { None };
         Ok(Self {
             inner: Arc::new(Inner {
@@ -180,8 +182,8 @@ impl Checkpointer {
     /// Called again in a running process (a rollback), it begins a new attempt.
     ///
     /// # Errors
-    /// A tier did not answer, rank 0's record did not come, the rank is claimed, or the shard of the
-    /// decided step has no good copy here.
+    /// A tier did not answer, rank 0's record did not come, the rank is claimed, or the shard of
+    /// the decided step has no good copy here.
     pub fn begin(&self, how: &Begin) -> Result<Option<Restorable>> {
         self.check_open()?;
         let mut running = locked(&self.inner.running);
@@ -292,15 +294,15 @@ impl Checkpointer {
     /// Saves a state. Returns when the caller may go on: the copy is done and published in RAM, or,
     /// with `overlap`, everything but the `late` tensors is copied.
     ///
-    /// A failure of the copy is told, counted and kept in the returned [`Save`]; only mistakes of the
-    /// caller are errors here.
+    /// A failure of the copy is told, counted and kept in the returned [`Save`]; only mistakes of
+    /// the caller are errors here.
     ///
     /// # Errors
     /// [`ErrorKind::Invalid`], [`ErrorKind::Fenced`].
     ///
     /// # Safety
-    /// The memory that the state points to is readable until the save is staged, and nobody writes to
-    /// it meanwhile.
+    /// The memory that the state points to is readable until the save is staged, and nobody writes
+    /// to it meanwhile.
     pub unsafe fn save(&self, request: SaveRequest) -> Result<Save> {
         self.check_open()?;
         let (record, cascade) = self.running()?;
@@ -625,8 +627,8 @@ impl Inner {
         self.place.observer.error("save_failed", Some(save.step()), text);
     }
 
-    /// Ends the threads and gives the locks up. Memory goes back only where the newest checkpoint is
-    /// durable elsewhere.
+    /// Ends the threads and gives the locks up. Memory goes back only where the newest checkpoint
+    /// is durable elsewhere.
     fn shut(&self, clean: bool) {
         if self.closed.swap(true, Ordering::AcqRel) {
             return;

@@ -4,8 +4,8 @@
 //! length.
 
 /// Bytes of a chunk. One chunk is one O_DIRECT write; at 4 MiB a disk is at its speed (DESIGN
-/// section 12), 1 TiB of shard has 262,144 checksums = 2 MiB of manifest, and a reader needs no more
-/// than this much memory a thread.
+/// section 12), 1 TiB of shard has 262,144 checksums = 2 MiB of manifest, and a reader needs no
+/// more than this much memory a thread.
 pub const CHUNK_BYTES: u64 = 4 << 20;
 /// The smallest that a reader accepts; also what O_DIRECT needs as alignment.
 pub const CHUNK_BYTES_MIN: u64 = 4096;

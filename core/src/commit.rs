@@ -4,8 +4,8 @@
 //! put payload -> Receipt -> publish_shard --(every rank)--> gather -> Complete -> seal -> Sealed
 //! ```
 //!
-//! The order is in the types: a manifest is published against the receipt of its payload, and a seal
-//! is written by [`Complete`], which only [`gather`] makes, having read every manifest.
+//! The order is in the types: a manifest is published against the receipt of its payload, and a
+//! seal is written by [`Complete`], which only [`gather`] makes, having read every manifest.
 //!
 //! # Invariants
 //!
@@ -100,8 +100,8 @@ pub fn publish_shard(
     Err(Error::Fenced { why: format!("{} was written by another process", label(tier, &name)) })
 }
 
-/// Reads the manifest of one shard in one tier and checks it against its place, and against the seal
-/// if there is one.
+/// Reads the manifest of one shard in one tier and checks it against its place, and against the
+/// seal if there is one.
 ///
 /// # Errors
 /// Not found, damaged, or the tier did not answer.

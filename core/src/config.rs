@@ -25,8 +25,8 @@ pub struct Config {
     pub rank: u32,
     /// Every rank that saves, rising.
     pub savers: Vec<u32>,
-    /// The id of this start of the job, the same for all ranks, where something can tell them. `None`:
-    /// rank 0 draws it, the others find it in the record whose lock rank 0 holds.
+    /// The id of this start of the job, the same for all ranks, where something can tell them.
+    /// `None`: rank 0 draws it, the others find it in the record whose lock rank 0 holds.
     pub attempt_id: Option<Id>,
     /// Slots a rank: one more than snapshots that are carried at once. `TIERKEEP_SLOTS`.
     pub slots: usize,
@@ -46,7 +46,8 @@ pub struct Config {
     pub slot_wait: Duration,
     /// How long a step may take to be sealed on disk before it is given up.
     pub disk_wait: Duration,
-    /// How long a rank waits for the others' shards of an older step before it takes that step's slot.
+    /// How long a rank waits for the others' shards of an older step before it takes that step's
+    /// slot.
     pub stragglers_wait: Duration,
 }
 
@@ -119,8 +120,8 @@ impl Config {
         self.rank == self.leader()
     }
 
-    /// Where the ram tier of this run lies: apart for each destination, so that two runs of one name
-    /// in two places do not meet.
+    /// Where the ram tier of this run lies: apart for each destination, so that two runs of one
+    /// name in two places do not meet.
     #[must_use]
     pub fn ram_dir(&self) -> PathBuf {
         ram_dir(&self.ram_root, &self.destination)
@@ -140,7 +141,7 @@ pub fn ram_dir(ram_root: &Path, destination: &Path) -> PathBuf {
         }
     });
     let hash = crate::manifest::sha256(real.as_os_str().as_bytes());
-    let run = destination.file_name().unwrap_or_default().to_string_lossy();
+    let run = real.file_name().unwrap_or_default().to_string_lossy();
     ram_root.join(format!("{run}-{}", &hash[..8]))
 }
 
@@ -153,7 +154,7 @@ pub fn default_ram_root() -> PathBuf {
     )
 }
 
-fn absolute(path: &Path) -> Result<PathBuf> {
+pub(crate) fn absolute(path: &Path) -> Result<PathBuf> {
     if path.as_os_str().is_empty() {
         return Err(Error::invalid("the destination is empty: it is <root>/<run>"));
     }

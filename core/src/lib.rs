@@ -28,6 +28,8 @@ pub mod ownership;
 pub mod restore;
 pub mod reader;
 pub mod retain;
+pub mod verify;
+pub mod upkeep;
 
 pub mod names;
 pub mod observe;

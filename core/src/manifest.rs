@@ -8,7 +8,8 @@
 //!
 //! - A decoded manifest never points outside its payload, and no two of its tensors overlap.
 //! - The chunk checksums, combined, are the checksum of the whole payload.
-//! - A manifest in the wrong place (run, attempt, step, rank) is damage, whatever its checksum says.
+//! - A manifest in the wrong place (run, attempt, step, rank) is damage, whatever its checksum
+//!   says.
 //! - The seal of a step has the same bytes whoever writes it.
 
 use std::collections::{BTreeMap, HashSet};
@@ -213,7 +214,8 @@ pub struct ShardManifest {
     pub payload: PayloadInfo,
     /// The tensors in it, in the order in which they lie.
     pub tensors: Vec<TensorEntry>,
-    /// The state's tree in the typed encoding of `state::value`; its tensors are names in `tensors`.
+    /// The state's tree in the typed encoding of `state::value`; its tensors are names in
+    /// `tensors`.
     pub tree: serde_json::Value,
     /// What the user said.
     #[serde(default)]
@@ -266,7 +268,8 @@ pub fn encode(parts: &Parts<'_>) -> Result<Vec<u8>> {
     Ok(record::seal(&body))
 }
 
-/// Reads and checks a shard manifest that was found at `key`, `rank`. `file` is its name in messages.
+/// Reads and checks a shard manifest that was found at `key`, `rank`. `file` is its name in
+/// messages.
 ///
 /// # Errors
 /// [`Error::Damaged`], [`Error::NewerFormat`].

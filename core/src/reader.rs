@@ -13,9 +13,10 @@ use crate::{
     restore::{
         decide::{Wish, decide, lineage_of},
         read::Restorable,
-        survey::{Found, Reach, copies, reach, survey},
+        survey::{Found, Look, Reach, ShardLook, bad_mark_name, bad_marks, copies, look, survey},
     },
     retain,
+    snapshot::arena::SLOTS,
     tier::{Tier, TierKind, disk::DiskTier, memory::MemoryTier},
 };
 
@@ -40,15 +41,43 @@ pub struct StepInfo {
     pub pinned: bool,
     /// Ranks with a manifest, for each tier.
     pub ranks: Vec<(TierKind, Vec<Rank>)>,
+    /// Every rank's shard that some tier has a part of.
+    pub shards: Vec<ShardLook>,
+    /// When the last rank saved, in ms since 1970 by its wall clock; 0 where nothing says so.
+    pub saved_unix_ms: u64,
+    /// Ranks that once found no good copy of their shard; a resume passes the step over.
+    pub marked_bad: Vec<Rank>,
+}
+
+impl StepInfo {
+    /// Bytes of all shards, each counted once.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.shards.iter().fold(0, |sum, s| sum.saturating_add(s.bytes))
+    }
+}
+
+/// A run as far as it can be told: damage to one part of it does not hide the others.
+#[derive(Debug)]
+pub struct Overview {
+    /// Every checkpoint, oldest first.
+    pub steps: Vec<StepInfo>,
+    /// What a resume would take.
+    pub resume: Option<CheckpointKey>,
+    /// Newer ones that it would pass over, one sentence each.
+    pub passed_over: Vec<String>,
+    /// Why the lineage, or what a resume would take, cannot be told.
+    pub trouble: Vec<Error>,
 }
 
 impl Reader {
-    /// The run at `destination`: its disk directory, and the ram tier below `ram_root` (default: this
-    /// user's) that belongs to it.
+    /// The run at `destination`: its disk directory, and the ram tier below `ram_root` (default:
+    /// this user's) that belongs to it. A directory of the ram tier itself can be given too.
     ///
     /// # Errors
     /// There is no such directory in either tier.
     pub fn open(destination: &Path, ram_root: Option<&Path>) -> Result<Self> {
+        let destination = &*config::absolute(destination)?;
         let root = ram_root.map_or_else(config::default_ram_root, Into::into);
         let ram = config::ram_dir(&root, destination);
         let mut tiers: Vec<Arc<dyn Tier>> = Vec::new();
@@ -61,7 +90,9 @@ impl Reader {
                 destination.display()
             )));
         }
-        if destination.is_dir() {
+        if is_ram_dir(destination, &root) {
+            tiers = vec![Arc::new(MemoryTier::reader(destination))];
+        } else if destination.is_dir() {
             tiers.push(Arc::new(DiskTier::reader(destination)));
         }
         if tiers.is_empty() {
@@ -88,8 +119,9 @@ impl Reader {
         self.tiers.iter().map(|t| &**t).collect()
     }
 
-    /// The tier that a run's records lie in: disk where there is one.
-    fn home(&self) -> &dyn Tier {
+    /// The tier that a run's records, pins and marks lie in: disk where there is one.
+    #[must_use]
+    pub fn home(&self) -> &dyn Tier {
         let disk = self.tiers.iter().find(|t| t.kind() == TierKind::Disk);
         &**disk.unwrap_or(&self.tiers[0])
     }
@@ -123,20 +155,86 @@ impl Reader {
     /// A tier did not answer.
     pub fn steps(&self) -> Result<Vec<StepInfo>> {
         let (found, attempts, lineage) = self.survey()?;
+        self.infos(&found, attempts.newest().map(|r| &r.run_id), &lineage)
+    }
+
+    /// Every checkpoint and what a resume would take, as far as it can be told.
+    ///
+    /// # Errors
+    /// A tier did not answer.
+    pub fn overview(&self) -> Result<Overview> {
+        let found = survey(&self.tiers())?;
+        let mut view =
+            Overview { steps: vec![], resume: None, passed_over: vec![], trouble: vec![] };
+        let (mut run_id, mut lineage) = (None, Lineage::default());
+        match self.attempts() {
+            Ok(attempts) => {
+                run_id = attempts.newest().map(|r| r.run_id);
+                match lineage_of(&self.tiers(), &found, &attempts) {
+                    Ok(known) => lineage = known,
+                    Err(e) => view.trouble.push(e),
+                }
+                match decide(&self.tiers(), self.home(), &attempts, &Wish::default()) {
+                    Ok(decision) => {
+                        view.resume = decision.parent.map(|p| p.key());
+                        view.passed_over = decision.passed_over;
+                    }
+                    // The same sentence as from the lineage.
+                    Err(_) if !view.trouble.is_empty() => {}
+                    Err(e) => view.trouble.push(e),
+                }
+            }
+            Err(e) => view.trouble.push(e),
+        }
+        view.steps = self.infos(&found, run_id.as_ref(), &lineage)?;
+        Ok(view)
+    }
+
+    fn infos(
+        &self,
+        found: &[Found],
+        run_id: Option<&crate::names::Id>,
+        lineage: &Lineage,
+    ) -> Result<Vec<StepInfo>> {
         let pins = retain::pins(self.home())?;
-        let run_id = attempts.newest().map(|r| r.run_id);
-        let info = |f: Found| {
+        let marks = bad_marks(self.home())?;
+        let info = |f: &Found| {
+            let looked = match look(&self.tiers(), f, run_id) {
+                // One step of a newer tierkeep does not hide the others.
+                Err(e @ Error::NewerFormat { .. }) => {
+                    Look { reach: Reach::Broken(vec![e.chain()]), shards: vec![], saved_unix_ms: 0 }
+                }
+                other => other?,
+            };
             let ranks = self.tiers.iter().zip(&f.listings);
+            let of_it = |(step, number, _): &&(Step, u32, Rank)| {
+                *step == f.key.step && *number == f.key.attempt.number
+            };
             Ok(StepInfo {
-                reach: reach(&self.tiers(), &f, run_id.as_ref())?,
+                key: f.key.clone(),
+                reach: looked.reach,
                 sealed: f.sealed(),
                 in_lineage: lineage.contains(&f.key),
                 pinned: pins.contains(&f.key),
                 ranks: ranks.map(|(t, l)| (t.kind(), l.manifests.clone())).collect(),
-                key: f.key,
+                shards: looked.shards,
+                saved_unix_ms: looked.saved_unix_ms,
+                marked_bad: marks.iter().filter(of_it).map(|(.., rank)| *rank).collect(),
             })
         };
-        found.into_iter().map(info).collect()
+        found.iter().map(info).collect()
+    }
+
+    /// Takes away the marks of ranks that once found no good copy of this checkpoint: for one that
+    /// was verified since. The ranks whose mark went.
+    ///
+    /// # Errors
+    /// The tier did not answer, or may not be written.
+    pub fn clear_marks(&self, key: &CheckpointKey) -> Result<Vec<Rank>> {
+        let home = self.home();
+        let marks = bad_marks(home)?.into_iter();
+        let of_it = marks.filter(|(s, n, _)| *s == key.step && *n == key.attempt.number);
+        of_it.map(|(.., rank)| home.delete(&bad_mark_name(key, rank)).map(|()| rank)).collect()
     }
 
     /// The checkpoint that a resume would take, or the one that is wished for.
@@ -204,4 +302,11 @@ impl Reader {
         let (key, ..) = self.choose(&wish)?;
         retain::pin(home, &key)
     }
+}
+
+/// True for a run's directory in the ram tier: it lies in the ram root, or has slots.
+fn is_ram_dir(path: &Path, root: &Path) -> bool {
+    let parent = path.canonicalize().ok().and_then(|p| p.parent().map(Path::to_path_buf));
+    let in_root = parent.is_some() && parent == root.canonicalize().ok();
+    path.is_dir() && (in_root || path.join(SLOTS).is_dir())
 }

@@ -6,8 +6,9 @@
 //! - A checkpoint goes only after a newer one of the lineage is complete at the same durability.
 //! - What the newest attempt resumed from stays until that attempt has a complete checkpoint here.
 //! - Abandoned branches are touched only when asked for by name.
-//! - Going is: tombstone, seal, manifests, payloads, tombstone. Dying anywhere leaves the checkpoint
-//!   whole, or invisible and finished by the next collector. Two collectors at once do no harm.
+//! - Going is: tombstone, seal, manifests, payloads, tombstone. Dying anywhere leaves the
+//!   checkpoint whole, or invisible and finished by the next collector. Two collectors at once do
+//!   no harm.
 //! - A collector that finds itself superseded (a newer attempt) stops.
 
 use std::collections::BTreeSet;
@@ -161,7 +162,8 @@ pub enum Collected {
     Superseded,
 }
 
-/// Deletes the victims, oldest first. `newest` is the number of the newest attempt that the plan knew.
+/// Deletes the victims, oldest first. `newest` is the number of the newest attempt that the plan
+/// knew.
 ///
 /// # Errors
 /// The tier did not answer; what was begun is finished by the next collector.

@@ -115,8 +115,8 @@ impl Save {
         self.shared.step
     }
 
-    /// Waits up to `timeout` for a level; of this rank's shard alone where `own` says so. False: not
-    /// yet.
+    /// Waits up to `timeout` for a level; of this rank's shard alone where `own` says so. False:
+    /// not yet.
     ///
     /// # Errors
     /// The level was not and will not be reached.

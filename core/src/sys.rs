@@ -89,8 +89,8 @@ pub(crate) fn populate(map: &memmap2::MmapRaw) -> io::Result<()> {
     }
 }
 
-/// How many pages of a range lie in the page cache; `None` where the kernel (before 6.5) or the file
-/// system cannot say.
+/// How many pages of a range lie in the page cache; `None` where the kernel (before 6.5) or the
+/// file system cannot say.
 pub(crate) fn cached_pages(file: &File, offset: u64, len: u64) -> Option<u64> {
     const SYS_CACHESTAT: libc::c_long = 451;
     let range = [offset, len];

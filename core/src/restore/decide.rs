@@ -3,8 +3,8 @@
 //!
 //! # Invariants
 //!
-//! - The answer is the newest checkpoint of the lineage whose every shard can be reached, and that no
-//!   rank has marked as bad.
+//! - The answer is the newest checkpoint of the lineage whose every shard can be reached, and that
+//!   no rank has marked as bad.
 //! - "Nothing" needs every tier to have answered.
 //! - A newer checkpoint that was passed over is named, with the reason.
 
@@ -131,8 +131,8 @@ fn answering<'a>(
 /// # Errors
 /// A tier did not answer.
 pub fn lineage_of(tiers: &[&dyn Tier], found: &[Found], attempts: &Attempts) -> Result<Lineage> {
-    // Only whether an attempt has *some* complete checkpoint matters: look until one is found, newest
-    // attempt first, and stop at the first attempt that leads.
+    // Only whether an attempt has *some* complete checkpoint matters: look until one is found,
+    // newest attempt first, and stop at the first attempt that leads.
     let mut complete = Vec::new();
     for record in attempts.records().iter().rev() {
         let lineage = attempts.lineage(&complete);

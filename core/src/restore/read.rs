@@ -33,7 +33,7 @@ use crate::{
 };
 
 /// Chunks in flight from a file: a disk wants a few requests, and four of 4 MiB are 16 MiB.
-const READERS: usize = 4;
+pub(crate) const READERS: usize = 4;
 
 /// Where one shard can be read, nearest first.
 #[derive(Clone, Debug)]
@@ -74,10 +74,17 @@ impl Restorable {
         &self.copies[0].manifest
     }
 
+    /// The manifest's bytes, as they lie.
+    #[must_use]
+    pub fn manifest_bytes(&self) -> &[u8] {
+        &self.copies[0].bytes
+    }
+
     /// Copies the tensors named in `targets` into the caller's memory. Others are not read.
     ///
     /// # Errors
-    /// [`Error::Lost`] where some chunk is good in no tier. The targets then hold old and new bytes.
+    /// [`Error::Lost`] where some chunk is good in no tier. The targets then hold old and new
+    /// bytes.
     ///
     /// # Safety
     /// Each target is writable memory of exactly the tensor's bytes, apart from all others, and no
@@ -152,7 +159,8 @@ impl Restorable {
         Plan::new(pieces, size(manifest.payload.length)?, size(manifest.payload.chunk_bytes)?)
     }
 
-    /// Reads chunks from one copy; returns those that are not good there, and why if it is one reason.
+    /// Reads chunks from one copy; returns those that are not good there, and why if it is one
+    /// reason.
     unsafe fn read_copy(
         &self,
         index: usize,
@@ -226,7 +234,8 @@ impl Restorable {
         }
     }
 
-    /// Puts good bytes where bad ones were found. What cannot be mended is told and stays as it was.
+    /// Puts good bytes where bad ones were found. What cannot be mended is told and stays as it
+    /// was.
     fn mend(&self, damaged: &[(usize, Vec<usize>)]) {
         for (copy, chunks) in damaged {
             let mended = chunks.iter().try_for_each(|chunk| self.mend_chunk(*copy, *chunk));
@@ -385,7 +394,7 @@ impl Payload for CheckedPayload<'_> {
 }
 
 /// One chunk into an aligned buffer, unchecked.
-fn read_chunk<'a>(
+pub(crate) fn read_chunk<'a>(
     source: &dyn Source,
     payload: &crate::manifest::PayloadInfo,
     chunk: usize,
@@ -401,7 +410,7 @@ fn read_chunk<'a>(
     Ok(&buffer[..len])
 }
 
-fn run_on(threads: usize, work: &(impl Fn() + Sync)) {
+pub(crate) fn run_on(threads: usize, work: &(impl Fn() + Sync)) {
     if threads <= 1 {
         return work();
     }

@@ -1,5 +1,5 @@
-//! What exists: every checkpoint that any tier holds a part of, and whether all of its shards can be
-//! reached.
+//! What exists: every checkpoint that any tier holds a part of, and whether all of its shards can
+//! be reached.
 //!
 //! It reads names first and manifests only of the steps that are asked about: a run with a thousand
 //! steps is listed, not read.
@@ -173,14 +173,57 @@ pub enum Reach {
     Deleted,
 }
 
-/// Looks closely at one checkpoint.
+/// One rank's shard, in all tiers.
+#[derive(Clone, Debug)]
+pub struct ShardLook {
+    /// The rank.
+    pub rank: Rank,
+    /// Tiers with a good manifest and a payload of its length, nearest first.
+    pub good: Vec<TierKind>,
+    /// What is wrong with the other copies.
+    pub bad: Vec<BadCopy>,
+    /// Bytes of its payload; 0 where no copy is good.
+    pub bytes: u64,
+}
+
+/// What all manifests of one checkpoint say together.
+#[derive(Clone, Debug)]
+pub struct Look {
+    /// Whether it can be restored.
+    pub reach: Reach,
+    /// Every rank with a manifest in some tier, rising.
+    pub shards: Vec<ShardLook>,
+    /// When the last rank saved, in ms since 1970 by its wall clock; 0 where nothing says so.
+    pub saved_unix_ms: u64,
+}
+
+/// Looks closely at one checkpoint, and at what of it can be restored.
 ///
 /// # Errors
 /// A tier did not answer, or holds a newer format.
 pub fn reach(tiers: &[&dyn Tier], found: &Found, run_id: Option<&Id>) -> Result<Reach> {
-    if found.deleted() {
-        return Ok(Reach::Deleted);
+    look(tiers, found, run_id).map(|look| look.reach)
+}
+
+/// Looks closely at one checkpoint.
+///
+/// # Errors
+/// A tier did not answer, or holds a newer format.
+pub fn look(tiers: &[&dyn Tier], found: &Found, run_id: Option<&Id>) -> Result<Look> {
+    let mut look = Look { reach: Reach::Deleted, shards: Vec::new(), saved_unix_ms: 0 };
+    if !found.deleted() {
+        look.reach = reach_of(tiers, found, run_id, &mut look.shards, &mut look.saved_unix_ms)?;
     }
+    Ok(look)
+}
+
+fn reach_of(
+    tiers: &[&dyn Tier],
+    found: &Found,
+    run_id: Option<&Id>,
+    shards: &mut Vec<ShardLook>,
+    saved_unix_ms: &mut u64,
+) -> Result<Reach> {
     let mut ranks: Vec<Rank> = found.listings.iter().flat_map(|l| l.manifests.clone()).collect();
     ranks.sort_unstable();
     ranks.dedup();
@@ -189,10 +232,17 @@ pub fn reach(tiers: &[&dyn Tier], found: &Found, run_id: Option<&Id>) -> Result<
     let mut reached = Vec::new();
     for rank in &ranks {
         let (good, bad) = copies(tiers, found, *rank, run_id)?;
+        shards.push(ShardLook {
+            rank: *rank,
+            good: good.iter().map(|c| tiers[c.tier].kind()).collect(),
+            bad: bad.clone(),
+            bytes: good.first().map_or(0, |c| c.manifest.payload.length),
+        });
         let Some(copy) = good.into_iter().next() else {
             trouble.extend(bad.into_iter().map(|b| format!("{rank}, {}: {}", b.tier, b.why)));
             continue;
         };
+        *saved_unix_ms = (*saved_unix_ms).max(copy.manifest.meta.saved_unix_ms);
         let savers = first.as_ref().map_or(&copy.manifest.identity.savers, |m| &m.identity.savers);
         match same_checkpoint(&copy.manifest, first.as_ref(), &savers.clone()) {
             Ok(()) => reached.push(rank.0),

@@ -38,7 +38,7 @@ use crate::{
     },
 };
 
-const SLOTS: &str = "_slots";
+pub(crate) const SLOTS: &str = "_slots";
 
 /// One mapped file.
 #[derive(Debug)]
@@ -75,7 +75,8 @@ impl Slot {
         let map = MmapOptions::new().len(capacity).map_raw(&file).at("map", path)?;
         // A fork's child (a data loader) must not get the slots: it would keep their memory.
         map.advise(Advice::DontFork).at("advise", path)?;
-        // Where the kernel grants huge pages for tmpfs; most do not, and lose nothing by the asking.
+        // Where the kernel grants huge pages for tmpfs; most do not, and lose nothing by the
+        // asking.
         let _ = map.advise(Advice::HugePage);
         Ok(Self { file, map, capacity, path: Mutex::new(path.into()) })
     }
@@ -117,9 +118,9 @@ impl Slot {
     /// The first `len` bytes, rounded up to pages.
     pub(crate) fn bytes(&self, len: usize) -> &[u8] {
         assert!(padded(len) <= self.capacity, "{len} bytes of {}", self.capacity);
-        // SAFETY: the map has `capacity` bytes inside the file. While a slot holds a checkpoint nobody
-        // stores to it (but for mending, whose bytes are checked by whoever reads them); a filler reads
-        // through its own pointer.
+        // SAFETY: the map has `capacity` bytes inside the file. While a slot holds a checkpoint
+        // nobody stores to it (but for mending, whose bytes are checked by whoever reads them); a
+        // filler reads through its own pointer.
         unsafe { std::slice::from_raw_parts(self.map.as_ptr(), padded(len)) }
     }
 
@@ -262,8 +263,9 @@ impl Arena {
         Arc::new(Self { tier, root, rank, slots_max, budget, held, signal })
     }
 
-    /// Finds the slots that an earlier process of this rank left, maps them and keeps what they hold.
-    /// Where there are more than `slots_max`, free ones go first, then the oldest; never `keep`.
+    /// Finds the slots that an earlier process of this rank left, maps them and keeps what they
+    /// hold. Where there are more than `slots_max`, free ones go first, then the oldest; never
+    /// `keep`.
     ///
     /// # Errors
     /// tmpfs did not answer.
@@ -406,8 +408,8 @@ impl Arena {
         self.signal.notify();
     }
 
-    /// A slot for `len` bytes: a free one, else a new one, else the oldest whose checkpoint `may_go`.
-    /// `None` where all are in use.
+    /// A slot for `len` bytes: a free one, else a new one, else the oldest whose checkpoint
+    /// `may_go`. `None` where all are in use.
     ///
     /// # Errors
     /// [`Error::Budget`], or tmpfs did not answer.

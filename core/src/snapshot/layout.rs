@@ -1,8 +1,9 @@
-//! Where each tensor lies in the payload, and the safetensors header that says so to everybody else.
+//! Where each tensor lies in the payload, and the safetensors header that says so to everybody
+//! else.
 //!
 //! Tensors lie by falling alignment, then by name, without holes: the order that the safetensors
-//! format wants, and one in which every tensor is aligned to its element. A layout depends on names,
-//! types and shapes alone, so it is made once and kept while the state keeps its form.
+//! format wants, and one in which every tensor is aligned to its element. A layout depends on
+//! names, types and shapes alone, so it is made once and kept while the state keeps its form.
 //!
 //! # Invariants
 //!
@@ -54,7 +55,8 @@ impl Layout {
             sizes.push(spec.bytes()?);
         }
         let mut order: Vec<usize> = (0..specs.len()).collect();
-        // A complex number is aligned as its parts: sorting by the stored type keeps F64 and C128 together.
+        // A complex number is aligned as its parts: sorting by the stored type keeps F64 and C128
+        // together.
         order.sort_by(|a, b| {
             let wide = |i: &usize| std::cmp::Reverse(specs[*i].dtype.stored().0.bits());
             wide(a).cmp(&wide(b)).then_with(|| specs[*a].name.cmp(&specs[*b].name))

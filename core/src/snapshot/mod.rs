@@ -127,7 +127,8 @@ impl Snapshot {
     /// Copies the rest, and checksums everything.
     ///
     /// # Safety
-    /// As [`take`](Self::take), for the tensors that are `late`; [`begin`](Self::begin) came before.
+    /// As [`take`](Self::take), for the tensors that are `late`; [`begin`](Self::begin) came
+    /// before.
     #[must_use]
     pub unsafe fn finish(&self, slot: &Slot) -> Vec<u32> {
         self.check(slot);

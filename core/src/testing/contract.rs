@@ -1,4 +1,5 @@
-//! What every tier and every wrapper must do. A tier's test opens it twice over and hands both here.
+//! What every tier and every wrapper must do. A tier's test opens it twice over and hands both
+//! here.
 
 use crate::{
     error::Result,

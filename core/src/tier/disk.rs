@@ -64,6 +64,12 @@ impl DiskTier {
         Self { dir: PosixDir { root: root.into(), durable: true } }
     }
 
+    /// Its directory.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.dir.root
+    }
+
     /// Removes what earlier processes of this rank left in the staging directory. The caller holds
     /// the rank's lock, so nothing there is in use.
     ///

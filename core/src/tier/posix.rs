@@ -28,7 +28,8 @@ pub(crate) struct PosixDir {
 }
 
 impl PosixDir {
-    /// The path of a name, which may come from a file or a person: no part of it may leave the root.
+    /// The path of a name, which may come from a file or a person: no part of it may leave the
+    /// root.
     pub(crate) fn path(&self, name: &str) -> Result<PathBuf> {
         let good =
             |part: &str| !part.is_empty() && part != "." && part != ".." && !part.contains('\0');
@@ -194,8 +195,8 @@ fn read_direct(file: &File, offset: u64, into: &mut [u8], want: usize) -> Result
     Ok(())
 }
 
-/// The root of a tier: made where it is missing; a file in its place, or one without rights, is said
-/// in one sentence at once and not at the first save.
+/// The root of a tier: made where it is missing; a file in its place, or one without rights, is
+/// said in one sentence at once and not at the first save.
 pub(crate) fn usable_root(root: &Path, durable: bool) -> Result<()> {
     if let Ok(meta) = fs::metadata(root)
         && !meta.is_dir()

@@ -17,7 +17,7 @@ use std::{
 use rustix::{fs::RenameFlags, io::Errno};
 
 use super::Created;
-use crate::error::{Doing, Result};
+use crate::error::{Doing, Error, Result};
 
 /// Where files are written before they appear; below a tier's root.
 pub(crate) const STAGING: &str = "_staging";
@@ -83,6 +83,69 @@ pub(crate) fn publish(
         Created::Exists => remove(staged)?,
     }
     Ok(created)
+}
+
+/// A file outside any tier that is being written beside the place it will have. It appears whole,
+/// by [`appear`](Self::appear), or not at all.
+#[derive(Debug)]
+pub struct Staged {
+    file: Option<File>,
+    path: PathBuf,
+    dest: PathBuf,
+}
+
+impl Staged {
+    /// Begins a file that will be `dest`.
+    ///
+    /// # Errors
+    /// The name is taken, or its directory is missing or may not be written.
+    pub fn beside(dest: &Path) -> Result<Self> {
+        let dest = crate::config::absolute(dest)?;
+        if fs::symlink_metadata(&dest).is_ok() {
+            return Err(Error::invalid(format!("{} is there already", dest.display())));
+        }
+        let Some(name) = dest.file_name() else {
+            return Err(Error::invalid(format!("{} is not the name of a file", dest.display())));
+        };
+        let name = format!(".{}.{}.part", name.to_string_lossy(), std::process::id());
+        let path = dest.with_file_name(name);
+        let open = OpenOptions::new().read(true).write(true).create_new(true).open(&path);
+        Ok(Self { file: Some(open.at("create", &path)?), path, dest })
+    }
+
+    /// The open file.
+    ///
+    /// # Errors
+    /// None: a staged file is open until it appears.
+    pub fn file(&self) -> Result<&File> {
+        self.file.as_ref().ok_or_else(|| Error::Bug("a staged file that is closed".into()))
+    }
+
+    /// Where it is written, for messages.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Gives it its name, synced.
+    ///
+    /// # Errors
+    /// The name was taken meanwhile, or the file system did not answer.
+    pub fn appear(mut self) -> Result<()> {
+        match publish(self.file.take(), &self.path, &self.dest, true)? {
+            Created::New => Ok(()),
+            Created::Exists => {
+                Err(Error::invalid(format!("{} is there already", self.dest.display())))
+            }
+        }
+    }
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        // Nothing is there where it has appeared; what cannot be removed now is only a hidden file.
+        let _ = remove(&self.path);
+    }
 }
 
 /// Moves a file out of sight, or a free one to a new owner, and syncs both directories.

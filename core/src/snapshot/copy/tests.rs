@@ -274,7 +274,7 @@ fn a_chunk_without_a_wanted_byte_is_not_read() {
         .collect();
     assert_eq!((0..8).filter(|i| plan.wants(*i)).collect::<Vec<_>>(), [1, 2]);
     // SAFETY: the plan's memory is `wanted`, and no thread has it.
-    assert_eq!(unsafe { restore(&plan, payload.as_ptr(), &crcs, 2) }, []);
+    assert_eq!(unsafe { restore(&plan, payload.as_ptr(), &crcs, 2) }, Vec::<u32>::new());
     assert_eq!(wanted[..], payload[95..105]);
     // Unwanted bytes of a wanted chunk do count: without them the others cannot be trusted.
     let mut damaged = payload.clone();
@@ -364,7 +364,7 @@ fn long_pieces_go_past_the_cache_and_are_the_same() {
     assert_eq!(crcs, expected);
     tensors.iter_mut().for_each(|tensor| tensor.memory.fill(0));
     // SAFETY: as above.
-    assert_eq!(unsafe { restore(&plan, slot.as_ptr(), &crcs, 2) }, []);
+    assert_eq!(unsafe { restore(&plan, slot.as_ptr(), &crcs, 2) }, Vec::<u32>::new());
     let back: Vec<u8> = tensors.iter().flat_map(|t| t.memory[3..].to_vec()).collect();
     assert!(back == payload);
     assert!(tensors.iter().all(|tensor| tensor.memory[..3] == [0; 3]));

@@ -1,0 +1,219 @@
+//! A small model for tests: tensors whose bytes are a function of step and rank, so that any
+//! restored bit can be checked without keeping anything.
+#![allow(dead_code, unreachable_pub)] // Each test file uses its part.
+
+use std::{
+    collections::HashMap,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use tierkeep::{
+    begin::Begin,
+    checkpointer::{Checkpointer, SaveRequest},
+    config::Config,
+    manifest::Meta,
+    restore::read::{ReadReport, Restorable},
+    save::{Level, Save},
+    snapshot::{copy, strided::Address},
+    state::{
+        Memory, State, Tensor, TensorSpec,
+        dtype::Dtype,
+        value::{Lib, TensorRef, Value},
+    },
+    testing::contract::pattern,
+};
+
+/// Sizes in bytes: one of more than a chunk, odd ones, an empty one.
+pub const SIZES: [usize; 5] = [(4 << 20) + 24, 4096, 13, 0, 64 << 10];
+/// For trials that run thousands of times.
+pub const SMALL: [usize; 3] = [40_000, 13, 0];
+
+/// Directories of one test: disk and ram apart, both removed at the end.
+pub struct Places {
+    disk: tempfile::TempDir,
+    ram: tempfile::TempDir,
+}
+
+impl Places {
+    pub fn new() -> Self {
+        let ram = tempfile::Builder::new().prefix("tierkeep-test-").tempdir_in("/dev/shm");
+        Self { disk: tempfile::tempdir().expect("tempdir"), ram: ram.expect("tempdir in /dev/shm") }
+    }
+
+    pub fn destination(&self) -> PathBuf {
+        self.disk.path().join("run")
+    }
+
+    pub fn ram(&self) -> &Path {
+        self.ram.path()
+    }
+
+    pub fn wipe_ram(&self) {
+        for entry in std::fs::read_dir(self.ram.path()).expect("list") {
+            let path = entry.expect("entry").path();
+            if path.is_dir() {
+                std::fs::remove_dir_all(path).expect("wipe");
+            }
+        }
+    }
+
+    pub fn config(&self) -> Config {
+        config(&self.destination(), self.ram.path(), 0, 1)
+    }
+
+    pub fn config_of(&self, rank: u32, world: u32) -> Config {
+        config(&self.destination(), self.ram.path(), rank, world)
+    }
+
+    pub fn open(&self) -> Checkpointer {
+        Checkpointer::open(self.config()).expect("open")
+    }
+}
+
+pub fn config(destination: &Path, ram: &Path, rank: u32, world: u32) -> Config {
+    let mut config = Config::new(destination).expect("config");
+    config.ram_root = ram.into();
+    config.rank = rank;
+    config.savers = (0..world).collect();
+    config.lock_wait = Duration::from_secs(5);
+    config.attempt_wait = Duration::from_secs(20);
+    config.slot_wait = Duration::from_secs(5);
+    config
+}
+
+pub struct Model {
+    pub rank: u32,
+    pub tensors: Vec<Vec<u8>>,
+}
+
+impl Model {
+    pub fn new(rank: u32, sizes: &[usize]) -> Self {
+        Self { rank, tensors: sizes.iter().map(|n| vec![0; *n]).collect() }
+    }
+
+    /// The state after so many steps.
+    pub fn at(rank: u32, sizes: &[usize], step: u64) -> Self {
+        let mut model = Self::new(rank, sizes);
+        model.train_to(step);
+        model
+    }
+
+    pub fn train_to(&mut self, step: u64) {
+        for (i, tensor) in self.tensors.iter_mut().enumerate() {
+            let seed = step * 1_000_003 + u64::from(self.rank) * 1009 + i as u64;
+            *tensor = pattern(tensor.len(), seed);
+        }
+    }
+
+    pub fn is_at(&self, step: u64) -> bool {
+        let sizes: Vec<usize> = self.tensors.iter().map(Vec::len).collect();
+        self.tensors == Self::at(self.rank, &sizes, step).tensors
+    }
+
+    pub fn specs(&self) -> Vec<TensorSpec> {
+        self.state(0).tensors.into_iter().map(|t| t.spec).collect()
+    }
+
+    pub fn state(&self, step: u64) -> State {
+        let mut entries = Vec::new();
+        let mut tensors = Vec::new();
+        for (i, tensor) in self.tensors.iter().enumerate() {
+            let name = format!("t{i}");
+            let leaf = TensorRef { name: name.clone(), lib: Lib::Numpy, param: false };
+            entries.push((Value::Str(name.clone()), Value::Tensor(leaf)));
+            let shape = vec![tensor.len() as u64];
+            tensors.push(Tensor {
+                spec: TensorSpec { name, dtype: Dtype::U8, shape, part_of: None },
+                memory: Memory::Contiguous(Address::read_only(tensor.as_ptr())),
+                late: false,
+            });
+        }
+        entries.push((Value::Str("step".into()), Value::Int(step.cast_signed())));
+        State { tree: Value::Dict(entries), tensors }
+    }
+
+    /// Saves this state; the caller keeps the model until it is staged.
+    pub fn save(&self, ckpt: &Checkpointer, step: u64) -> tierkeep::Result<Save> {
+        let request = SaveRequest {
+            step,
+            state: self.state(step),
+            meta: Meta::default(),
+            overlap: false,
+            skip_if_busy: false,
+            keep_alive: Box::new(()),
+        };
+        // SAFETY: "now": the memory is read only during the call.
+        unsafe { ckpt.save(request) }
+    }
+
+    pub fn read(&mut self, found: &Restorable) -> tierkeep::Result<ReadReport> {
+        let targets: HashMap<String, copy::Memory> = self
+            .tensors
+            .iter_mut()
+            .enumerate()
+            .map(|(i, t)| (format!("t{i}"), copy::Memory::Bytes(Address::new(t.as_mut_ptr()))))
+            .collect();
+        // SAFETY: the targets are this model's own vectors, of the sizes that were saved.
+        unsafe { found.read(&targets, None) }
+    }
+}
+
+/// Begins; the step that is resumed from, with its bits checked.
+pub fn resume(ckpt: &Checkpointer, sizes: &[usize]) -> tierkeep::Result<u64> {
+    let Some(found) = ckpt.begin(&Begin::default())? else { return Ok(0) };
+    let mut model = Model::new(ckpt.config().rank, sizes);
+    model.read(&found)?;
+    let step = found.step().0;
+    assert!(model.is_at(step), "step {step}: restored bits differ");
+    let tree = Value::decode(&found.manifest().tree).expect("tree");
+    let Value::Dict(entries) = tree else { panic!("tree is no dict") };
+    assert_eq!(entries.last().expect("step").1, Value::Int(step.cast_signed()), "a mix of steps");
+    Ok(step)
+}
+
+/// Saves `steps` one after the other, each waited for on disk.
+pub fn train(ckpt: &Checkpointer, sizes: &[usize], steps: impl IntoIterator<Item = u64>) {
+    for step in steps {
+        let model = Model::at(ckpt.config().rank, sizes, step);
+        let save = model.save(ckpt, step).expect("save");
+        wait(&save, Level::Disk);
+    }
+}
+
+pub fn wait(save: &Save, level: Level) {
+    let reached = save.poll(level, false, Duration::from_secs(30));
+    assert!(reached.expect("wait"), "{level:?} of step {} not reached", save.step());
+}
+
+pub fn close(ckpt: &Checkpointer) {
+    assert!(ckpt.close(Duration::from_secs(30), false).expect("close"), "not closed in time");
+}
+
+/// Every file below `dir`, relative, sorted.
+pub fn files(dir: &Path) -> Vec<PathBuf> {
+    fn walk(dir: &Path, root: &Path, all: &mut Vec<PathBuf>) {
+        for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+            let path = entry.path();
+            if path.is_dir() {
+                walk(&path, root, all);
+            } else {
+                all.push(path.strip_prefix(root).expect("below").into());
+            }
+        }
+    }
+    let mut all = Vec::new();
+    walk(dir, dir, &mut all);
+    all.sort();
+    all
+}
+
+/// Flips one bit of a file in place.
+pub fn flip(path: &Path, bit: u64) {
+    use std::os::unix::fs::FileExt;
+    let file = std::fs::File::options().read(true).write(true).open(path).expect("open");
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, bit / 8).expect("read");
+    byte[0] ^= 1 << (bit % 8);
+    file.write_all_at(&byte, bit / 8).expect("write");
+}
