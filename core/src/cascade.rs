@@ -28,7 +28,7 @@ use crate::{
     config::Config,
     error::{Error, Result},
     manifest::Identity,
-    names::{CheckpointKey, Rank, Step},
+    names::{ATTEMPTS, CheckpointKey, Rank, Step, parse_attempt_file},
     observe::{Observer, add, locked},
     restore::{decide::lineage_of, survey::survey},
     retain,
@@ -72,6 +72,8 @@ struct Work {
     chosen: Option<u64>,
     sealed: Option<u64>,
     joined: bool,
+    /// A shard came since the last look for a newer attempt.
+    unchecked: bool,
     fenced: bool,
     /// The disk tier did not answer at the last turn: nothing is kept for it.
     trouble: bool,
@@ -123,6 +125,7 @@ impl Cascade {
         let mut work = locked(&self.work);
         let step = shard.key.step.0;
         work.shards.insert(step, shard);
+        work.unchecked = true;
         if self.parts.config.savers.len() == 1 {
             self.completed(&mut work, step);
         }
@@ -298,6 +301,9 @@ impl Cascade {
 
     /// Looks for the other ranks' shards.
     fn watch_ram(&self) -> Result<bool> {
+        if std::mem::take(&mut locked(&self.work).unchecked) {
+            self.check_fence()?;
+        }
         let open: Vec<Shard> =
             locked(&self.work).shards.values().filter(|s| !s.complete).cloned().collect();
         let mut moved = false;
@@ -308,6 +314,8 @@ impl Cascade {
                 moved = true;
             } else {
                 shard.save.set_waiting_for(ranks(&missing));
+                // Whoever is missing may have gone on to a newer attempt.
+                self.check_fence()?;
             }
         }
         if moved {
@@ -390,6 +398,12 @@ impl Cascade {
 
     /// A newer attempt began: nothing of this one may be completed any more.
     fn check_fence(&self) -> Result<()> {
+        // Names first: this is asked often, and almost always there is nothing new.
+        let names = self.parts.disk.list(ATTEMPTS)?;
+        let numbers = names.iter().filter_map(|e| parse_attempt_file(&e.name));
+        if numbers.max().is_none_or(|n| n <= self.parts.record.attempt.number) {
+            return Ok(());
+        }
         let attempts = Attempts::load(&[&*self.parts.disk, &*self.parts.ram])?;
         let own = self.parts.record.attempt;
         let Some(newer) = attempts.newest().filter(|r| r.attempt.number > own.number) else {
