@@ -1,6 +1,6 @@
 //! How long capture and restore take, as ratios to memcpy of the same pieces into the same memory.
 //!
-//! `cargo bench --bench copy [-- ROUNDS]`. Each round runs every line once, so that whatever else
+//! `cargo run --release --bin bench-copy [ROUNDS]`. Each round runs every line once, so that whatever else
 //! the machine does falls on all alike; a ratio is the median of the rounds' ratios. Rounds start
 //! at another line each time, but each line has the same one before it: what that left in the
 //! caches shows in tables smaller than the last-level cache.
