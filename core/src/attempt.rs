@@ -213,7 +213,7 @@ pub(crate) fn read(tiers: &[&dyn Tier], number: u32) -> Result<(AttemptRecord, V
             Err(e) => last = Some(e),
         }
     }
-    Err(last.unwrap_or_else(|| Error::NotFound { what: name }))
+    Err(last.unwrap_or(Error::NotFound { what: name }))
 }
 
 /// Creates the record with the next free number. `draft` gets its number; the first tier decides,
