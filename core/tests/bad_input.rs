@@ -102,7 +102,7 @@ fn a_manifest_that_lies_is_damage() {
         ("\"shape\":[40000]", &format!("\"shape\":[{huge},{huge}]"), "[18446744073709551615"),
         ("\"shape\":[40000]", "\"shape\":[39999]", "in 40000 bytes"),
         ("\"dtype\":\"U8\"", "\"dtype\":\"Q8\"", "unknown dtype"),
-        ("\"name\":\"t1\"", "\"name\":\"t0\"", "two tensors are named t0"),
+        ("\"name\":\"t1\",\"dtype\"", "\"name\":\"t0\",\"dtype\"", "two tensors are named t0"),
         ("\"file\":\"rank-000000-", "\"file\":\"../../../etc/passwd-", "it names the payload"),
         ("\"kind\":\"shard\"", "\"kind\":\"parity\"", "it is fragment"),
     ];

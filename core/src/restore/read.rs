@@ -189,12 +189,14 @@ impl Restorable {
             let mut buffer = AlignedBuf::new(1);
             while let Some(chunk) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
                 match read_chunk(&*source, payload, *chunk, &mut buffer) {
-                    // SAFETY: the caller's promise; each chunk is one thread's.
-                    Ok(bytes)
-                        if unsafe {
-                            restore_chunk(plan, *chunk, bytes, payload.chunks[*chunk])
-                        } => {}
-                    Ok(_) => locked(&bad).push(*chunk),
+                    Ok(bytes) => {
+                        // SAFETY: the caller's promise; each chunk is one thread's.
+                        let good =
+                            unsafe { restore_chunk(plan, *chunk, bytes, payload.chunks[*chunk]) };
+                        if !good {
+                            locked(&bad).push(*chunk);
+                        }
+                    }
                     Err(e) => {
                         locked(&trouble).get_or_insert(e.chain());
                         locked(&bad).push(*chunk);
