@@ -1,0 +1,216 @@
+//! Several ranks, no barrier: what is global is the same on all of them.
+
+mod common;
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use common::{Model, Places, SMALL, files, resume, train, wait};
+use tierkeep::{
+    begin::Begin,
+    checkpointer::{Checkpointer, SaveRequest},
+    clock::SystemClock,
+    manifest::Meta,
+    names::{Rank, Step},
+    reader::Reader,
+    restore::decide::Wish,
+    save::Level,
+    testing::faulty::{Fault, Faulty},
+    tier::{Tier, TierKind},
+};
+
+fn saved_or_skipped(ckpt: &Checkpointer, rank: u32, steps: u64) -> BTreeSet<u64> {
+    let mut saved = BTreeSet::new();
+    for step in 1..=steps {
+        let model = Model::at(rank, &SMALL, step);
+        let request = SaveRequest {
+            step,
+            state: model.state(step),
+            meta: Meta::default(),
+            overlap: false,
+            skip_if_busy: true,
+            keep_alive: Box::new(()),
+        };
+        // SAFETY: "now": the memory is read only during the call.
+        let save = unsafe { ckpt.save(request) }.unwrap();
+        if save.progress().skipped.is_none() {
+            saved.insert(step);
+        }
+        // Ranks train at about the same speed, as ranks do; rank 1 lags a little.
+        std::thread::sleep(Duration::from_millis(2 + u64::from(rank)));
+    }
+    saved
+}
+
+#[test]
+fn what_is_saved_or_skipped_is_the_same_on_every_rank() {
+    let places = Places::new();
+    let saved: Vec<BTreeSet<u64>> = std::thread::scope(|scope| {
+        let ranks: Vec<_> = (0..3)
+            .map(|rank| {
+                let places = &places;
+                scope.spawn(move || {
+                    let slow = |tier: Arc<dyn Tier>| -> Arc<dyn Tier> {
+                        if tier.kind() == TierKind::Disk && rank == 2 {
+                            let clock = Arc::new(SystemClock);
+                            let stall = Fault::Stalls(Duration::from_millis(4), clock);
+                            return Arc::new(Faulty::new(tier, stall));
+                        }
+                        tier
+                    };
+                    let config = places.config_of(rank, 3);
+                    let ckpt = Checkpointer::open_wrapped(config, &slow).unwrap();
+                    resume(&ckpt, &SMALL).unwrap();
+                    let saved = saved_or_skipped(&ckpt, rank, 60);
+                    assert!(ckpt.close(Duration::from_secs(20), false).unwrap());
+                    saved
+                })
+            })
+            .collect();
+        ranks.into_iter().map(|r| r.join().unwrap()).collect()
+    });
+    assert!(saved[0].len() > 3 && saved[0].len() < 60, "nothing skipped, or all: {saved:?}");
+    assert!(saved.iter().all(|s| *s == saved[0]), "{saved:?}");
+    let reader = Reader::open(&places.destination(), Some(places.ram())).unwrap();
+    for info in reader.steps().unwrap() {
+        let ranks: BTreeSet<usize> =
+            info.ranks.iter().filter(|(_, r)| !r.is_empty()).map(|(_, r)| r.len()).collect();
+        assert_eq!(ranks, BTreeSet::from([3]), "a step of some ranks: {info:?}");
+    }
+}
+
+#[test]
+fn all_ranks_restore_the_step_that_was_decided_though_more_shards_appear_meanwhile() {
+    let places = Places::new();
+    let open = |rank| Checkpointer::open(places.config_of(rank, 2)).unwrap();
+    let old = [open(0), open(1)];
+    for (rank, ckpt) in (0..).zip(&old) {
+        resume(ckpt, &SMALL).unwrap();
+        Model::at(rank, &SMALL, 1).save(ckpt, 1).unwrap();
+    }
+    Model::at(0, &SMALL, 2).save(&old[0], 2).unwrap();
+    // Rank 0 decides for step 1: step 2 lacks a shard. Before rank 1 looks, the shard appears.
+    let [lead, late] = old;
+    drop(lead);
+    let new_lead = open(0);
+    let found = new_lead.begin(&Begin::default()).unwrap().unwrap();
+    assert_eq!(found.step(), Step(1));
+    Model::at(1, &SMALL, 2).save(&late, 2).unwrap();
+    drop(late);
+    let other = open(1);
+    assert_eq!(other.begin(&Begin::default()).unwrap().unwrap().step(), Step(1));
+    assert_eq!(new_lead.attempt(), other.attempt());
+}
+
+#[test]
+fn a_rank_that_joins_with_the_given_id_needs_no_lock_to_find_the_record() {
+    let places = Places::new();
+    let id = tierkeep::names::Id::random().unwrap();
+    let open = |rank| {
+        let mut config = places.config_of(rank, 2);
+        config.attempt_id = Some(id);
+        Checkpointer::open(config).unwrap()
+    };
+    let ranks = [open(0), open(1)];
+    for ckpt in &ranks {
+        assert_eq!(resume(ckpt, &SMALL).unwrap(), 0);
+    }
+    assert_eq!(ranks[0].attempt().unwrap().attempt.id, id);
+    assert_eq!(ranks[0].attempt(), ranks[1].attempt());
+}
+
+#[test]
+fn ranks_that_disagree_about_the_saver_set_are_refused() {
+    let places = Places::new();
+    let lead = Checkpointer::open(places.config_of(0, 2)).unwrap();
+    resume(&lead, &SMALL).unwrap();
+    let other = Checkpointer::open(places.config_of(1, 3)).unwrap();
+    let error = resume(&other, &SMALL).unwrap_err();
+    assert!(error.to_string().contains("says that ranks [0, 1] save"), "{error}");
+}
+
+#[test]
+fn a_rollback_in_a_running_process_begins_a_new_attempt_on_every_rank() {
+    let places = Places::new();
+    let open = |rank| Checkpointer::open(places.config_of(rank, 2)).unwrap();
+    let ranks = [open(0), open(1)];
+    for ckpt in &ranks {
+        resume(ckpt, &SMALL).unwrap();
+    }
+    for step in 1..=3 {
+        let saves: Vec<_> = (0..)
+            .zip(&ranks)
+            .map(|(rank, ckpt)| Model::at(rank, &SMALL, step).save(ckpt, step).unwrap())
+            .collect();
+        saves.iter().for_each(|s| wait(s, Level::Disk));
+    }
+    let wish = Wish { step: Some(Step(2)), ..Wish::default() };
+    let back = Begin { wish, rollback: true, ..Begin::default() };
+    for (rank, ckpt) in (0..).zip(&ranks) {
+        let found = ckpt.begin(&back).unwrap().unwrap();
+        let mut model = Model::new(rank, &SMALL);
+        model.read(&found).unwrap();
+        assert!(found.step() == Step(2) && model.is_at(2));
+    }
+    assert_eq!(ranks[0].attempt(), ranks[1].attempt());
+    assert_eq!(ranks[0].attempt().unwrap().attempt.number, 2);
+    let saves: Vec<_> = (0..)
+        .zip(&ranks)
+        .map(|(rank, ckpt)| Model::at(rank, &SMALL, 3).save(ckpt, 3).unwrap())
+        .collect();
+    saves.iter().for_each(|s| wait(s, Level::Disk));
+}
+
+#[test]
+fn a_hard_linked_backup_is_never_overwritten() {
+    let places = Places::new();
+    let mut config = places.config();
+    config.keep_last = 1;
+    let ckpt = Checkpointer::open(config).unwrap();
+    resume(&ckpt, &SMALL).unwrap();
+    train(&ckpt, &SMALL, [1]);
+    let root = places.destination();
+    let payload = files(&root).into_iter().find(|p| {
+        let text = p.to_string_lossy();
+        text.ends_with(".safetensors") && !text.starts_with('_')
+    });
+    let payload = root.join(payload.unwrap());
+    let backup = root.parent().unwrap().join("backup");
+    let linked = std::process::Command::new("ln").arg(&payload).arg(&backup).status().unwrap();
+    assert!(linked.success());
+    let before = std::fs::read(&backup).unwrap();
+    train(&ckpt, &SMALL, 2..=6);
+    assert!(!payload.exists());
+    assert!(std::fs::read(&backup).unwrap() == before, "the backup was written over");
+}
+
+#[test]
+fn late_tensors_are_copied_behind_and_early_ones_before_save_returns() {
+    let places = Places::new();
+    let ckpt = places.open();
+    resume(&ckpt, &[1]).unwrap();
+    for step in 1..=10 {
+        let mut model = Model::at(0, &[3 << 20, 50_000], step);
+        let mut state = model.state(step);
+        state.tensors[0].late = true;
+        let request = SaveRequest {
+            step,
+            state,
+            meta: Meta::default(),
+            overlap: true,
+            skip_if_busy: false,
+            keep_alive: Box::new(()),
+        };
+        // SAFETY: the late tensor is not touched before `staged`, the other one only after the call.
+        let save = unsafe { ckpt.save(request) }.unwrap();
+        model.tensors[1].fill(0); // Early: it may change at once.
+        assert!(save.poll(Level::Staged, false, Duration::from_secs(10)).unwrap());
+        assert!(ckpt.fence(Duration::from_secs(1)).unwrap());
+        model.tensors[0].fill(0);
+        wait(&save, Level::Disk);
+        let reader = Reader::open(&places.destination(), Some(places.ram())).unwrap();
+        let (key, ..) = reader.choose(&Wish::default()).unwrap();
+        let mut read = Model::new(0, &[3 << 20, 50_000]);
+        read.read(&reader.shard(&key, Rank(0)).unwrap()).unwrap();
+        assert!(key.step == Step(step) && read.is_at(step), "step {step}");
+    }
+}
