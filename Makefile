@@ -111,7 +111,9 @@ test-python: wheel
 	$(BIN)/pytest python/tests $(PYTEST_ARGS)
 
 bench: wheel
-	$(BIN)/python benches/run.py
+	@command -v fio >/dev/null || { echo "error: fio is needed; on Debian: apt-get install fio" >&2; exit 1; }
+	cargo build --quiet --release --package tierkeep-benches
+	$(BIN)/python benches/run.py --write
 
 clean:
 	cargo clean --quiet
