@@ -17,7 +17,7 @@ use crate::{
     clock::Deadline,
     commit::Listing,
     error::{Error, Result},
-    names::{AttemptRef, CheckpointKey, Id, Rank},
+    names::{AttemptDir, AttemptRef, CheckpointKey, Id, Rank},
     observe::Observer,
     ownership::is_held,
     record,
@@ -57,6 +57,7 @@ pub(crate) fn begin(place: &Place, how: &Begin, decision: u32) -> Result<Started
         // The step that was decided on can go while we decide: then decide again.
         loop {
             let record = record_decision(place, how, decision)?;
+            clear_old(place, &record);
             match join_attempt(place, &record) {
                 Err(e) if e.is_not_found() && deadline.left(&*place.clock).is_some() => {
                     tracing::warn!("{}; deciding again", e.chain());
@@ -135,6 +136,28 @@ fn record_decision(place: &Place, how: &Begin, decision: u32) -> Result<AttemptR
         passed_over: decided.passed_over,
     };
     attempt::create(&durable_first, draft)
+}
+
+/// Removes what earlier attempts left for their own ranks: decisions, claims, the locks of dead
+/// starts. None of it matters to anybody any more; what cannot be removed stays.
+fn clear_old(place: &Place, record: &AttemptRecord) {
+    let root = &place.config.destination;
+    let own = record.attempt.dir();
+    for kind in ["_decisions", "_claims"] {
+        for entry in place.disk.list(kind).unwrap_or_default() {
+            let older = AttemptDir::parse(&entry.name)
+                .is_some_and(|dir| dir.number < record.attempt.number && entry.name != own);
+            if older && let Err(e) = std::fs::remove_dir_all(root.join(kind).join(&entry.name)) {
+                tracing::debug!("{kind}/{} stays: {e}", entry.name);
+            }
+        }
+    }
+    for entry in place.disk.list("_locks").unwrap_or_default() {
+        let path = root.join("_locks").join(&entry.name);
+        if entry.name.starts_with("start-") && matches!(is_held(&path), Ok(false)) {
+            let _ = crate::tier::publish::remove(&path);
+        }
+    }
 }
 
 fn check_world(place: &Place, decided: &Decision) -> Result<()> {

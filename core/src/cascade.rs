@@ -136,7 +136,8 @@ impl Cascade {
     /// Whether the slot that holds `key` may be taken for the next snapshot.
     pub(crate) fn may_go(&self, key: &CheckpointKey) -> bool {
         let work = locked(&self.work);
-        if work.newest.as_ref() == Some(key) {
+        let on_its_way = work.carry.as_ref().is_some_and(|c| self.key_of(c.step) == *key);
+        if work.newest.as_ref() == Some(key) || on_its_way {
             return false;
         }
         let Some(shard) = work.shards.get(&key.step.0).filter(|s| s.key == *key) else {
@@ -144,7 +145,6 @@ impl Cascade {
         };
         let newest = work.newest.as_ref().map_or(0, |k| k.step.0);
         let step = key.step.0;
-        let carried = work.carry.as_ref().is_some_and(|c| c.step == step);
         // The leader may choose it at this moment.
         let next = work.carry.is_none()
             && shard.complete
@@ -152,14 +152,16 @@ impl Cascade {
             && work.chosen.is_none_or(|c| step > c)
             && !work.fenced
             && !work.trouble;
-        step < newest && !carried && !next
+        step < newest && !next
     }
 
     /// Gives up the oldest shard that other ranks never completed, so that its slot can be used.
     pub(crate) fn give_up_straggler(&self) -> Result<bool> {
         let found = {
             let work = locked(&self.work);
-            work.shards.values().find(|s| !s.complete).cloned()
+            let carried = work.carry.as_ref().map(|c| c.step);
+            let open = |s: &&Shard| !s.complete && carried != Some(s.key.step.0);
+            work.shards.values().find(open).cloned()
         };
         let Some(shard) = found else { return Ok(false) };
         let missing = self.missing_in_ram(&shard.key)?;
@@ -363,6 +365,8 @@ impl Cascade {
             self.parts.agreements.carry(step)?;
         }
         let mut work = locked(&self.work);
+        // The leader chooses what is complete; a follower may not have seen it yet.
+        self.completed(&mut work, step);
         let old = work.carry.take();
         work.chosen = Some(step);
         let deadline = Deadline::after(&*self.parts.clock, self.parts.config.disk_wait);

@@ -2,12 +2,12 @@
 //!
 //! It creates no attempt, takes no lock and mends nothing.
 
-use std::{path::Path, sync::Arc};
+use std::{io::ErrorKind, path::Path, sync::Arc};
 
 use crate::{
     attempt::{Attempts, Lineage},
     config,
-    error::{Error, Result},
+    error::{Doing, Error, Result},
     names::{CheckpointKey, Rank, Step},
     observe::Observer,
     restore::{
@@ -81,7 +81,7 @@ impl Reader {
         let root = ram_root.map_or_else(config::default_ram_root, Into::into);
         let ram = config::ram_dir(&root, destination);
         let mut tiers: Vec<Arc<dyn Tier>> = Vec::new();
-        if ram.is_dir() {
+        if is_dir(&ram)? {
             tiers.push(Arc::new(MemoryTier::reader(&ram)));
         }
         if destination.is_file() {
@@ -92,7 +92,7 @@ impl Reader {
         }
         if is_ram_dir(destination, &root) {
             tiers = vec![Arc::new(MemoryTier::reader(destination))];
-        } else if destination.is_dir() {
+        } else if is_dir(destination)? {
             tiers.push(Arc::new(DiskTier::reader(destination)));
         }
         if tiers.is_empty() {
@@ -301,6 +301,15 @@ impl Reader {
         let wish = Wish { step: Some(step), attempt, accept_older: false };
         let (key, ..) = self.choose(&wish)?;
         retain::pin(home, &key)
+    }
+}
+
+/// Whether there is such a directory. A place that does not answer is not "no".
+fn is_dir(path: &Path) -> Result<bool> {
+    match std::fs::metadata(path) {
+        Ok(meta) => Ok(meta.is_dir()),
+        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(false),
+        Err(e) => Err(e).at("look for", path),
     }
 }
 

@@ -52,10 +52,10 @@ pub fn survey(tiers: &[&dyn Tier]) -> Result<Vec<Found>> {
     for (index, tier) in tiers.iter().enumerate() {
         for step in tier.list("")? {
             let Some(number) = parse_step_dir(&step.name) else { continue };
-            for attempt in tier.list(&step.name)? {
+            for attempt in unless_a_file(tier.list(&step.name))? {
                 let Some(dir) = AttemptDir::parse(&attempt.name) else { continue };
                 let key = CheckpointKey { step: number, attempt: dir };
-                let listing = Listing::of(*tier, &key)?;
+                let listing = unless_a_file(Listing::of(*tier, &key))?;
                 if !listing.is_empty() {
                     let row =
                         all.entry(key).or_insert_with(|| vec![Listing::default(); tiers.len()]);
@@ -65,6 +65,16 @@ pub fn survey(tiers: &[&dyn Tier]) -> Result<Vec<Found>> {
         }
     }
     Ok(all.into_iter().map(|(key, listings)| Found { key, listings }).collect())
+}
+
+/// A file with the name of a step or an attempt is nobody's of ours, and hides no other step.
+fn unless_a_file<T: Default>(listed: Result<T>) -> Result<T> {
+    match listed {
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotADirectory => {
+            Ok(T::default())
+        }
+        other => other,
+    }
 }
 
 /// One good copy of a shard: a manifest that was read and checked, and where.
