@@ -10,6 +10,8 @@
 //!   is told.
 //! - In a fork's child every call is refused and nothing is touched.
 
+mod taking;
+
 use std::{
     any::Any,
     collections::BTreeMap,
@@ -23,23 +25,22 @@ use std::{
 };
 
 use crate::{
-    agree::{Agreements, Saving},
+    agree::Agreements,
     attempt::AttemptRecord,
     begin::{Begin, begin},
     cascade::{Cascade, Parts, Shard},
     clock::{Deadline, SharedClock, SystemClock},
     config::Config,
-    error::{Error, ErrorKind, Result},
-    manifest::{Identity, Meta},
-    names::{CheckpointKey, Id, Rank, Step},
-    observe::{Observer, add, locked},
+    error::{Error, Result},
+    manifest::Meta,
+    names::{Id, Rank, Step},
+    observe::{Observer, locked},
     ownership::Ownership,
     restore::read::Restorable,
-    save::{Level, Save},
+    save::Save,
     signal::Signal,
     snapshot::{
-        Snapshot,
-        arena::{Arena, Filling, SlotPayload},
+        arena::{Arena, SlotPayload},
         budget::Budget,
         layout::Layout,
     },
@@ -291,161 +292,6 @@ impl Checkpointer {
         Ok(layout)
     }
 
-    /// Saves a state. Returns when the caller may go on: the copy is done and published in RAM, or,
-    /// with `overlap`, everything but the `late` tensors is copied.
-    ///
-    /// A failure of the copy is told, counted and kept in the returned [`Save`]; only mistakes of
-    /// the caller are errors here.
-    ///
-    /// # Errors
-    /// [`ErrorKind::Invalid`], [`ErrorKind::Fenced`].
-    ///
-    /// # Safety
-    /// The memory that the state points to is readable until the save is staged, and nobody writes
-    /// to it meanwhile.
-    pub unsafe fn save(&self, request: SaveRequest) -> Result<Save> {
-        self.check_open()?;
-        let (record, cascade) = self.running()?;
-        if let Some(save) = self.earlier(request.step)? {
-            return Ok(save);
-        }
-        if record.parent.is_some_and(|p| request.step <= p.step) {
-            return Err(Error::invalid(format!(
-                "step {} is not newer than the step that this attempt resumed from, {}",
-                request.step,
-                record.parent.map_or(0, |p| p.step)
-            )));
-        }
-        let save = Save::new(request.step);
-        locked(&self.inner.saves).insert(request.step, save.clone());
-        // SAFETY: the caller's promise.
-        match unsafe { self.take(&save, request, &record, &cascade) } {
-            Ok(()) => Ok(save),
-            Err(e) => {
-                self.inner.failed(&save, &e);
-                match e.kind() {
-                    ErrorKind::Fenced | ErrorKind::Invalid
-                        if !matches!(e, Error::Budget { .. }) =>
-                    {
-                        Err(e)
-                    }
-                    _ => Ok(save),
-                }
-            }
-        }
-    }
-
-    /// The save of this step, if this attempt has one; an error for a step that is older than it.
-    fn earlier(&self, step: u64) -> Result<Option<Save>> {
-        let mut saves = locked(&self.inner.saves);
-        if let Some(save) = saves.get(&step) {
-            if !save.is_void() {
-                return Ok(Some(save.clone()));
-            }
-            saves.remove(&step);
-        }
-        if let Some((newest, _)) = saves.last_key_value().filter(|(s, _)| **s > step) {
-            return Err(Error::invalid(format!(
-                "step {step} is older than step {newest}, which this attempt has saved: steps rise \
-                 (to go back, restore with rollback=True)"
-            )));
-        }
-        while saves.len() >= SAVES_KEPT {
-            saves.pop_first();
-        }
-        Ok(None)
-    }
-
-    /// # Safety
-    /// As [`save`](Self::save).
-    unsafe fn take(
-        &self,
-        save: &Save,
-        request: SaveRequest,
-        record: &AttemptRecord,
-        cascade: &Arc<Cascade>,
-    ) -> Result<()> {
-        let inner = &self.inner;
-        let layout = self.layout(request.state.tensors.iter().map(|t| &t.spec))?;
-        let snapshot = Snapshot::new(&request.state, layout, inner.place.config.threads)?;
-        save.set_bytes(snapshot.len());
-        let Some(filling) = self.slot(save, snapshot.len(), request.skip_if_busy, cascade)? else {
-            return Ok(());
-        };
-        let identity = Identity {
-            run_id: record.run_id,
-            attempt: record.attempt,
-            writer: inner.place.nonce,
-            step: request.step,
-            rank: inner.place.config.rank,
-            savers: inner.place.config.savers.clone(),
-        };
-        let mut meta = request.meta;
-        meta.saved_unix_ms = inner.place.clock.unix_ms();
-        let job =
-            Job { snapshot, filling, identity, meta, save: save.clone(), cascade: cascade.clone() };
-        let begun = inner.place.clock.monotonic();
-        let overlap = request.overlap && !job.snapshot.is_all_now();
-        let done = if overlap {
-            // SAFETY: the caller's promise.
-            unsafe { job.snapshot.begin(job.filling.slot()) };
-            inner.copy_behind(job, request.keep_alive)
-        } else {
-            // SAFETY: the caller's promise.
-            let crcs = unsafe { job.snapshot.take(job.filling.slot()) };
-            save.reach(Level::Staged, false);
-            inner.publish(job, crcs)
-        };
-        let took = inner.place.clock.monotonic().saturating_sub(begun);
-        add(&inner.place.observer.counters.stall_ns, u64::try_from(took.as_nanos()).unwrap_or(0));
-        done
-    }
-
-    /// A slot for the snapshot; `None`: the step is skipped, by this rank's wish or another's.
-    fn slot(
-        &self,
-        save: &Save,
-        len: u64,
-        skip_if_busy: bool,
-        cascade: &Arc<Cascade>,
-    ) -> Result<Option<Filling>> {
-        let place = &self.inner.place;
-        let may_go = |key: &CheckpointKey| cascade.may_go(key);
-        let mut filling = place.arena.acquire(len, &may_go)?;
-        let wish = if filling.is_none() && skip_if_busy { Saving::Skip } else { Saving::Save };
-        if cascade.agreements().saving(save.step(), wish)? == Saving::Skip {
-            let why = "every slot is in use: the disk is slower than the saves";
-            add(&place.observer.counters.saves_skipped, 1);
-            place.observer.warn(
-                "skipped",
-                Some(save.step()),
-                format!("step {}: {why}", save.step()),
-            );
-            save.skip(why);
-            return Ok(None);
-        }
-        let deadline = Deadline::after(&*place.clock, place.config.slot_wait);
-        let stragglers = Deadline::after(&*place.clock, place.config.stragglers_wait);
-        while filling.is_none() {
-            let seen = place.signal.seen();
-            filling = place.arena.acquire(len, &may_go)?;
-            if filling.is_some() {
-                break;
-            }
-            if stragglers.left(&*place.clock).is_none() && cascade.give_up_straggler()? {
-                continue;
-            }
-            if deadline.left(&*place.clock).is_none() {
-                return Err(deadline.passed(
-                    format!("a free slot for step {}", save.step()),
-                    "the disk tier has not finished with an older step",
-                ));
-            }
-            place.signal.wait(seen, Duration::from_millis(20));
-        }
-        Ok(filling)
-    }
-
     /// Waits up to `timeout` until no copy is being taken behind; then any tensor may be changed.
     ///
     /// # Errors
@@ -552,15 +398,6 @@ impl Checkpointer {
     }
 }
 
-struct Job {
-    snapshot: Snapshot,
-    filling: Filling,
-    identity: Identity,
-    meta: Meta,
-    save: Save,
-    cascade: Arc<Cascade>,
-}
-
 impl Inner {
     fn check_pid(&self) -> Result<()> {
         if self.pid == std::process::id() {
@@ -572,59 +409,6 @@ impl Inner {
                 self.pid
             ),
         })
-    }
-
-    /// Gives the filled slot its name in the ram tier, manifest last.
-    fn publish(&self, job: Job, crcs: Vec<u32>) -> Result<()> {
-        let Job { snapshot, filling, identity, meta, save, cascade } = job;
-        let manifest = snapshot.manifest(&identity, &meta, crcs)?;
-        let payload = SlotPayload { slot: filling.slot().clone(), len: snapshot.len() };
-        let key = identity.key();
-        let ram = &*self.place.ram;
-        let receipt = ram.put(&key.file(&identity.payload_name()), &payload)?;
-        // From here on the slot has a name: whatever happens, it is found again by it.
-        self.place.arena.hold(filling, key.clone());
-        crate::commit::publish_shard(ram, &identity, &manifest, receipt)?;
-        add(&self.place.observer.counters.saves, 1);
-        add(&self.place.observer.counters.captured_bytes, payload.len);
-        let manifest = Arc::new(manifest);
-        cascade.push(Shard { key, identity, payload, manifest, save, complete: false });
-        Ok(())
-    }
-
-    fn copy_behind(
-        self: &Arc<Self>,
-        job: Job,
-        keep_alive: Box<dyn Any + Send + Sync>,
-    ) -> Result<()> {
-        let inner = self.clone();
-        let save = job.save.clone();
-        self.copying.fetch_add(1, Ordering::AcqRel);
-        let work = move || {
-            // SAFETY: `keep_alive` holds the memory, and the owners of `late` tensors wait for
-            // `staged` before they write (the promise of `save`).
-            let crcs = unsafe { job.snapshot.finish(job.filling.slot()) };
-            drop(keep_alive);
-            let save = job.save.clone();
-            save.reach(Level::Staged, false);
-            inner.copying.fetch_sub(1, Ordering::AcqRel);
-            inner.place.signal.notify();
-            if let Err(e) = inner.publish(job, crcs) {
-                inner.failed(&save, &e);
-            }
-        };
-        let spawned = std::thread::Builder::new().name("tierkeep-copy".into()).spawn(work);
-        spawned.map(drop).map_err(|source| {
-            self.copying.fetch_sub(1, Ordering::AcqRel);
-            Error::Io { what: format!("start the thread that copies step {}", save.step()), source }
-        })
-    }
-
-    fn failed(&self, save: &Save, error: &Error) {
-        save.fail(Level::Staged, error);
-        add(&self.place.observer.counters.saves_failed, 1);
-        let text = format!("step {} was not saved: {}", save.step(), error.chain());
-        self.place.observer.error("save_failed", Some(save.step()), text);
     }
 
     /// Ends the threads and gives the locks up. Memory goes back only where the newest checkpoint

@@ -36,8 +36,8 @@ pub fn plan(reader: &Reader, policy: &Policy) -> Result<Plan> {
     let disk = reader.home();
     if disk.kind() != TierKind::Disk {
         return Err(Error::invalid(format!(
-            "{} is a ram tier: it is emptied by the job itself, or by deleting the directory when no \
-             process uses it; collect in the destination",
+            "{} is a ram tier: it is emptied by the job itself, or by deleting the directory when \
+             no process uses it; collect in the destination",
             disk.address()
         )));
     }
@@ -81,8 +81,8 @@ pub fn plan(reader: &Reader, policy: &Policy) -> Result<Plan> {
     Ok(Plan { victims, live, newest: newest.map_or(0, |r| r.attempt.number), ranks })
 }
 
-/// Carries a plan out. Files that retention keeps for the next save are given back too, but for those
-/// of live ranks.
+/// Carries a plan out. Files that retention keeps for the next save are given back too, but for
+/// those of live ranks.
 ///
 /// # Errors
 /// The tier did not answer; what was begun is finished by the next collection.

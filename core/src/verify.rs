@@ -1,6 +1,6 @@
 //! Reading every byte of every copy, with the job down or up: what `verify` stands on.
 //!
-//! It mends nothing and stops at nothing: what one file does not give is said, and the next is read.
+//! It mends nothing and stops at nothing: what one file does not give is said, the next is read.
 //!
 //! # Invariants
 //!

@@ -1,5 +1,5 @@
-//! A checkpoint copied, checked, to another run directory: for a job that goes on elsewhere, or from
-//! RAM to disk before a reboot, with the job down.
+//! A checkpoint copied, checked, to another run directory: for a job that goes on elsewhere, or
+//! from RAM to disk before a reboot, with the job down.
 //!
 //! # Invariants
 //!

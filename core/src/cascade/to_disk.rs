@@ -1,0 +1,320 @@
+//! The part of the cascade that touches the disk: choosing a step, writing this rank's shard of it,
+//! sealing, giving up, and what retention lets go.
+
+use std::collections::BTreeSet;
+
+use super::{Carry, Cascade, Shard, Work, ranks};
+use crate::{
+    attempt::Attempts,
+    clock::Deadline,
+    commit::{Gathered, Listing, gather, publish_shard},
+    error::{Error, Result},
+    names::{ATTEMPTS, CheckpointKey, Rank, Step, parse_attempt_file},
+    observe::{add, locked},
+    restore::{decide::lineage_of, survey::survey},
+    retain,
+    save::Level,
+    tier::{Payload, buffer::AlignedBuf},
+};
+
+impl Cascade {
+    /// The leader chooses the next step for disk; the others read what it chose.
+    pub(super) fn choose(&self) -> Result<bool> {
+        let (idle, chosen) = {
+            let work = locked(&self.work);
+            (work.carry.is_none(), work.chosen)
+        };
+        let newer = |step: &u64| chosen.is_none_or(|c| *step > c);
+        let next = if self.parts.config.leads() {
+            let work = locked(&self.work);
+            let mut steps = work.shards.values().filter(|s| s.complete).map(|s| s.key.step.0);
+            steps.rfind(|step| newer(step) && self.is_due(*step)).filter(|_| idle)
+        } else {
+            // A newer choice means that the leader is done with the old one, one way or the other.
+            self.parts.agreements.carried()?.filter(newer)
+        };
+        let Some(step) = next else { return Ok(false) };
+        self.check_fence()?;
+        if self.is_fenced() {
+            return Ok(false);
+        }
+        if self.parts.config.leads() {
+            self.parts.agreements.carry(step)?;
+        }
+        let mut work = locked(&self.work);
+        // The leader chooses what is complete; a follower may not have seen it yet.
+        self.completed(&mut work, step);
+        let old = work.carry.take();
+        work.chosen = Some(step);
+        let deadline = Deadline::after(&*self.parts.clock, self.parts.config.disk_wait);
+        work.carry = Some(Carry { step, deadline, own_done: false });
+        let passed: Vec<Shard> = work
+            .shards
+            .values()
+            .filter(|s| s.key.step.0 < step && old.as_ref().is_none_or(|o| o.step != s.key.step.0))
+            .filter(|s| newer(&s.key.step.0))
+            .cloned()
+            .collect();
+        drop(work);
+        if let Some(old) = old {
+            self.fail_step(old.step, "the leader went on to a newer step");
+        }
+        for shard in passed {
+            self.pass_over(&shard, step);
+        }
+        Ok(true)
+    }
+
+    pub(super) fn pass_over(&self, shard: &Shard, for_step: u64) {
+        let why = if self.is_due(shard.key.step.0) {
+            add(&self.parts.observer.counters.disk_passed_over, 1);
+            format!(
+                "it was passed over for disk: the disk is slower than the saves, step {for_step} goes next"
+            )
+        } else {
+            format!("it is not due for disk: every {} steps", self.parts.config.disk_every)
+        };
+        shard.save.fail(Level::Disk, &Error::Skipped { step: shard.key.step, why });
+    }
+
+    /// A newer attempt began: nothing of this one may be completed any more.
+    pub(super) fn check_fence(&self) -> Result<()> {
+        // Names first: this is asked often, and almost always there is nothing new.
+        let names = self.parts.disk.list(ATTEMPTS)?;
+        let numbers = names.iter().filter_map(|e| parse_attempt_file(&e.name));
+        if numbers.max().is_none_or(|n| n <= self.parts.record.attempt.number) {
+            return Ok(());
+        }
+        let attempts = Attempts::load(&[&*self.parts.disk, &*self.parts.ram])?;
+        let own = self.parts.record.attempt;
+        let Some(newer) = attempts.newest().filter(|r| r.attempt.number > own.number) else {
+            return Ok(());
+        };
+        let (number, by_us) = (newer.attempt.number, newer.attempt.id == own.id);
+        let error = Error::Fenced {
+            why: format!("attempt {number} of this run has begun: {own} writes no more"),
+        };
+        let mut work = locked(&self.work);
+        work.fenced = true;
+        work.carry = None;
+        for shard in work.shards.values() {
+            shard.save.fail(Level::Disk, &error);
+        }
+        if !by_us {
+            self.parts.observer.error("fenced", None, error.to_string());
+        }
+        Ok(())
+    }
+
+    /// Writes this rank's shard of the chosen step.
+    pub(super) fn carry(&self) -> Result<bool> {
+        let (step, shard) = {
+            let work = locked(&self.work);
+            let Some(carry) = work.carry.as_ref().filter(|c| !c.own_done) else { return Ok(false) };
+            (carry.step, work.shards.get(&carry.step).cloned())
+        };
+        let done = match &shard {
+            None => self.have_on_disk(step),
+            Some(shard) => self.write(shard),
+        };
+        match done {
+            Ok(()) => {
+                if let Some(carry) = locked(&self.work).carry.as_mut().filter(|c| c.step == step) {
+                    carry.own_done = true;
+                }
+            }
+            Err(e) => {
+                let why = format!("{}: {}", Rank(self.parts.config.rank), e.chain());
+                // Told to the others if it can be; without, the leader's deadline does it.
+                let _ = self.parts.agreements.give_up(step, &why);
+                self.abandon(step, &why);
+            }
+        }
+        Ok(true)
+    }
+
+    /// A step that this rank restored from disk needs no slot: its shard is there.
+    pub(super) fn have_on_disk(&self, step: u64) -> Result<()> {
+        let parent = self.parts.record.parent.filter(|p| p.step == step);
+        let Some(parent) = parent else {
+            return Err(Error::Skipped {
+                step: Step(step),
+                why: "this rank has no shard of it".into(),
+            });
+        };
+        let listing = Listing::of(&*self.parts.disk, &parent.key())?;
+        if listing.manifests.contains(&Rank(self.parts.config.rank)) {
+            return Ok(());
+        }
+        Err(Error::Skipped { step: Step(step), why: "its slot is gone".into() })
+    }
+
+    pub(super) fn write(&self, shard: &Shard) -> Result<()> {
+        let disk = &*self.parts.disk;
+        let rank = Rank(shard.identity.rank);
+        let listing = Listing::of(disk, &shard.key)?;
+        if !listing.manifests.contains(&rank) {
+            retain::drop_shard(disk, &shard.key, rank)?;
+            let begun = self.parts.clock.monotonic();
+            let name = shard.key.file(&shard.identity.payload_name());
+            let counted = Counted { shard };
+            let receipt = disk.put(&name, &counted)?;
+            publish_shard(disk, &shard.identity, &shard.manifest, receipt)?;
+            let took = self.parts.clock.monotonic().saturating_sub(begun);
+            let counters = &self.parts.observer.counters;
+            add(&counters.disk_bytes, shard.payload.len);
+            add(&counters.disk_ns, u64::try_from(took.as_nanos()).unwrap_or(u64::MAX));
+        }
+        shard.save.reach(Level::Disk, true);
+        Ok(())
+    }
+
+    /// Seals the step if every rank is done, or sees that it was sealed or given up.
+    pub(super) fn watch_disk(&self) -> Result<bool> {
+        let (step, done, deadline) = {
+            let work = locked(&self.work);
+            let Some(carry) = &work.carry else { return Ok(false) };
+            (carry.step, carry.own_done, carry.deadline)
+        };
+        if let Some(why) = self.parts.agreements.gave_up(step)? {
+            self.abandon(step, &why);
+            return Ok(true);
+        }
+        if !done {
+            return Ok(false);
+        }
+        let key = self.key_of(step);
+        let disk = &*self.parts.disk;
+        if Listing::of(disk, &key)?.sealed {
+            return self.sealed_on_disk(step, &key).map(|()| true);
+        }
+        match gather(disk, &key, &self.parts.config.savers)? {
+            Gathered::Complete(complete) => {
+                complete.seal(disk)?;
+                self.sealed_on_disk(step, &key)?;
+                Ok(true)
+            }
+            Gathered::Deleted => {
+                self.abandon(step, "it is being deleted");
+                Ok(true)
+            }
+            Gathered::Missing(missing) => {
+                let who = ranks(&missing);
+                if let Some(shard) = locked(&self.work).shards.get(&step) {
+                    shard.save.set_waiting_for(who.clone());
+                }
+                if deadline.left(&*self.parts.clock).is_some() {
+                    return Ok(false);
+                }
+                let why = format!("{who} did not write its shard in time");
+                self.parts.agreements.give_up(step, &why)?;
+                self.abandon(step, &why);
+                Ok(true)
+            }
+        }
+    }
+
+    pub(super) fn key_of(&self, step: u64) -> CheckpointKey {
+        match self.parts.record.parent.filter(|p| p.step == step) {
+            Some(parent) => parent.key(),
+            None => CheckpointKey::new(Step(step), &self.parts.record.attempt),
+        }
+    }
+
+    pub(super) fn sealed_on_disk(&self, step: u64, key: &CheckpointKey) -> Result<()> {
+        {
+            let mut work = locked(&self.work);
+            if let Some(shard) = work.shards.get(&step) {
+                shard.save.set_waiting_for(String::new());
+                shard.save.reach(Level::Disk, false);
+            }
+            work.carry = None;
+            work.sealed = Some(step);
+            self.forget_old(&mut work);
+        }
+        add(&self.parts.observer.counters.disk_sealed, 1);
+        tracing::info!("{key} is sealed on disk");
+        self.parts.signal.notify();
+        if self.parts.config.leads() {
+            self.parts.agreements.forget_before(step.saturating_sub(1))?;
+            self.retain()?;
+        }
+        Ok(())
+    }
+
+    /// Shards whose slots were taken meanwhile are of no more use here.
+    pub(super) fn forget_old(&self, work: &mut Work) {
+        let newest = work.newest.as_ref().map_or(0, |k| k.step.0);
+        let chosen = work.chosen.unwrap_or(0);
+        work.shards.retain(|step, _| *step >= newest.min(chosen));
+    }
+
+    pub(super) fn abandon(&self, step: u64, why: &str) {
+        self.fail_step(step, why);
+        locked(&self.work).carry.take_if(|c| c.step == step);
+        self.parts.signal.notify();
+    }
+
+    pub(super) fn fail_step(&self, step: u64, why: &str) {
+        let shard = locked(&self.work).shards.get(&step).cloned();
+        let error =
+            Error::Skipped { step: Step(step), why: format!("it was given up for disk: {why}") };
+        self.parts.observer.error("disk_failed", Some(step), error.to_string());
+        add(&self.parts.observer.counters.saves_failed, 1);
+        if let Some(shard) = shard {
+            shard.save.fail(Level::Disk, &error);
+        }
+    }
+
+    /// Deletes what the policy lets go.
+    pub(super) fn retain(&self) -> Result<()> {
+        let disk = &*self.parts.disk;
+        let found = survey(&[disk])?;
+        let attempts = Attempts::load(&[disk, &*self.parts.ram])?;
+        let newest = attempts.newest().map_or(0, |r| r.attempt.number);
+        if newest != self.parts.record.attempt.number {
+            return Ok(()); // Superseded: its leader collects.
+        }
+        let lineage = lineage_of(&[disk], &found, &attempts)?;
+        let in_flight: BTreeSet<CheckpointKey> = {
+            let work = locked(&self.work);
+            work.carry.iter().map(|c| self.key_of(c.step)).collect()
+        };
+        let policy = retain::Policy {
+            keep_last: self.parts.config.keep_last,
+            keep_every: self.parts.config.keep_every,
+            abandoned: false,
+        };
+        let pins = retain::pins(disk)?;
+        let known = retain::Known {
+            found: &found,
+            lineage: &lineage,
+            attempts: &attempts,
+            pins: &pins,
+            in_flight: &in_flight,
+        };
+        retain::collect(disk, &retain::plan(&policy, &known), newest).map(drop)
+    }
+}
+
+/// The shard's payload, with its bytes counted for the progress bar as they are handed out.
+struct Counted<'a> {
+    shard: &'a Shard,
+}
+
+impl Payload for Counted<'_> {
+    fn len(&self) -> u64 {
+        self.shard.payload.len()
+    }
+
+    fn block<'a>(
+        &'a self,
+        offset: u64,
+        len: usize,
+        scratch: &'a mut AlignedBuf,
+    ) -> Result<&'a [u8]> {
+        let block = self.shard.payload.block(offset, len, scratch)?;
+        self.shard.save.add_disk_bytes((len as u64).min(self.len().saturating_sub(offset)));
+        Ok(block)
+    }
+}
