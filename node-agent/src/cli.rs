@@ -1,0 +1,177 @@
+//! The arguments, and the words of `--help`.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+const EXIT_CODES: &str = "\
+Data goes to stdout (with --json in stable keys), talk to stderr.
+
+Exit codes:
+  0  done
+  1  it could not be done: the message says why
+  2  the command line is wrong
+  3  there is no such run, step, rank or tensor
+  4  damage was found
+  5  a live process or a newer attempt owns the place";
+
+/// Look at the checkpoints of a run, and care for them.
+///
+/// DEST is <root>/<run>, the directory that the job was given; its ram tier is found by itself. A
+/// run's directory in the ram tier can be given too. The job may be down or up.
+#[derive(Debug, Parser)]
+#[command(name = "tierkeep", version, after_help = EXIT_CODES, disable_help_subcommand = true)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+    /// Print JSON instead of text
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// Where the ram tiers lie [default: TIERKEEP_RAM_DIR, else /dev/shm/tierkeep-<uid>]
+    #[arg(long, global = true, value_name = "DIR")]
+    pub(crate) ram_dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// List the checkpoints: where they are, whether they are complete, which one a resume takes
+    #[command(after_help = EXIT_CODES)]
+    Ls(Ls),
+    /// Show one checkpoint: its tensors and values, and where each tier stands
+    #[command(after_help = EXIT_CODES)]
+    Inspect(Inspect),
+    /// Read every byte of every copy and name what is damaged
+    ///
+    /// Clears the marks of ranks that once found no good copy, where all is good now.
+    #[command(after_help = EXIT_CODES)]
+    Verify(Verify),
+    /// Copy a checkpoint, checked, to the directory of a run: another one, or its own from RAM
+    #[command(after_help = EXIT_CODES)]
+    Restore(Restore),
+    /// Write the whole tensors of all ranks to a .safetensors or .pt file
+    #[command(after_help = EXIT_CODES)]
+    Export(Export),
+    /// Keep a checkpoint whatever the retention says
+    #[command(after_help = EXIT_CODES)]
+    Pin(Pin),
+    /// Delete what a policy does not keep, and what dead writers and collectors left
+    ///
+    /// Without --keep-last no complete checkpoint of the run's lineage is deleted. The newest one,
+    /// pinned ones and what a live job is writing are never deleted.
+    #[command(after_help = EXIT_CODES)]
+    Gc(Gc),
+}
+
+/// Which checkpoint, where it need not be named.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Which {
+    /// The step [default: the one that a resume takes]
+    #[arg(long, value_name = "N")]
+    pub(crate) step: Option<u64>,
+    /// The attempt that saved it, where several saved the step or the run has abandoned it
+    #[arg(long, value_name = "N")]
+    pub(crate) attempt: Option<u32>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Ls {
+    /// The run's directory
+    pub(crate) dest: PathBuf,
+    /// Only this step, rank by rank
+    #[arg(long, value_name = "N")]
+    pub(crate) step: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Inspect {
+    /// The run's directory
+    pub(crate) dest: PathBuf,
+    #[command(flatten)]
+    pub(crate) which: Which,
+    /// Only this rank's shard
+    #[arg(long, value_name = "N")]
+    pub(crate) rank: Option<u32>,
+    /// Only tensors whose name matches; `*` stands for any characters, `?` for one
+    #[arg(long, value_name = "GLOB")]
+    pub(crate) tensors: Option<String>,
+    /// All values, not only the first ones
+    #[arg(long)]
+    pub(crate) values: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Verify {
+    /// The run's directory
+    pub(crate) dest: PathBuf,
+    /// Only this step
+    #[arg(long, value_name = "N", conflicts_with = "all")]
+    pub(crate) step: Option<u64>,
+    /// Every checkpoint (the default)
+    #[arg(long)]
+    pub(crate) all: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Restore {
+    /// The run's directory
+    pub(crate) dest: PathBuf,
+    /// The directory to copy to, <root>/<run>: new, or of the same run
+    #[arg(long, value_name = "DIR")]
+    pub(crate) to: PathBuf,
+    #[command(flatten)]
+    pub(crate) which: Which,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Export {
+    /// The run's directory
+    pub(crate) dest: PathBuf,
+    /// The file to write: .safetensors, or .pt or .pth for torch.load
+    #[arg(long, value_name = "FILE")]
+    pub(crate) to: PathBuf,
+    #[command(flatten)]
+    pub(crate) which: Which,
+    /// Only this rank's shard, where ranks hold different bytes under one name
+    #[arg(long, value_name = "N")]
+    pub(crate) rank: Option<u32>,
+    /// Only tensors whose name matches (repeatable); `*` stands for any characters, `?` for one
+    #[arg(long, value_name = "GLOB")]
+    pub(crate) include: Vec<String>,
+    /// Only tensors below this path, without it in their names: `--prefix model` makes
+    /// `model/layers.0.weight` to `layers.0.weight`
+    #[arg(long, value_name = "PATH")]
+    pub(crate) prefix: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Pin {
+    /// The run's directory
+    pub(crate) dest: PathBuf,
+    /// The step
+    pub(crate) step: u64,
+    /// The attempt that saved it, where several saved the step
+    #[arg(long, value_name = "N")]
+    pub(crate) attempt: Option<u32>,
+    /// Take the pin away
+    #[arg(long)]
+    pub(crate) remove: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Gc {
+    /// The run's directory
+    pub(crate) dest: PathBuf,
+    /// Keep the newest so many
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) keep_last: Option<u64>,
+    /// Also keep steps divisible by it
+    #[arg(long, value_name = "N", requires = "keep_last",
+          value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) keep_every: Option<u64>,
+    /// Also delete the branches that the run has abandoned
+    #[arg(long)]
+    pub(crate) abandoned: bool,
+    /// Say what would be deleted, and delete nothing
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
