@@ -10,6 +10,8 @@
 //! - A step that a recorded rollback left behind is never in the lineage again.
 //! - An attempt without a complete checkpoint that was not told to roll back leaves the lineage as
 //!   it was.
+//! - Each tier has a record twice. One that is damaged everywhere stops a resume only where it could
+//!   hold a rollback that nobody else knows of.
 
 use serde::{Deserialize, Serialize};
 
@@ -20,7 +22,7 @@ use crate::{
         parse_attempt_file,
     },
     record,
-    tier::{Created, Tier, create_same, find_record, label},
+    tier::{Created, Tier, create_same, find_record, label, read_record},
 };
 
 /// Where an attempt resumed.
@@ -93,6 +95,8 @@ impl AttemptRecord {
 pub struct Attempts {
     records: Vec<AttemptRecord>,
     joined: Vec<u32>,
+    /// Records without a good copy anywhere, and why.
+    damaged: Vec<(u32, String)>,
 }
 
 impl Attempts {
@@ -106,15 +110,38 @@ impl Attempts {
         let mut joined = Vec::new();
         for tier in tiers {
             for entry in tier.list(ATTEMPTS)? {
-                numbers.extend(parse_attempt_file(&entry.name));
-                let mark = entry.name.strip_suffix(".joined").map(|n| format!("{n}.json"));
-                joined.extend(mark.as_deref().and_then(parse_attempt_file));
+                numbers.extend(number_of(&entry.name));
+                joined.extend(entry.name.strip_suffix(".joined").and_then(number_of));
             }
         }
         numbers.sort_unstable();
         numbers.dedup();
-        let records = numbers.into_iter().map(|number| read(tiers, number).map(|(r, _)| r));
-        Ok(Self { records: records.collect::<Result<_>>()?, joined })
+        let mut all = Self { records: Vec::new(), joined, damaged: Vec::new() };
+        for number in numbers {
+            match read(tiers, number) {
+                Ok((record, _)) => all.records.push(record),
+                Err(Error::Damaged { file, why }) => {
+                    all.damaged.push((number, format!("{file} is damaged: {why}")));
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(all)
+    }
+
+    /// Whether `lineage` can be trusted though some records cannot be read.
+    ///
+    /// # Errors
+    /// A record newer than the lineage's head is damaged everywhere: it may hold a rollback.
+    pub fn check_lineage(&self, lineage: &Lineage) -> Result<()> {
+        let head = lineage.head().map_or(0, |h| h.number);
+        match self.damaged.iter().find(|(number, _)| *number > head) {
+            Some((number, why)) => Err(Error::damaged(
+                attempt_file(*number),
+                format!("{why}; it may record a rollback (naming a step and attempt goes on)"),
+            )),
+            None => Ok(()),
+        }
     }
 
     /// Oldest first.
@@ -201,19 +228,42 @@ impl Lineage {
 
 /// A record and its bytes, from the first of `tiers` that has a good copy.
 pub(crate) fn read(tiers: &[&dyn Tier], number: u32) -> Result<(AttemptRecord, Vec<u8>)> {
-    let name = attempt_file(number);
     let mut last = None;
     for tier in tiers {
-        let Some(bytes) = find_record(*tier, &name)? else { continue };
-        let file = label(*tier, &name);
-        let record = record::open::<AttemptRecord>(&bytes, &file)
-            .and_then(|r| r.check(number).map(|()| r).map_err(|why| Error::damaged(&file, why)));
-        match record {
-            Ok(record) => return Ok((record, bytes)),
-            Err(e) => last = Some(e),
+        for name in [attempt_file(number), copy_file(number)] {
+            match read_file(*tier, &name, number) {
+                Ok(found) => return Ok(found),
+                Err(e) if e.is_not_found() => {}
+                Err(e @ Error::Damaged { .. }) => last = Some(e),
+                Err(e) => return Err(e),
+            }
         }
     }
-    Err(last.unwrap_or(Error::NotFound { what: name }))
+    Err(last.unwrap_or(Error::NotFound { what: attempt_file(number) }))
+}
+
+/// One file of a record.
+pub(crate) fn read_file(
+    tier: &dyn Tier,
+    name: &str,
+    number: u32,
+) -> Result<(AttemptRecord, Vec<u8>)> {
+    let bytes = read_record(tier, name)?;
+    let file = label(tier, name);
+    let record: AttemptRecord = record::open(&bytes, &file)?;
+    record.check(number).map_err(|why| Error::damaged(&file, why))?;
+    Ok((record, bytes))
+}
+
+/// `attempts/00000007.copy`, the same bytes again.
+fn copy_file(number: u32) -> String {
+    format!("{ATTEMPTS}/{number:08}.copy")
+}
+
+/// The attempt of `00000007.json` or `00000007.copy`, or of a bare `00000007`.
+pub(crate) fn number_of(name: &str) -> Option<u32> {
+    let stem = name.strip_suffix(".copy").or(name.strip_suffix(".json")).unwrap_or(name);
+    parse_attempt_file(&format!("{stem}.json"))
 }
 
 /// Creates the record with the next free number. `draft` gets its number; the first tier decides,
@@ -230,10 +280,12 @@ pub fn create(tiers: &[&dyn Tier], mut draft: AttemptRecord) -> Result<AttemptRe
         let bytes = record::seal(&body);
         let name = attempt_file(draft.attempt.number);
         if create_same(*first, &name, &bytes)? {
-            for copy in copies {
-                // A copy is a second chance against damage. Without it the run goes on.
-                if let Err(e) = copy.create(&name, &bytes) {
-                    tracing::warn!("{}: no copy of {name}: {}", copy.address(), e.chain());
+            // Copies are second chances against damage. Without one the run goes on.
+            let name_again = copy_file(draft.attempt.number);
+            let again = copies.iter().flat_map(|t| [(*t, &name), (*t, &name_again)]);
+            for (tier, name) in std::iter::once((*first, &name_again)).chain(again) {
+                if let Err(e) = tier.create(name, &bytes) {
+                    tracing::warn!("{}: no copy of {name}: {}", tier.address(), e.chain());
                 }
             }
             return Ok(draft);
@@ -298,7 +350,7 @@ mod tests {
     }
 
     fn attempts(records: Vec<AttemptRecord>, joined: Vec<u32>) -> Attempts {
-        Attempts { records, joined }
+        Attempts { records, joined, damaged: vec![] }
     }
 
     #[test]

@@ -21,7 +21,7 @@ use crate::{
     commit::{Listing, read_manifest, read_seal, same_checkpoint},
     error::{Error, Result},
     manifest::{PayloadInfo, Seal, ShardManifest},
-    names::{ATTEMPTS, CheckpointKey, Id, Rank, SEAL, attempt_file, parse_attempt_file},
+    names::{ATTEMPTS, CheckpointKey, Id, Rank, SEAL, attempt_file},
     observe::locked,
     reader::Reader,
     restore::{
@@ -98,12 +98,16 @@ pub fn verify_records(reader: &Reader) -> Result<(Records, Vec<Found>)> {
     let mut by_number: BTreeMap<u32, Vec<(usize, AttemptRecord, Vec<u8>)>> = BTreeMap::new();
     for (index, tier) in tiers.iter().enumerate() {
         for entry in tier.list(ATTEMPTS)? {
-            let Some(number) = parse_attempt_file(&entry.name) else { continue };
-            match attempt::read(&[*tier], number) {
+            let name = format!("{ATTEMPTS}/{}", entry.name);
+            let Some(number) = attempt::number_of(&entry.name).filter(|_| name.contains('.'))
+            else {
+                continue;
+            };
+            match attempt::read_file(*tier, &name, number) {
                 Ok((record, bytes)) => {
                     by_number.entry(number).or_default().push((index, record, bytes));
                 }
-                Err(e) => records.findings.extend(finding(*tier, &attempt_file(number), &e)),
+                Err(e) => records.findings.extend(finding(*tier, &name, &e)),
             }
         }
     }

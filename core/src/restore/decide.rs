@@ -149,7 +149,9 @@ pub fn lineage_of(tiers: &[&dyn Tier], found: &[Found], attempts: &Attempts) -> 
             }
         }
     }
-    Ok(attempts.lineage(&complete))
+    let lineage = attempts.lineage(&complete);
+    attempts.check_lineage(&lineage)?;
+    Ok(lineage)
 }
 
 fn parent_of(attempts: &Attempts, key: &CheckpointKey) -> Result<Parent> {
