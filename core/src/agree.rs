@@ -61,6 +61,17 @@ impl Agreements {
         }
     }
 
+    /// Whether `step` counts as complete in RAM: true where a rank saw it so before any rank gave up
+    /// waiting for it.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn in_ram(&self, step: u64, whole: bool) -> Result<bool> {
+        let word = if whole { "whole" } else { "gaveup" };
+        let said = self.record(&format!("ram-{step:020}"), word)?;
+        Ok(said.map_or(whole, |word| word == "whole"))
+    }
+
     /// The leader: `step` is the next one that goes to disk.
     ///
     /// # Errors
@@ -103,7 +114,7 @@ impl Agreements {
     /// The directory did not answer.
     pub fn forget_before(&self, step: u64) -> Result<()> {
         let Some(dir) = &self.dir else { return Ok(()) };
-        for prefix in ["save-", "carry-", "gaveup-"] {
+        for prefix in ["save-", "ram-", "carry-", "gaveup-"] {
             for old in self.steps(prefix)?.into_iter().filter(|s| *s < step) {
                 remove(&dir.join(format!("{prefix}{old:020}")))?;
             }

@@ -17,7 +17,7 @@
 mod to_disk;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -35,7 +35,7 @@ use crate::{
     save::{Level, Save},
     signal::Signal,
     snapshot::arena::SlotPayload,
-    tier::{Payload, Tier},
+    tier::Tier,
 };
 
 /// How often a rank looks for what other ranks did, while it waits for them.
@@ -51,8 +51,13 @@ pub(crate) struct Shard {
     pub(crate) payload: SlotPayload,
     pub(crate) manifest: Arc<Vec<u8>>,
     pub(crate) save: Save,
+    /// Its manifest is in RAM.
+    pub(crate) published: bool,
     /// All ranks have theirs in RAM.
     pub(crate) complete: bool,
+    /// Found, not copied by this process: checked before it goes anywhere, against `chunks`.
+    pub(crate) resumed: bool,
+    pub(crate) chunks: Vec<u32>,
 }
 
 #[derive(Debug)]
@@ -72,6 +77,10 @@ struct Work {
     chosen: Option<u64>,
     sealed: Option<u64>,
     joined: bool,
+    /// What this attempt resumed from is not sealed on disk: the leader lets it go there first.
+    parent_waits: bool,
+    /// Steps of this attempt that were given up for disk: what lies there of them is rubbish.
+    given_up: BTreeSet<u64>,
     /// A shard came since the last look for a newer attempt.
     unchecked: bool,
     fenced: bool,
@@ -105,10 +114,11 @@ impl std::fmt::Debug for Cascade {
 }
 
 impl Cascade {
-    /// `resumed`: this rank's slot still holds the shard it restored; it goes to disk if it is not
-    /// there.
-    pub(crate) fn new(parts: Parts, resumed: Option<Shard>) -> Arc<Self> {
-        let mut work = Work { newest: parts.record.parent.map(|p| p.key()), ..Work::default() };
+    /// `parent_waits`: what this attempt resumed from is not sealed on disk; `resumed`: this rank's
+    /// slot holds its shard of it.
+    pub(crate) fn new(parts: Parts, parent_waits: bool, resumed: Option<Shard>) -> Arc<Self> {
+        let newest = parts.record.parent.map(|p| p.key());
+        let mut work = Work { newest, parent_waits, ..Work::default() };
         if let Some(shard) = resumed {
             work.shards.insert(shard.key.step.0, shard);
         }
@@ -119,12 +129,18 @@ impl Cascade {
         &self.parts.agreements
     }
 
-    /// A shard was published in RAM.
-    pub(crate) fn push(&self, shard: Shard) {
-        shard.save.reach(Level::Ram, true);
+    /// A shard is about to be published in RAM: known here before anybody can see its manifest.
+    pub(crate) fn announce(&self, shard: Shard) {
+        locked(&self.work).shards.insert(shard.key.step.0, shard);
+    }
+
+    /// The announced shard is in RAM.
+    pub(crate) fn confirm(&self, step: u64) {
         let mut work = locked(&self.work);
-        let step = shard.key.step.0;
-        work.shards.insert(step, shard);
+        if let Some(shard) = work.shards.get_mut(&step) {
+            shard.published = true;
+            shard.save.reach(Level::Ram, true);
+        }
         work.unchecked = true;
         if self.parts.config.savers.len() == 1 {
             self.completed(&mut work, step);
@@ -133,9 +149,16 @@ impl Cascade {
         self.parts.signal.notify();
     }
 
-    /// Whether the slot that holds `key` may be taken for the next snapshot.
-    pub(crate) fn may_go(&self, key: &CheckpointKey) -> bool {
-        let work = locked(&self.work);
+    /// The announced shard could not be published.
+    pub(crate) fn withdraw(&self, step: u64) {
+        locked(&self.work).shards.remove(&step);
+        self.parts.signal.notify();
+    }
+
+    /// Gives the slot that holds `key` up for the next snapshot, if it may be: the shard is then
+    /// known here no more, and can be chosen for nothing.
+    pub(crate) fn release(&self, key: &CheckpointKey) -> bool {
+        let mut work = locked(&self.work);
         let on_its_way = work.carry.as_ref().is_some_and(|c| self.key_of(c.step) == *key);
         if work.newest.as_ref() == Some(key) || on_its_way {
             return false;
@@ -152,7 +175,25 @@ impl Cascade {
             && work.chosen.is_none_or(|c| step > c)
             && !work.fenced
             && !work.trouble;
-        step < newest && !next
+        if step >= newest || next {
+            return false;
+        }
+        if let Some(shard) = work.shards.remove(&step) {
+            self.drop_shard(&shard, newest);
+        }
+        true
+    }
+
+    /// Tells the waiters of a shard that is dropped what will not come any more.
+    fn drop_shard(&self, shard: &Shard, newer: u64) {
+        if !shard.complete {
+            let missing = self.missing_in_ram(&shard.key).unwrap_or_default();
+            let why = format!("{} did not save it, step {newer} is complete", ranks(&missing));
+            let error = Error::Skipped { step: shard.key.step, why };
+            self.parts.observer.error("incomplete", Some(shard.key.step.0), error.to_string());
+            shard.save.fail(Level::Ram, &error);
+        }
+        self.pass_over(shard, newer);
     }
 
     /// Gives up the oldest shard that other ranks never completed, so that its slot can be used.
@@ -160,23 +201,27 @@ impl Cascade {
         let found = {
             let work = locked(&self.work);
             let carried = work.carry.as_ref().map(|c| c.step);
-            let open = |s: &&Shard| !s.complete && carried != Some(s.key.step.0);
+            let open = |s: &&Shard| s.published && !s.complete && carried != Some(s.key.step.0);
             work.shards.values().find(open).cloned()
         };
         let Some(shard) = found else { return Ok(false) };
+        let step = shard.key.step.0;
         let missing = self.missing_in_ram(&shard.key)?;
-        if missing.is_empty() {
-            return Ok(false);
+        if missing.is_empty() || self.parts.agreements.in_ram(step, false)? {
+            return Ok(false); // Another rank saw it whole: so shall we, at the next turn.
         }
-        let error = Error::Skipped {
-            step: shard.key.step,
-            why: format!("{} never saved it", ranks(&missing)),
-        };
+        self.fail_incomplete(&shard, &missing);
+        Ok(true)
+    }
+
+    fn fail_incomplete(&self, shard: &Shard, missing: &[u32]) {
+        let who = if missing.is_empty() { "another rank".into() } else { ranks(missing) };
+        let why = format!("{who} did not save it in time");
+        let error = Error::Skipped { step: shard.key.step, why };
         self.parts.observer.error("incomplete", Some(shard.key.step.0), error.to_string());
         shard.save.fail(Level::Ram, &error);
-        let mut work = locked(&self.work);
-        work.shards.remove(&shard.key.step.0);
-        Ok(true)
+        locked(&self.work).shards.remove(&shard.key.step.0);
+        self.parts.signal.notify();
     }
 
     fn is_due(&self, step: u64) -> bool {
@@ -219,8 +264,16 @@ impl Cascade {
         work.carry.is_some() || work.shards.values().any(waits)
     }
 
+    /// Ends the thread at its next block, and tells everybody who still waits.
     pub(crate) fn stop(&self) {
-        locked(&self.work).stop = true;
+        let mut work = locked(&self.work);
+        work.stop = true;
+        for shard in work.shards.values() {
+            let why = "the Checkpointer was closed before".into();
+            let error = Error::Skipped { step: shard.key.step, why };
+            shard.save.fail(if shard.complete { Level::Disk } else { Level::Ram }, &error);
+        }
+        drop(work);
         self.parts.signal.notify();
     }
 
@@ -281,8 +334,14 @@ impl Cascade {
         if self.is_fenced() {
             return Ok(false);
         }
-        let stages =
-            [self.watch_ram(), self.join(), self.choose(), self.carry(), self.watch_disk()];
+        let stages = [
+            self.watch_ram(),
+            self.join(),
+            self.watch_disk(),
+            self.choose(),
+            self.carry(),
+            self.watch_disk(),
+        ];
         let moved = stages.iter().any(|s| matches!(s, Ok(true)));
         let failed = stages.into_iter().find_map(Result::err);
         let before = std::mem::replace(&mut locked(&self.work).trouble, failed.is_some());
@@ -310,9 +369,15 @@ impl Cascade {
             locked(&self.work).shards.values().filter(|s| !s.complete).cloned().collect();
         let mut moved = false;
         for shard in open {
+            let step = shard.key.step.0;
             let missing = self.missing_in_ram(&shard.key)?;
-            if missing.is_empty() || self.is_parent(shard.key.step.0) {
-                self.completed(&mut locked(&self.work), shard.key.step.0);
+            if self.is_parent(step)
+                || (missing.is_empty() && self.parts.agreements.in_ram(step, true)?)
+            {
+                self.completed(&mut locked(&self.work), step);
+                moved = true;
+            } else if missing.is_empty() {
+                self.fail_incomplete(&shard, &missing); // Given up by a rank, so by all.
                 moved = true;
             } else {
                 shard.save.set_waiting_for(ranks(&missing));

@@ -14,10 +14,10 @@ mod taking;
 
 use std::{
     any::Any,
-    collections::BTreeMap,
-    path::Path,
+    collections::{BTreeMap, HashMap},
+    path::{Path, PathBuf},
     sync::{
-        Arc, Mutex,
+        Arc, LazyLock, Mutex, Weak,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread::JoinHandle,
@@ -29,14 +29,16 @@ use crate::{
     attempt::AttemptRecord,
     begin::{Begin, begin},
     cascade::{Cascade, Parts, Shard},
+    chunk::CHUNK_BYTES,
     clock::{Deadline, SharedClock, SystemClock},
+    commit::Listing,
     config::Config,
     error::{Error, Result},
     manifest::Meta,
     names::{Id, Rank, Step},
     observe::{Observer, locked},
     ownership::Ownership,
-    restore::read::Restorable,
+    restore::{read::Restorable, survey::ShardCopy},
     save::Save,
     signal::Signal,
     snapshot::{
@@ -45,7 +47,7 @@ use crate::{
         layout::Layout,
     },
     state::{State, TensorSpec},
-    tier::{Tier, disk::DiskTier, memory::MemoryTier, wrap::Retried},
+    tier::{Tier, TierKind, disk::DiskTier, memory::MemoryTier, wrap::Retried},
 };
 
 /// One save, as asked for.
@@ -83,7 +85,32 @@ pub(crate) struct Place {
 struct Running {
     record: AttemptRecord,
     cascade: Arc<Cascade>,
-    thread: Option<JoinHandle<()>>,
+    thread: JoinHandle<()>,
+    /// The thread has nothing more to do.
+    over: Arc<AtomicBool>,
+}
+
+impl Running {
+    /// Ends the disk tier's thread. It stops at its next block; a disk that hangs in a system call
+    /// keeps it, and is left behind after `wait`.
+    fn stop(self, place: &Place, wait: Duration) -> Result<()> {
+        self.cascade.stop();
+        let deadline = Deadline::after(&*place.clock, wait);
+        loop {
+            let seen = place.signal.seen();
+            if self.over.load(Ordering::Acquire) || self.thread.is_finished() {
+                break;
+            }
+            let Some(left) = deadline.left(&*place.clock) else {
+                return Err(deadline.passed("the end of the disk tier's thread", "the disk hangs"));
+            };
+            place.signal.wait(seen, left.min(Duration::from_millis(50)));
+        }
+        if self.thread.join().is_err() {
+            return Err(Error::Bug("the disk tier's thread panicked".into()));
+        }
+        Ok(())
+    }
 }
 
 struct Inner {
@@ -92,10 +119,14 @@ struct Inner {
     /// Held by the leader: others find its record by it.
     start_lock: Option<Ownership>,
     running: Mutex<Option<Running>>,
+    /// Decisions begun so far; held while one is made.
     decisions: Mutex<u32>,
     saves: Mutex<BTreeMap<u64, Save>>,
     layout: Mutex<Option<Arc<Layout>>>,
+    /// Copies that are being taken behind: tensors must not change.
     copying: AtomicUsize,
+    /// Saves that are not published yet, copies included.
+    publishing: AtomicUsize,
     closed: AtomicBool,
     pid: u32,
 }
@@ -115,6 +146,13 @@ impl std::fmt::Debug for Checkpointer {
             .finish_non_exhaustive()
     }
 }
+
+/// How long a handle that is closed or dropped waits for its disk thread.
+const STOP_WAIT: Duration = Duration::from_secs(1);
+
+/// The handles of this process by their rank's lock: a second one stops the first before it touches
+/// the slots.
+static HANDLES: LazyLock<Mutex<HashMap<PathBuf, Weak<Inner>>>> = LazyLock::new(Mutex::default);
 
 /// How many past saves keep their handle: a second `save` of an older step than that is an error.
 const SAVES_KEPT: usize = 64;
@@ -141,12 +179,17 @@ impl Checkpointer {
         let disk = DiskTier::open(&config.destination)?;
         let budget = Budget::open(&config.ram_root, config.ram_bytes_max)?;
         let ram = wrap(Arc::new(MemoryTier::open(&config.ram_dir(), budget.clone())?));
+        let lock = config.destination.join(format!("_locks/rank-{:06}", config.rank));
         let ownership = Ownership::take(
-            &config.destination.join(format!("_locks/rank-{:06}", config.rank)),
+            &lock,
             &format!("rank {} of {}", config.rank, config.destination.display()),
             config.lock_wait,
             &*clock,
         )?;
+        let first = locked(&HANDLES).get(&lock).and_then(Weak::upgrade);
+        if let Some(first) = first.filter(|f| f.pid == std::process::id()) {
+            first.taken_over()?;
+        }
         disk.sweep(Rank(config.rank), true)?;
         let disk = wrap(Arc::new(Retried::new(disk, clock.clone())));
         let signal = Arc::new(Signal::default());
@@ -158,25 +201,27 @@ impl Checkpointer {
             budget,
             signal.clone(),
         );
+        arena.adopt()?;
         let start = config.attempt_id.map_or_else(Id::random, Ok)?;
         let observer = Observer::default();
         let nonce = Id::random()?;
         let place = Place { ram, disk, arena, observer, clock, signal, start, nonce, config };
         let start_lock = if place.config.leads() { Some(place.start_lock()?) } else { None };
-        Ok(Self {
-            inner: Arc::new(Inner {
-                place,
-                ownership,
-                start_lock,
-                running: Mutex::new(None),
-                decisions: Mutex::new(0),
-                saves: Mutex::new(BTreeMap::new()),
-                layout: Mutex::new(None),
-                copying: AtomicUsize::new(0),
-                closed: AtomicBool::new(false),
-                pid: std::process::id(),
-            }),
-        })
+        let inner = Arc::new(Inner {
+            place,
+            ownership,
+            start_lock,
+            running: Mutex::new(None),
+            decisions: Mutex::new(0),
+            saves: Mutex::new(BTreeMap::new()),
+            layout: Mutex::new(None),
+            copying: AtomicUsize::new(0),
+            publishing: AtomicUsize::new(0),
+            closed: AtomicBool::new(false),
+            pid: std::process::id(),
+        });
+        locked(&HANDLES).insert(lock, Arc::downgrade(&inner));
+        Ok(Self { inner })
     }
 
     /// Decides, or learns, where this attempt begins, and records and claims it. `None`: at step 0.
@@ -187,54 +232,38 @@ impl Checkpointer {
     /// the decided step has no good copy here.
     pub fn begin(&self, how: &Begin) -> Result<Option<Restorable>> {
         self.check_open()?;
-        let mut running = locked(&self.inner.running);
-        let fresh_run = running.is_none();
-        if let Some(old) = running.take() {
-            if !self.fence(self.inner.place.config.slot_wait)? {
-                return Err(Error::Bug("a copy of the state is still being taken".into()));
-            }
-            stop(old);
-        }
-        let decision = {
-            let mut decisions = locked(&self.inner.decisions);
-            *decisions += 1;
-            *decisions - 1
-        };
+        let mut decisions = locked(&self.inner.decisions);
         let place = &self.inner.place;
-        let started = begin(place, how, decision)?;
-        let keep = started.record.parent.map(|p| p.key());
-        if fresh_run {
-            place.arena.adopt(keep.as_ref())?;
+        // Until the new decision is recorded the old attempt goes on.
+        let started = begin(place, how, *decisions)?;
+        *decisions += 1;
+        self.inner.quiet(place.config.slot_wait)?;
+        let old = locked(&self.inner.running).take();
+        if let Some(old) = old {
+            old.stop(place, place.config.slot_wait)?;
         }
+        let keep = started.record.parent.map(|p| p.key());
+        place.arena.trim(keep.as_ref())?;
         locked(&self.inner.saves).clear();
         let restorable = started.restorable.map(|mut found| {
             found.slot = place.arena.find(&found.key);
             found
         });
-        let resumed = restorable.as_ref().and_then(|found| self.resumed_shard(found));
-        *running = Some(self.run(started.record, resumed)?);
+        let waits = match &keep {
+            Some(key) => !Listing::of(&*place.disk, key)?.sealed,
+            None => false,
+        };
+        let resumed = restorable.as_ref().filter(|_| waits).and_then(resumed_shard);
+        *locked(&self.inner.running) = Some(self.run(started.record, waits, resumed)?);
         Ok(restorable)
     }
 
-    /// The shard that this attempt resumes from, if it lies in a slot of ours: it may still have to
-    /// go to disk.
-    fn resumed_shard(&self, found: &Restorable) -> Option<Shard> {
-        let copy = found
-            .copies
-            .iter()
-            .find(|c| found.tiers[c.tier].kind() == crate::tier::TierKind::Ram)?;
-        let len = copy.manifest.payload.length;
-        Some(Shard {
-            key: found.key.clone(),
-            identity: copy.manifest.identity.clone(),
-            payload: SlotPayload { slot: found.slot.clone()?, len },
-            manifest: Arc::new(copy.bytes.clone()),
-            save: Save::new(found.key.step.0),
-            complete: false,
-        })
-    }
-
-    fn run(&self, record: AttemptRecord, resumed: Option<Shard>) -> Result<Running> {
+    fn run(
+        &self,
+        record: AttemptRecord,
+        parent_waits: bool,
+        resumed: Option<Shard>,
+    ) -> Result<Running> {
         let place = &self.inner.place;
         let lone = place.config.savers.len() == 1;
         let agreements = Agreements::new(&place.config.destination, &record.attempt, lone);
@@ -248,13 +277,20 @@ impl Checkpointer {
             clock: place.clock.clone(),
             signal: place.signal.clone(),
         };
-        let cascade = Cascade::new(parts, resumed);
+        let cascade = Cascade::new(parts, parent_waits, resumed);
         let runner = cascade.clone();
+        let over = Arc::new(AtomicBool::new(false));
+        let told = over.clone();
+        let signal = place.signal.clone();
         let thread = std::thread::Builder::new()
             .name("tierkeep-disk".into())
-            .spawn(move || runner.run())
+            .spawn(move || {
+                runner.run();
+                told.store(true, Ordering::Release);
+                signal.notify();
+            })
             .map_err(|source| Error::Io { what: "start the disk tier's thread".into(), source })?;
-        Ok(Running { record, cascade, thread: Some(thread) })
+        Ok(Running { record, cascade, thread, over })
     }
 
     /// Makes the slots for a state of this form and puts their pages in place, behind.
@@ -321,15 +357,15 @@ impl Checkpointer {
 
     fn check_open(&self) -> Result<()> {
         self.inner.check_pid()?;
-        if self.inner.closed.load(Ordering::Relaxed) {
-            return Err(Error::invalid("this Checkpointer is closed"));
-        }
         let superseded = !self.inner.ownership.is_current();
         let fenced = locked(&self.inner.running).as_ref().is_some_and(|r| r.cascade.is_fenced());
         if superseded || fenced {
             let who =
                 if superseded { "a newer Checkpointer of this process" } else { "a newer attempt" };
             return Err(Error::Fenced { why: format!("{who} has taken over this run") });
+        }
+        if self.inner.closed.load(Ordering::Relaxed) {
+            return Err(Error::invalid("this Checkpointer is closed"));
         }
         Ok(())
     }
@@ -386,8 +422,8 @@ impl Checkpointer {
         let cascade = locked(&self.inner.running).as_ref().map(|r| r.cascade.clone());
         loop {
             let seen = place.signal.seen();
-            let copying = self.inner.copying.load(Ordering::Acquire) > 0;
-            if !copying && (now || cascade.as_ref().is_none_or(|c| !c.is_busy())) {
+            let publishing = self.inner.publishing.load(Ordering::Acquire) > 0;
+            if !publishing && (now || cascade.as_ref().is_none_or(|c| !c.is_busy())) {
                 break;
             }
             let Some(left) = deadline.left(&*place.clock) else { return Ok(false) };
@@ -411,6 +447,28 @@ impl Inner {
         })
     }
 
+    /// Waits until every save that goes on behind is published or has failed.
+    fn quiet(&self, wait: Duration) -> Result<()> {
+        let deadline = Deadline::after(&*self.place.clock, wait);
+        loop {
+            let seen = self.place.signal.seen();
+            if self.publishing.load(Ordering::Acquire) == 0 {
+                return Ok(());
+            }
+            let Some(left) = deadline.left(&*self.place.clock) else {
+                return Err(deadline.passed("the end of a copy of the state", ""));
+            };
+            self.place.signal.wait(seen, left);
+        }
+    }
+
+    /// Another handle of this process takes the rank over: nothing of this one runs on.
+    fn taken_over(&self) -> Result<()> {
+        self.quiet(self.place.config.slot_wait)?;
+        self.shut(false);
+        Ok(())
+    }
+
     /// Ends the threads and gives the locks up. Memory goes back only where the newest checkpoint
     /// is durable elsewhere.
     fn shut(&self, clean: bool) {
@@ -421,11 +479,15 @@ impl Inner {
         if let Some(running) = running {
             let cascade = running.cascade.clone();
             let current = self.ownership.is_current();
-            stop(running);
+            let stopped = running.stop(&self.place, STOP_WAIT);
+            if let Err(e) = &stopped {
+                self.place.observer.error("stop_failed", None, e.chain());
+            }
             let durable = cascade.newest().is_some_and(|k| cascade.sealed() == Some(k.step.0));
             if clean
                 && durable
                 && current
+                && stopped.is_ok()
                 && let Err(e) = self.place.arena.give_back()
             {
                 let text = format!("memory was not given back: {}", e.chain());
@@ -448,13 +510,25 @@ pub(crate) fn start_lock_path(destination: &Path, start: &Id) -> std::path::Path
     destination.join(format!("_locks/start-{start}"))
 }
 
-fn stop(mut running: Running) {
-    running.cascade.stop();
-    if let Some(thread) = running.thread.take()
-        && thread.join().is_err()
-    {
-        tracing::error!("the disk tier's thread panicked");
+/// The shard that an attempt resumes from, if it lies in a slot of this process.
+fn resumed_shard(found: &Restorable) -> Option<Shard> {
+    let in_ram = |c: &&ShardCopy| found.tiers[c.tier].kind() == TierKind::Ram;
+    let copy = found.copies.iter().find(in_ram)?;
+    let payload = &copy.manifest.payload;
+    if payload.chunk_bytes != CHUNK_BYTES {
+        return None; // Of another build: it is checked in its chunks, and goes with the next save.
     }
+    Some(Shard {
+        key: found.key.clone(),
+        identity: copy.manifest.identity.clone(),
+        payload: SlotPayload { slot: found.slot.clone()?, len: payload.length },
+        manifest: Arc::new(copy.bytes.clone()),
+        save: Save::new(found.key.step.0),
+        published: true,
+        complete: false,
+        resumed: true,
+        chunks: payload.chunks.clone(),
+    })
 }
 
 impl Drop for Inner {
@@ -467,9 +541,13 @@ impl Drop for Inner {
                 let path = start_lock_path(&self.place.config.destination, &self.place.start);
                 let _ = crate::tier::publish::remove(&path);
             }
-        } else if let Some(running) = locked(&self.running).take() {
-            // A fork's child has neither the threads nor the locks: nothing of it may run here.
-            std::mem::forget(running);
+            return;
+        }
+        // A fork's child has neither the threads nor the locks, and its slots are not mapped
+        // (MADV_DONTFORK): nothing of this may run or be unmapped here.
+        std::mem::forget(self.place.arena.clone());
+        if let Ok(mut running) = self.running.try_lock() {
+            std::mem::forget(running.take());
         }
     }
 }

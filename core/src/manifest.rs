@@ -187,8 +187,8 @@ impl TensorEntry {
 /// What the user said about a checkpoint.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Meta {
-    /// Numbers given to `save(metrics=)`.
-    #[serde(default)]
+    /// Numbers given to `save(metrics=)`; `"nan"`, `"inf"` and `"-inf"` where JSON has none.
+    #[serde(default, with = "metrics_json")]
     pub metrics: BTreeMap<String, f64>,
     /// Words given to `save(tags=)`.
     #[serde(default)]
@@ -265,6 +265,13 @@ pub fn encode(parts: &Parts<'_>) -> Result<Vec<u8>> {
     body.extend_from_slice(b",\"tensors\":");
     body.extend_from_slice(parts.tensors_json);
     body.push(b'}');
+    if body.len() as u64 > record::RECORD_BYTES_MAX - 64 {
+        return Err(Error::invalid(format!(
+            "the manifest would have {} bytes, readers accept {}: put small values together",
+            body.len(),
+            record::RECORD_BYTES_MAX
+        )));
+    }
     Ok(record::seal(&body))
 }
 
@@ -421,6 +428,54 @@ pub fn sha256(bytes: &[u8]) -> String {
 #[must_use]
 pub fn manifest_label(key: &CheckpointKey, rank: Rank) -> String {
     format!("{}/{}", key.dir(), manifest_name(rank))
+}
+
+/// NaN is an ordinary loss, and JSON has no word for it.
+mod metrics_json {
+    use std::collections::BTreeMap;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
+
+    #[derive(Serialize, Deserialize)]
+    #[serde(untagged)]
+    enum Number {
+        Finite(f64),
+        Word(String),
+    }
+
+    pub(super) fn serialize<S: Serializer>(
+        metrics: &BTreeMap<String, f64>,
+        s: S,
+    ) -> Result<S::Ok, S::Error> {
+        s.collect_map(metrics.iter().map(|(name, x)| {
+            let word = if x.is_nan() {
+                "nan"
+            } else if *x > 0.0 {
+                "inf"
+            } else {
+                "-inf"
+            };
+            (name, if x.is_finite() { Number::Finite(*x) } else { Number::Word(word.into()) })
+        }))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        d: D,
+    ) -> Result<BTreeMap<String, f64>, D::Error> {
+        let read = |(name, number)| {
+            let x = match number {
+                Number::Finite(x) => x,
+                Number::Word(word) => match word.as_str() {
+                    "nan" => f64::NAN,
+                    "inf" => f64::INFINITY,
+                    "-inf" => f64::NEG_INFINITY,
+                    _ => return Err(D::Error::custom(format!("{word:?} is no metric"))),
+                },
+            };
+            Ok((name, x))
+        };
+        BTreeMap::<String, Number>::deserialize(d)?.into_iter().map(read).collect()
+    }
 }
 
 mod crc_hex {

@@ -58,6 +58,8 @@ pub struct Known<'a> {
     pub pins: &'a BTreeSet<CheckpointKey>,
     /// Checkpoints that are being written.
     pub in_flight: &'a BTreeSet<CheckpointKey>,
+    /// Checkpoints whose writing was given up by all ranks.
+    pub given_up: &'a BTreeSet<CheckpointKey>,
 }
 
 /// Chooses what goes. Pure.
@@ -84,6 +86,8 @@ pub fn plan(policy: &Policy, known: &Known<'_>) -> Vec<Victim> {
         }
         let why = if found.deleted() {
             "its deletion was begun and not finished".to_owned()
+        } else if known.given_up.contains(key) && !found.sealed() {
+            "it was given up for this tier".to_owned()
         } else if !known.lineage.contains(key) {
             if !policy.abandoned || newest.is_none() {
                 continue;
@@ -202,8 +206,16 @@ fn tombstone(tier: &dyn Tier, victim: &Victim) -> Result<()> {
     let text = Tombstone { format: record::FORMAT, why: &victim.why };
     let body =
         serde_json::to_vec(&text).map_err(|e| crate::Error::Bug(format!("tombstone: {e}")))?;
-    // One that is there already is as good.
-    tier.create(&victim.key.file(TOMBSTONE), &record::seal(&body)).map(drop)
+    let name = victim.key.file(TOMBSTONE);
+    // One that is there already is as good. On a full disk an empty one is: its name is what counts.
+    match tier.create(&name, &record::seal(&body)) {
+        Err(crate::Error::Io { source, .. })
+            if source.kind() == std::io::ErrorKind::StorageFull =>
+        {
+            tier.create(&name, b"").map(drop)
+        }
+        other => other.map(drop),
+    }
 }
 
 /// Deletes one rank's unfinished shard of a step that was given up: the others may still finish

@@ -60,6 +60,7 @@ pub fn plan(reader: &Reader, policy: &Policy) -> Result<Plan> {
         attempts: &attempts,
         pins: &pins,
         in_flight: &in_flight,
+        given_up: &BTreeSet::new(),
     };
     let mut victims = Vec::new();
     for victim in retain::plan(policy, &known) {

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use super::{Carry, Cascade, Shard, Work, ranks};
 use crate::{
     attempt::Attempts,
+    chunk::{CHUNK_BYTES, chunk_len},
     clock::Deadline,
     commit::{Gathered, Listing, gather, publish_shard},
     error::{Error, Result},
@@ -27,8 +28,11 @@ impl Cascade {
         let newer = |step: &u64| chosen.is_none_or(|c| *step > c);
         let next = if self.parts.config.leads() {
             let work = locked(&self.work);
-            let mut steps = work.shards.values().filter(|s| s.complete).map(|s| s.key.step.0);
-            steps.rfind(|step| newer(step) && self.is_due(*step)).filter(|_| idle)
+            let due = |s: &&Shard| s.complete && self.is_due(s.key.step.0);
+            let in_ram = work.shards.values().filter(due).map(|s| s.key.step.0);
+            // What was resumed goes to disk also where the leader itself has it there already.
+            let parent = self.parts.record.parent.filter(|_| work.parent_waits).map(|p| p.step);
+            in_ram.chain(parent).filter(newer).max().filter(|_| idle)
         } else {
             // A newer choice means that the leader is done with the old one, one way or the other.
             self.parts.agreements.carried()?.filter(newer)
@@ -57,7 +61,12 @@ impl Cascade {
             .collect();
         drop(work);
         if let Some(old) = old {
-            self.fail_step(old.step, "the leader went on to a newer step");
+            let key = self.key_of(old.step);
+            if Listing::of(&*self.parts.disk, &key)?.sealed {
+                self.sealed_on_disk(old.step, &key)?;
+            } else {
+                self.fail_step(old.step, "the leader went on to a newer step");
+            }
         }
         for shard in passed {
             self.pass_over(&shard, step);
@@ -98,7 +107,7 @@ impl Cascade {
         work.fenced = true;
         work.carry = None;
         for shard in work.shards.values() {
-            shard.save.fail(Level::Disk, &error);
+            shard.save.fail(if shard.complete { Level::Disk } else { Level::Ram }, &error);
         }
         if !by_us {
             self.parts.observer.error("fenced", None, error.to_string());
@@ -157,8 +166,11 @@ impl Cascade {
             retain::drop_shard(disk, &shard.key, rank)?;
             let begun = self.parts.clock.monotonic();
             let name = shard.key.file(&shard.identity.payload_name());
-            let counted = Counted { shard };
-            let receipt = disk.put(&name, &counted)?;
+            let receipt = disk.put(&name, &Counted { shard, cascade: self })?;
+            self.check_fence()?;
+            if self.is_fenced() {
+                return Err(Error::Fenced { why: "a newer attempt has begun".into() });
+            }
             publish_shard(disk, &shard.identity, &shard.manifest, receipt)?;
             let took = self.parts.clock.monotonic().saturating_sub(begun);
             let counters = &self.parts.observer.counters;
@@ -190,6 +202,10 @@ impl Cascade {
         }
         match gather(disk, &key, &self.parts.config.savers)? {
             Gathered::Complete(complete) => {
+                self.check_fence()?;
+                if self.is_fenced() {
+                    return Ok(true);
+                }
                 complete.seal(disk)?;
                 self.sealed_on_disk(step, &key)?;
                 Ok(true)
@@ -228,7 +244,7 @@ impl Cascade {
                 shard.save.set_waiting_for(String::new());
                 shard.save.reach(Level::Disk, false);
             }
-            work.carry = None;
+            work.carry.take_if(|c| c.step == step);
             work.sealed = Some(step);
             self.forget_old(&mut work);
         }
@@ -245,14 +261,26 @@ impl Cascade {
     /// Shards whose slots were taken meanwhile are of no more use here.
     pub(super) fn forget_old(&self, work: &mut Work) {
         let newest = work.newest.as_ref().map_or(0, |k| k.step.0);
-        let chosen = work.chosen.unwrap_or(0);
-        work.shards.retain(|step, _| *step >= newest.min(chosen));
+        let oldest = newest.min(work.chosen.unwrap_or(0));
+        let kept = work.shards.split_off(&oldest);
+        for shard in std::mem::replace(&mut work.shards, kept).values() {
+            self.drop_shard(shard, newest);
+        }
     }
 
     pub(super) fn abandon(&self, step: u64, why: &str) {
         self.fail_step(step, why);
-        locked(&self.work).carry.take_if(|c| c.step == step);
+        let mut work = locked(&self.work);
+        work.carry.take_if(|c| c.step == step);
+        work.given_up.insert(step);
+        drop(work);
         self.parts.signal.notify();
+        // Its remains fill the disk that the next step needs.
+        if self.parts.config.leads()
+            && let Err(e) = self.retain()
+        {
+            tracing::warn!("nothing was collected after step {step} was given up: {}", e.chain());
+        }
     }
 
     pub(super) fn fail_step(&self, step: u64, why: &str) {
@@ -285,6 +313,12 @@ impl Cascade {
             keep_every: self.parts.config.keep_every,
             abandoned: false,
         };
+        let given_up: BTreeSet<CheckpointKey> = {
+            let steps = &locked(&self.work).given_up;
+            // What was resumed may be nowhere else.
+            let own = steps.iter().filter(|s| !self.is_parent(**s));
+            own.map(|s| self.key_of(*s)).collect()
+        };
         let pins = retain::pins(disk)?;
         let known = retain::Known {
             found: &found,
@@ -292,14 +326,17 @@ impl Cascade {
             attempts: &attempts,
             pins: &pins,
             in_flight: &in_flight,
+            given_up: &given_up,
         };
         retain::collect(disk, &retain::plan(&policy, &known), newest).map(drop)
     }
 }
 
-/// The shard's payload, with its bytes counted for the progress bar as they are handed out.
+/// The shard's payload on its way: its bytes are counted for the progress bar, a resumed one's are
+/// checked, and a cascade that was stopped hands out no more.
 struct Counted<'a> {
     shard: &'a Shard,
+    cascade: &'a Cascade,
 }
 
 impl Payload for Counted<'_> {
@@ -313,8 +350,28 @@ impl Payload for Counted<'_> {
         len: usize,
         scratch: &'a mut AlignedBuf,
     ) -> Result<&'a [u8]> {
+        if locked(&self.cascade.work).stop {
+            return Err(Error::Fenced { why: "this Checkpointer was closed".into() });
+        }
         let block = self.shard.payload.block(offset, len, scratch)?;
+        if self.shard.resumed {
+            self.shard.check_block(offset, block)?;
+        }
         self.shard.save.add_disk_bytes((len as u64).min(self.len().saturating_sub(offset)));
         Ok(block)
+    }
+}
+
+impl Shard {
+    /// Blocks are chunks (`DiskTier` asks for no others), so each can be checked alone.
+    fn check_block(&self, offset: u64, block: &[u8]) -> Result<()> {
+        let index = usize::try_from(offset / CHUNK_BYTES).unwrap_or(usize::MAX);
+        let len = usize::try_from(chunk_len(self.payload.len, CHUNK_BYTES, index)).unwrap_or(0);
+        let good = self.chunks.get(index).copied();
+        let found = block.get(..len).map(crc32fast::hash);
+        if offset.is_multiple_of(CHUNK_BYTES) && found.is_some() && found == good {
+            return Ok(());
+        }
+        Err(Error::damaged(format!("{} in RAM", self.key), format!("chunk {index}")))
     }
 }

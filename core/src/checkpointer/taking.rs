@@ -2,7 +2,10 @@
 
 use std::{
     any::Any,
-    sync::{Arc, atomic::Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -12,9 +15,10 @@ use crate::{
     attempt::AttemptRecord,
     cascade::{Cascade, Shard},
     clock::Deadline,
+    commit::publish_shard,
     error::{Error, ErrorKind, Result},
     manifest::{Identity, Meta},
-    names::CheckpointKey,
+    names::{CheckpointKey, Rank},
     observe::{add, locked},
     save::{Level, Save},
     snapshot::{
@@ -143,7 +147,7 @@ impl Checkpointer {
         cascade: &Arc<Cascade>,
     ) -> Result<Option<Filling>> {
         let place = &self.inner.place;
-        let may_go = |key: &CheckpointKey| cascade.may_go(key);
+        let may_go = |key: &CheckpointKey| cascade.release(key);
         let mut filling = place.arena.acquire(len, &may_go)?;
         let wish = if filling.is_none() && skip_if_busy { Saving::Skip } else { Saving::Save };
         if cascade.agreements().saving(save.step(), wish)? == Saving::Skip {
@@ -180,6 +184,35 @@ impl Checkpointer {
     }
 }
 
+/// A save that goes on behind: counted as copying, then as publishing, whatever becomes of it.
+struct Behind {
+    inner: Arc<Inner>,
+    copying: AtomicBool,
+}
+
+impl Behind {
+    fn new(inner: Arc<Inner>) -> Self {
+        inner.copying.fetch_add(1, Ordering::AcqRel);
+        inner.publishing.fetch_add(1, Ordering::AcqRel);
+        Self { inner, copying: AtomicBool::new(true) }
+    }
+
+    fn copied(&self) {
+        if self.copying.swap(false, Ordering::AcqRel) {
+            self.inner.copying.fetch_sub(1, Ordering::AcqRel);
+            self.inner.place.signal.notify();
+        }
+    }
+}
+
+impl Drop for Behind {
+    fn drop(&mut self) {
+        self.copied();
+        self.inner.publishing.fetch_sub(1, Ordering::AcqRel);
+        self.inner.place.signal.notify();
+    }
+}
+
 struct Job {
     snapshot: Snapshot,
     filling: Filling,
@@ -190,21 +223,39 @@ struct Job {
 }
 
 impl Inner {
-    /// Gives the filled slot its name in the ram tier, manifest last.
+    /// Gives the filled slot its name in the ram tier, manifest last. The slot stays busy until the
+    /// cascade knows the shard and everybody can see it: nobody can take it in between.
     fn publish(&self, job: Job, crcs: Vec<u32>) -> Result<()> {
         let Job { snapshot, filling, identity, meta, save, cascade } = job;
-        let manifest = snapshot.manifest(&identity, &meta, crcs)?;
+        let manifest = Arc::new(snapshot.manifest(&identity, &meta, crcs)?);
         let payload = SlotPayload { slot: filling.slot().clone(), len: snapshot.len() };
         let key = identity.key();
         let ram = &*self.place.ram;
-        let receipt = ram.put(&key.file(&identity.payload_name()), &payload)?;
-        // From here on the slot has a name: whatever happens, it is found again by it.
-        self.place.arena.hold(filling, key.clone());
-        crate::commit::publish_shard(ram, &identity, &manifest, receipt)?;
+        cascade.announce(Shard {
+            key: key.clone(),
+            identity: identity.clone(),
+            payload: payload.clone(),
+            manifest: manifest.clone(),
+            save,
+            published: false,
+            complete: false,
+            resumed: false,
+            chunks: Vec::new(),
+        });
+        let put = ram.put(&key.file(&identity.payload_name()), &payload);
+        let published = put.and_then(|receipt| publish_shard(ram, &identity, &manifest, receipt));
+        if let Err(e) = published {
+            cascade.withdraw(identity.step);
+            // The manifest may be there and only the answer was lost: then the slot is not free.
+            if ram.delete(&key.manifest(Rank(identity.rank))).is_err() {
+                self.place.arena.hold(filling, key);
+            }
+            return Err(e);
+        }
         add(&self.place.observer.counters.saves, 1);
         add(&self.place.observer.counters.captured_bytes, payload.len);
-        let manifest = Arc::new(manifest);
-        cascade.push(Shard { key, identity, payload, manifest, save, complete: false });
+        cascade.confirm(identity.step);
+        self.place.arena.hold(filling, key);
         Ok(())
     }
 
@@ -213,9 +264,8 @@ impl Inner {
         job: Job,
         keep_alive: Box<dyn Any + Send + Sync>,
     ) -> Result<()> {
-        let inner = self.clone();
         let save = job.save.clone();
-        self.copying.fetch_add(1, Ordering::AcqRel);
+        let behind = Behind::new(self.clone());
         let work = move || {
             // SAFETY: `keep_alive` holds the memory, and the owners of `late` tensors wait for
             // `staged` before they write (the promise of `save`).
@@ -223,16 +273,15 @@ impl Inner {
             drop(keep_alive);
             let save = job.save.clone();
             save.reach(Level::Staged, false);
-            inner.copying.fetch_sub(1, Ordering::AcqRel);
-            inner.place.signal.notify();
-            if let Err(e) = inner.publish(job, crcs) {
-                inner.failed(&save, &e);
+            behind.copied();
+            if let Err(e) = behind.inner.publish(job, crcs) {
+                behind.inner.failed(&save, &e);
             }
         };
         let spawned = std::thread::Builder::new().name("tierkeep-copy".into()).spawn(work);
-        spawned.map(drop).map_err(|source| {
-            self.copying.fetch_sub(1, Ordering::AcqRel);
-            Error::Io { what: format!("start the thread that copies step {}", save.step()), source }
+        spawned.map(drop).map_err(|source| Error::Io {
+            what: format!("start the thread that copies step {}", save.step()),
+            source,
         })
     }
 

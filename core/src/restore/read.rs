@@ -17,7 +17,7 @@ use std::{
 
 use super::survey::{BadCopy, ShardCopy};
 use crate::{
-    error::{Error, Result},
+    error::{Error, ErrorKind, Result},
     manifest::ShardManifest,
     names::{CheckpointKey, Rank, Step},
     observe::{Observer, add, locked},
@@ -28,7 +28,7 @@ use crate::{
     tier::{
         Payload, Source, Tier, TierKind,
         buffer::{AlignedBuf, padded},
-        label,
+        create_same, find_record, label,
     },
 };
 
@@ -99,6 +99,7 @@ impl Restorable {
         let mut report = ReadReport { tier: self.tier(0).kind(), damaged: Vec::new() };
         report.damaged.extend(self.bad.iter().map(|b| b.why.clone()));
         let mut damaged: Vec<(usize, Vec<usize>)> = Vec::new();
+        let (mut retired, mut unanswered) = (false, None);
         for index in 0..self.copies.len() {
             if left.is_empty() {
                 break;
@@ -109,13 +110,24 @@ impl Restorable {
             if bad.len() < wanted && (index == 0 || wanted == plan.chunks()) {
                 report.tier = self.tier(index).kind();
             }
-            if !bad.is_empty() {
+            if !bad.is_empty() && !self.mends && self.is_retired(index) {
+                retired = true; // Its job went on meanwhile: gone, not damaged.
+            } else if !bad.is_empty() {
                 add(&self.observer.counters.checksum_failures, bad.len() as u64);
-                let why = trouble.unwrap_or_else(|| self.chunks_in_words(index, &bad));
-                report.damaged.push(why);
+                let why = trouble.as_ref().map(Error::chain);
+                report.damaged.push(why.unwrap_or_else(|| self.chunks_in_words(index, &bad)));
                 damaged.push((index, bad.clone()));
+                let says_nothing = |e: &Error| e.kind() == ErrorKind::Unavailable;
+                unanswered = unanswered.or(trouble.filter(says_nothing));
             }
             left = bad;
+        }
+        if !left.is_empty() && retired {
+            let what = format!("{}, which its job retired while it was read,", self.key);
+            return Err(Error::NotFound { what });
+        }
+        if let (false, Some(e)) = (left.is_empty(), unanswered) {
+            return Err(e); // A tier that did not answer may have good bytes: nothing is marked bad.
         }
         if !left.is_empty() {
             if self.mends
@@ -167,7 +179,7 @@ impl Restorable {
         plan: &Plan,
         chunks: &[usize],
         threads: Option<usize>,
-    ) -> (Vec<usize>, Option<String>) {
+    ) -> (Vec<usize>, Option<Error>) {
         let payload = &self.copies[index].manifest.payload;
         if let (TierKind::Ram, Some(slot), true) = (self.tier(index).kind(), &self.slot, index == 0)
         {
@@ -180,7 +192,7 @@ impl Restorable {
         let name = self.key.file(&payload.file);
         let source = match self.tier(index).open(&name) {
             Ok(source) => source,
-            Err(e) => return (chunks.to_vec(), Some(e.chain())),
+            Err(e) => return (chunks.to_vec(), Some(e)),
         };
         let next = AtomicUsize::new(0);
         let bad = Mutex::new(Vec::new());
@@ -198,7 +210,7 @@ impl Restorable {
                         }
                     }
                     Err(e) => {
-                        locked(&trouble).get_or_insert(e.chain());
+                        locked(&trouble).get_or_insert(e);
                         locked(&bad).push(*chunk);
                     }
                 }
@@ -308,14 +320,44 @@ impl Restorable {
         }
     }
 
-    /// Writes this shard anew into a tier whose copy is beyond mending, manifest last.
+    /// True where the copy's manifest is not the one that was read before: the job took the slot.
+    fn is_retired(&self, copy: usize) -> bool {
+        let there = find_record(self.tier(copy), &self.key.manifest(self.rank));
+        there.is_ok_and(|bytes| bytes.as_deref() != Some(self.copies[copy].bytes.as_slice()))
+    }
+
+    /// Makes a copy good whose manifest is bad, or whose payload is gone or short. A payload of the
+    /// right length is mended where it lies: it may be a slot that is mapped.
     fn replace(&self, tier: &dyn Tier) -> Result<()> {
         let (manifest, bytes) = (self.manifest(), &self.copies[0].bytes);
-        tier.delete(&self.key.manifest(self.rank))?;
         let name = self.key.file(&manifest.payload.file);
-        tier.delete(&name)?;
-        let receipt = tier.put(&name, &CheckedPayload { shard: self })?;
-        crate::commit::publish_shard(tier, &manifest.identity, bytes, receipt)
+        let there = match tier.open(&name) {
+            Ok(source) => Some(source).filter(|s| s.len() == manifest.payload.length),
+            Err(e) if e.is_not_found() => None,
+            Err(e) => return Err(e),
+        };
+        tier.delete(&self.key.manifest(self.rank))?;
+        match there {
+            Some(source) => {
+                let mut buffer = AlignedBuf::new(1);
+                for chunk in 0..manifest.payload.chunks.len() {
+                    let read = read_chunk(&*source, &manifest.payload, chunk, &mut buffer);
+                    let crc = manifest.payload.chunks[chunk];
+                    if !read.is_ok_and(|bytes| crc32fast::hash(bytes) == crc) {
+                        let good = self.good_chunk(usize::MAX, chunk, &mut buffer)?;
+                        tier.mend(&name, chunk as u64 * manifest.payload.chunk_bytes, good)?;
+                    }
+                }
+                create_same(tier, &self.key.manifest(self.rank), bytes).map(drop)
+            }
+            // A cache need not have it: the next save fills it again.
+            None if tier.kind() == TierKind::Ram => Ok(()),
+            None => {
+                tier.delete(&name)?;
+                let receipt = tier.put(&name, &CheckedPayload { shard: self })?;
+                crate::commit::publish_shard(tier, &manifest.identity, bytes, receipt)
+            }
+        }
     }
 
     /// The shard as a payload that checks each block: for copying it elsewhere.

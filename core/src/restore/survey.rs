@@ -114,6 +114,12 @@ pub fn copies(
             continue;
         }
         match copy_in(*tier, found, listing, rank, run_id) {
+            // Tiers keep copies of one manifest: another one is not a copy, whatever its checksum.
+            Ok((_, bytes)) if good.first().is_some_and(|g: &ShardCopy| g.bytes != bytes) => {
+                let file = label(*tier, &manifest_label(&found.key, rank));
+                let why = format!("{file} is damaged: it differs from the copy in a nearer tier");
+                bad.push(BadCopy { tier: tier.kind(), why });
+            }
             Ok((manifest, bytes)) => good.push(ShardCopy { tier: index, manifest, bytes }),
             Err(Error::Damaged { file, why }) => {
                 bad.push(BadCopy { tier: tier.kind(), why: format!("{file} is damaged: {why}") });

@@ -124,6 +124,17 @@ impl Slot {
         unsafe { std::slice::from_raw_parts(self.map.as_ptr(), padded(len)) }
     }
 
+    /// False where the name has gone or leads to another file: somebody cleaned up around us.
+    fn is_at_its_path(&self) -> bool {
+        use std::os::unix::fs::MetadataExt;
+        let same =
+            |a: std::fs::Metadata, b: std::fs::Metadata| a.dev() == b.dev() && a.ino() == b.ino();
+        match (self.file.metadata(), std::fs::symlink_metadata(self.path())) {
+            (Ok(ours), Ok(there)) => same(ours, there),
+            _ => false,
+        }
+    }
+
     /// Sets the file to exactly `len` bytes, where that can be done without taking pages from
     /// somebody who has it mapped. `false`: it cannot; the slot is of no use for this length.
     fn fit(&self, len: u64) -> Result<bool> {
@@ -132,6 +143,9 @@ impl Slot {
             return Ok(false);
         }
         let pages = |n: u64| n.div_ceil(4096);
+        if pages(len) > pages(now) {
+            return Ok(false); // Pages that went when it shrank come back through the budget only.
+        }
         if now != len {
             if pages(len) < pages(now) && !sys::nobody_else_has_it_open(&self.file) {
                 return Ok(false);
@@ -263,28 +277,17 @@ impl Arena {
         Arc::new(Self { tier, root, rank, slots_max, budget, held, signal })
     }
 
-    /// Finds the slots that an earlier process of this rank left, maps them and keeps what they
-    /// hold. Where there are more than `slots_max`, free ones go first, then the oldest; never
-    /// `keep`.
+    /// Finds the slots that an earlier process of this rank left, maps them and keeps what they hold,
+    /// be they more than `slots_max`. Once, before anything else.
     ///
     /// # Errors
     /// tmpfs did not answer.
-    pub fn adopt(&self, keep: Option<&CheckpointKey>) -> Result<()> {
+    pub fn adopt(&self) -> Result<()> {
         let mut found = self.find_own()?;
-        // Best first: what is kept, then the newest, then free ones.
-        found.sort_by_key(|(key, _)| {
-            (key.as_ref() != keep || keep.is_none(), std::cmp::Reverse(key.clone()))
-        });
+        found.sort_by_key(|(key, _)| std::cmp::Reverse(key.clone()));
         let mut held = locked(&self.held);
-        let mut places = held.iter_mut().filter(|h| h.slot.is_none() && h.used == Use::Free);
+        held.retain(|h| h.slot.is_some());
         for (key, path) in found {
-            let Some(place) = places.next() else {
-                if let Some(key) = &key {
-                    self.tier.delete(&key.manifest(self.rank))?;
-                }
-                remove(&path)?;
-                continue;
-            };
             let slot = Arc::new(Slot::adopt(&path)?);
             let used = match key {
                 Some(key) => Use::Holds(key),
@@ -293,10 +296,48 @@ impl Arena {
                     Use::Free
                 }
             };
-            *place = Held { slot: Some(slot), used, populated: false };
+            held.push(Held { slot: Some(slot), used, populated: false });
+        }
+        while held.len() < self.slots_max {
+            held.push(Held { slot: None, used: Use::Free, populated: false });
         }
         drop(held);
         self.signal.notify();
+        Ok(())
+    }
+
+    /// Gives back slots beyond `slots_max`: free ones first, then the oldest; never `keep`.
+    ///
+    /// # Errors
+    /// tmpfs did not answer.
+    pub fn trim(&self, keep: Option<&CheckpointKey>) -> Result<()> {
+        let mut held = locked(&self.held);
+        while held.len() > self.slots_max {
+            let spare = held.iter().position(|h| h.used == Use::Free).or_else(|| {
+                let holders = held.iter().enumerate().filter_map(|(i, h)| match &h.used {
+                    Use::Holds(key) if Some(key) != keep => Some((key.clone(), i)),
+                    _ => None,
+                });
+                holders.min().map(|(_, i)| i)
+            });
+            let Some(spare) = spare else { break };
+            let gone = held.swap_remove(spare);
+            self.remove(&gone)?;
+        }
+        Ok(())
+    }
+
+    fn remove(&self, held: &Held) -> Result<()> {
+        if let Use::Holds(key) = &held.used {
+            self.tier.delete(&key.manifest(self.rank))?;
+        }
+        if let Some(slot) = held.slot.as_ref().filter(|s| s.is_at_its_path()) {
+            remove(&slot.path())?;
+        }
+        if let Use::Holds(key) = &held.used {
+            self.tier.delete(&key.dir())?;
+            self.tier.delete(&crate::names::step_dir(key.step))?;
+        }
         Ok(())
     }
 
@@ -314,12 +355,18 @@ impl Arena {
                 let Some(dir) = AttemptDir::parse(&attempt.name) else { continue };
                 let key = CheckpointKey { step: number, attempt: dir };
                 let files = self.tier.list(&key.dir())?;
-                let manifest = crate::names::manifest_name(self.rank);
-                let named = files.iter().any(|f| f.name == manifest);
+                // Of several payloads the manifest names one; without a good manifest none is ours.
+                let named = crate::commit::read_manifest(&*self.tier, &key, self.rank, None)
+                    .map(|(manifest, _)| manifest.payload.file);
                 for file in files.iter().filter(|f| parse_payload_name(&f.name) == Some(self.rank))
                 {
                     let path = self.root.join(key.file(&file.name));
-                    found.push((named.then(|| key.clone()), path));
+                    let holds = match &named {
+                        Ok(named) => *named == file.name,
+                        // Damaged: restore may mend it, so what it is about stays.
+                        Err(e) => !e.is_not_found(),
+                    };
+                    found.push((holds.then(|| key.clone()), path));
                 }
             }
         }
@@ -382,7 +429,7 @@ impl Arena {
             (held[index].slot.clone(), held[index].populated)
         };
         if let Some(slot) = existing {
-            if slot.fit(len)? {
+            if slot.is_at_its_path() && slot.fit(len)? {
                 if !populated {
                     slot.populate()?;
                     locked(&self.held)[index].populated = true;
@@ -390,8 +437,13 @@ impl Arena {
                 return Ok(slot);
             }
             // Of no use for this length. Its memory is given back before more is asked for.
-            remove(&slot.path())?;
-            locked(&self.held)[index].slot = None;
+            if slot.is_at_its_path() {
+                remove(&slot.path())?;
+            }
+            drop(slot);
+            let place = &mut locked(&self.held)[index];
+            place.slot = None;
+            place.populated = false;
         }
         let path = slot_path(&self.root, self.rank);
         let slot = Arc::new(Slot::create(&path, len, &self.budget)?);
@@ -423,13 +475,22 @@ impl Arena {
             let free = |made: bool| {
                 held.iter().position(|h| h.used == Use::Free && h.slot.is_some() == made)
             };
-            let goers = held.iter().enumerate().filter_map(|(i, h)| match &h.used {
-                Use::Holds(key) if may_go(key) => Some((key.clone(), i)),
-                _ => None,
-            });
+            // Oldest first; `may_go` gives the checkpoint up, so it is asked about one at a time.
+            let goer = || {
+                let mut holders: Vec<_> = held
+                    .iter()
+                    .enumerate()
+                    .filter_map(|(i, h)| match &h.used {
+                        Use::Holds(key) => Some((key.clone(), i)),
+                        _ => None,
+                    })
+                    .collect();
+                holders.sort();
+                holders.into_iter().find(|(key, _)| may_go(key))
+            };
             let chosen = match free(true).or(free(false)) {
                 Some(index) => Some((index, None)),
-                None => goers.min().map(|(key, index)| (index, Some(key))),
+                None => goer().map(|(key, index)| (index, Some(key))),
             };
             let Some((index, retired)) = chosen else { return Ok(None) };
             held[index].used = Use::Busy;
@@ -453,7 +514,7 @@ impl Arena {
     fn retire(&self, index: usize, key: &CheckpointKey) -> Result<()> {
         let slot = locked(&self.held)[index].slot.clone();
         self.tier.delete(&key.manifest(self.rank))?;
-        if let Some(slot) = slot {
+        if let Some(slot) = slot.filter(|s| s.is_at_its_path()) {
             slot.take_back(&self.root, self.rank)?;
         }
         self.tier.delete(&key.dir())?;
@@ -489,17 +550,10 @@ impl Arena {
     /// # Errors
     /// tmpfs did not answer.
     pub fn give_back(&self) -> Result<()> {
-        let take = |h: &mut Held| Some((h.slot.take()?, std::mem::replace(&mut h.used, Use::Free)));
-        let all: Vec<_> = locked(&self.held).iter_mut().filter_map(take).collect();
-        for (slot, used) in all {
-            if let Use::Holds(key) = &used {
-                self.tier.delete(&key.manifest(self.rank))?;
-                remove(&slot.path())?;
-                self.tier.delete(&key.dir())?;
-                self.tier.delete(&crate::names::step_dir(key.step))?;
-            } else {
-                remove(&slot.path())?;
-            }
+        let mut held = locked(&self.held);
+        for place in held.iter_mut().filter(|h| h.used != Use::Busy) {
+            let empty = Held { slot: None, used: Use::Free, populated: false };
+            self.remove(&std::mem::replace(place, empty))?;
         }
         Ok(())
     }

@@ -20,13 +20,14 @@ use std::{
         Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use super::{
     Created, Entry, Payload, Receipt, Source, Tier, TierKind,
     buffer::{AlignedBuf, padded},
     posix::{PosixDir, usable_root},
-    publish::{STAGING, create_staged, move_file, publish, remove, staging_path},
+    publish::{STAGING, create_staged, move_file, publish, remove, staging_path, sweep_dead},
 };
 use crate::{
     chunk::CHUNK_BYTES,
@@ -80,12 +81,11 @@ impl DiskTier {
         for entry in self.dir.list(STAGING)? {
             let free = entry.name.strip_prefix("free-");
             let ours = free.unwrap_or(&entry.name).starts_with(&mine);
-            let dead_record = entry.name.starts_with("record.") && !part_is_live(&entry.name);
-            if dead_record || (ours && !(keep_free && free.is_some())) {
+            if ours && !(keep_free && free.is_some()) {
                 self.dir.delete(&format!("{STAGING}/{}", entry.name))?;
             }
         }
-        Ok(())
+        sweep_dead(&self.dir.root, Duration::from_secs(600))
     }
 
     fn stage(&self, file_name: &str) -> Result<(PathBuf, File, bool)> {
@@ -116,13 +116,6 @@ impl DiskTier {
         }
         Ok(None)
     }
-}
-
-/// True where the process that a staging name carries is alive (its number may have been reused:
-/// the file then stays until a later sweep).
-fn part_is_live(name: &str) -> bool {
-    let pid = name.split('.').nth(1).and_then(|rest| rest.split('-').next());
-    pid.is_some_and(|pid| Path::new("/proc").join(pid).exists())
 }
 
 impl Tier for DiskTier {

@@ -3,13 +3,13 @@
 //!
 //! Nothing is synced, because there is nothing to sync to.
 
-use std::{os::unix::fs::FileExt, path::Path};
+use std::{os::unix::fs::FileExt, path::Path, time::Duration};
 
 use super::{
     Created, Entry, Payload, Receipt, Source, Tier, TierKind,
     buffer::{AlignedBuf, padded},
     posix::{PosixDir, usable_root},
-    publish::{create_staged, publish, remove, staging_path},
+    publish::{create_staged, publish, remove, staging_path, sweep_dead},
 };
 use crate::{
     chunk::CHUNK_BYTES,
@@ -32,6 +32,7 @@ impl MemoryTier {
     /// It is a file, or may not be written.
     pub fn open(root: &Path, budget: Budget) -> Result<Self> {
         usable_root(root, false)?;
+        sweep_dead(root, Duration::ZERO)?;
         let dir = PosixDir { root: root.into(), durable: false };
         Ok(Self { dir, budget: Some(budget) })
     }

@@ -12,6 +12,7 @@ use std::{
     os::fd::IntoRawFd,
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
 };
 
 use rustix::{fs::RenameFlags, io::Errno};
@@ -239,4 +240,26 @@ fn close(file: File) -> io::Result<()> {
     // SAFETY: `fd` was owned by `file`, which gave it up, and is not used after this.
     let closed = unsafe { libc::close(fd) };
     if closed == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Removes staging files of dead processes that are older than `age`: where hosts share the
+/// directory, a process that is not here may live there. A number that was given to another process
+/// keeps its file until a later sweep.
+pub(crate) fn sweep_dead(root: &Path, age: Duration) -> Result<()> {
+    let entries = match fs::read_dir(root.join(STAGING)) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        other => other.at("list", root)?,
+    };
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        let pid = name.to_str().and_then(|n| n.strip_suffix(".part")?.rsplit('.').next());
+        let pid = pid.and_then(|tail| tail.split('-').next());
+        let dead = pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists());
+        let written = entry.metadata().and_then(|meta| meta.modified()).ok();
+        let old = written.and_then(|at| at.elapsed().ok()).is_some_and(|passed| passed >= age);
+        if dead && old {
+            remove(&entry.path())?;
+        }
+    }
+    Ok(())
 }
