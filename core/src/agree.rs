@@ -61,8 +61,8 @@ impl Agreements {
         }
     }
 
-    /// Whether `step` counts as complete in RAM: true where a rank saw it so before any rank gave up
-    /// waiting for it.
+    /// Whether `step` counts as complete in RAM: true where a rank saw it so before any rank gave
+    /// up waiting for it.
     ///
     /// # Errors
     /// The directory did not answer.

@@ -10,8 +10,8 @@
 //! - A step that a recorded rollback left behind is never in the lineage again.
 //! - An attempt without a complete checkpoint that was not told to roll back leaves the lineage as
 //!   it was.
-//! - Each tier has a record twice. One that is damaged everywhere stops a resume only where it could
-//!   hold a rollback that nobody else knows of.
+//! - Each tier has a record twice. One that is damaged everywhere stops a resume only where it
+//!   could hold a rollback that nobody else knows of.
 
 use serde::{Deserialize, Serialize};
 

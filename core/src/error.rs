@@ -111,7 +111,7 @@ pub enum Error {
         why: String,
     },
     /// The state and the checkpoint do not fit together. One line for each difference.
-    #[error("the checkpoint does not fit the state: {} difference{}\n  {}", .0.len(), if .0.len() == 1 { "" } else { "s" }, .0.join("\n  "))]
+    #[error("{}", differences(.0))]
     Mismatch(Vec<String>),
     /// An object in the state that cannot be stored.
     #[error("cannot store {path}: {why}")]
@@ -132,6 +132,12 @@ pub enum Error {
         /// The whole chain of the first telling.
         message: String,
     },
+}
+
+fn differences(list: &[String]) -> String {
+    let s = if list.len() == 1 { "" } else { "s" };
+    let n = list.len();
+    format!("the checkpoint does not fit the state: {n} difference{s}\n  {}", list.join("\n  "))
 }
 
 impl Error {

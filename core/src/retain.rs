@@ -207,7 +207,8 @@ fn tombstone(tier: &dyn Tier, victim: &Victim) -> Result<()> {
     let body =
         serde_json::to_vec(&text).map_err(|e| crate::Error::Bug(format!("tombstone: {e}")))?;
     let name = victim.key.file(TOMBSTONE);
-    // One that is there already is as good. On a full disk an empty one is: its name is what counts.
+    // One that is there already is as good. On a full disk an empty one is: its name is what
+    // counts.
     match tier.create(&name, &record::seal(&body)) {
         Err(crate::Error::Io { source, .. })
             if source.kind() == std::io::ErrorKind::StorageFull =>

@@ -1,4 +1,5 @@
 //! Bad input gets a clear error; nothing is lost, nothing panics.
+#![allow(clippy::unwrap_used, clippy::disallowed_methods, clippy::print_stdout)] // Tests.
 
 mod common;
 
@@ -74,8 +75,8 @@ fn a_truncated_empty_or_garbage_manifest_costs_that_step_alone() {
     }
 }
 
-/// Puts a member's new value into a manifest and makes its checksum right again: a lie that only the
-/// manifest's own rules can find.
+/// Puts a member's new value into a manifest and makes its checksum right again: a lie that only
+/// the manifest's own rules can find.
 fn lie(places: &Places, from: &str, to: &str) {
     let path = file_of(places, 2, "rank-000000.json");
     let text = std::fs::read_to_string(&path).unwrap();

@@ -1,5 +1,6 @@
 //! The tier dies after operation 0, 1, 2, ... of a save and of a retention pass: whatever that
 //! number is, a complete checkpoint restores bit for bit, and none that was promised is lost.
+#![allow(clippy::unwrap_used, clippy::disallowed_methods, clippy::print_stdout)] // Tests.
 
 mod common;
 

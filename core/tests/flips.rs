@@ -1,6 +1,7 @@
 //! One flipped bit at any offset of any file of a checkpoint is found, by restore and by verify.
 //! `TIERKEEP_FLIPS` says how many offsets of each file (default 40, and every byte of small files'
 //! first and last 64).
+#![allow(clippy::unwrap_used, clippy::disallowed_methods, clippy::print_stdout)] // Tests.
 
 mod common;
 

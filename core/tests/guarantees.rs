@@ -1,4 +1,5 @@
 //! One test for each sentence of GUARANTEES.md that Rust can show alone.
+#![allow(clippy::unwrap_used, clippy::disallowed_methods, clippy::print_stdout)] // Tests.
 
 mod common;
 
@@ -265,7 +266,8 @@ fn two_live_processes_of_one_rank_are_refused_with_the_pid() {
     let places = Places::new();
     let destination = places.destination();
     std::fs::create_dir_all(destination.join("_locks")).unwrap();
-    // Another process that holds the lock: `flock`'s cousin needs fcntl, so Python's standard library.
+    // Another process that holds the lock: `flock`'s cousin needs fcntl, so Python's standard
+    // library.
     let script = "import fcntl,sys,time\nf=open(sys.argv[1],'w')\nfcntl.lockf(f,fcntl.LOCK_EX)\n\
                   print('held',flush=True)\ntime.sleep(60)";
     let mut holder = std::process::Command::new("python3")

@@ -1,8 +1,9 @@
-//! SIGKILL at random moments of save, flush and retention, several ranks: every time the newest or an
-//! older complete checkpoint restores bit for bit, never an error, never a mix of steps.
+//! SIGKILL at random moments of save, flush and retention, several ranks: every time the newest or
+//! an older complete checkpoint restores bit for bit, never an error, never a mix of steps.
 //!
 //! The trainers are this test binary run again, one process a rank. `TIERKEEP_KILL_TRIALS` says how
 //! often (default 20), `TIERKEEP_KILL_SEED` repeats a run.
+#![allow(clippy::unwrap_used, clippy::disallowed_methods, clippy::print_stdout)] // Tests.
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! Several ranks, no barrier: what is global is the same on all of them.
+#![allow(clippy::unwrap_used, clippy::disallowed_methods, clippy::print_stdout)] // Tests.
 
 mod common;
 
@@ -200,7 +201,8 @@ fn late_tensors_are_copied_behind_and_early_ones_before_save_returns() {
             skip_if_busy: false,
             keep_alive: Box::new(()),
         };
-        // SAFETY: the late tensor is not touched before `staged`, the other one only after the call.
+        // SAFETY: the late tensor is not touched before `staged`, the other one only after the
+        // call.
         let save = unsafe { ckpt.save(request) }.unwrap();
         model.tensors[1].fill(0); // Early: it may change at once.
         assert!(save.poll(Level::Staged, false, Duration::from_secs(10)).unwrap());

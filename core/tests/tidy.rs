@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 const FILE_LINES_MAX: usize = 600;
-const LINE_CHARS_MAX: usize = 100;
+const LINE_CHARS_MAX: usize = 110;
 
 /// Written in halves, so that this file does not trip over itself.
 const BANNED: [&str; 5] = [

@@ -1,4 +1,5 @@
 //! Every tier and every wrapper keeps the contract.
+#![allow(clippy::unwrap_used, clippy::disallowed_methods, clippy::print_stdout)] // Tests.
 
 use std::{path::Path, sync::Arc, time::Duration};
 
@@ -85,7 +86,7 @@ fn retried_overcomes_a_lost_answer_of_a_put_or_says_so() {
 fn a_limit_paces_payloads() {
     let dir = shm();
     let tier = Limited::new(disk(dir.path()), 16 << 20, clock());
-    let start = SystemClock::default();
+    let start = SystemClock;
     use tierkeep::clock::Clock;
     let begun = start.monotonic();
     let payload = contract::Bytes(contract::pattern(8 << 20, 1));

@@ -277,8 +277,8 @@ impl Arena {
         Arc::new(Self { tier, root, rank, slots_max, budget, held, signal })
     }
 
-    /// Finds the slots that an earlier process of this rank left, maps them and keeps what they hold,
-    /// be they more than `slots_max`. Once, before anything else.
+    /// Finds the slots that an earlier process of this rank left, maps them and keeps what they
+    /// hold, be they more than `slots_max`. Once, before anything else.
     ///
     /// # Errors
     /// tmpfs did not answer.

@@ -1,6 +1,6 @@
 //! A small model for tests: tensors whose bytes are a function of step and rank, so that any
 //! restored bit can be checked without keeping anything.
-#![allow(dead_code, unreachable_pub)] // Each test file uses its part.
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)] // Each test uses its part.
 
 use std::{
     collections::HashMap,
@@ -13,6 +13,7 @@ use tierkeep::{
     checkpointer::{Checkpointer, SaveRequest},
     config::Config,
     manifest::Meta,
+    reader::Reader,
     restore::read::{ReadReport, Restorable},
     save::{Level, Save},
     snapshot::{copy, strided::Address},
@@ -216,4 +217,47 @@ pub fn flip(path: &Path, bit: u64) {
     file.read_exact_at(&mut byte, bit / 8).expect("read");
     byte[0] ^= 1 << (bit % 8);
     file.write_all_at(&byte, bit / 8).expect("write");
+}
+
+pub fn events(c: &Checkpointer) -> Vec<String> {
+    let mut v = vec![];
+    while let Ok(Some(e)) = c.observer().next(Duration::ZERO) {
+        v.push(format!("{}: {}", e.kind, e.text));
+    }
+    v
+}
+pub fn overlap_save(m: &Model, c: &Checkpointer, step: u64) -> Save {
+    let mut state = m.state(step);
+    for t in &mut state.tensors {
+        t.late = true;
+    }
+    let r = SaveRequest {
+        step,
+        state,
+        meta: Meta::default(),
+        overlap: true,
+        skip_if_busy: false,
+        keep_alive: Box::new(()),
+    };
+    // SAFETY: callers keep the model until the save is staged.
+    unsafe { c.save(r) }.unwrap()
+}
+/// every sealed or ram checkpoint: verify bytes
+pub fn verify_all(p: &Places) -> Vec<String> {
+    let reader = Reader::open(&p.destination(), Some(p.ram())).unwrap();
+    let mut out = vec![];
+    for s in reader.steps().unwrap() {
+        for sh in &s.shards {
+            match reader.shard(&s.key, sh.rank) {
+                Ok(r) => {
+                    let bad = r.verify();
+                    for b in bad {
+                        out.push(format!("{} sealed={} {:?}: {}", s.key, s.sealed, b.tier, b.why));
+                    }
+                }
+                Err(e) => out.push(format!("{} {e}", s.key)),
+            }
+        }
+    }
+    out
 }

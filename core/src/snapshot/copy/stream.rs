@@ -1,6 +1,7 @@
 //! A copy past the cache, with the checksum taken of the source on the way.
 //!
-//! x86-64 with AVX2 has stores that do not read the line they replace; elsewhere `available` says no.
+//! x86-64 with AVX2 has stores that do not read the line they replace; elsewhere `available` says
+//! no.
 
 use crc32fast::Hasher;
 

@@ -1,0 +1,483 @@
+//! Ranks, handles and disks at odds: followers and leaders, take-overs, forks, disks that hang.
+#![allow(clippy::unwrap_used, clippy::disallowed_methods, clippy::print_stdout)] // Tests.
+
+mod common;
+use common::*;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+use tierkeep::{
+    Error, Result, begin::Begin, checkpointer::Checkpointer, reader::Reader, save::Level, tier::*,
+};
+
+#[derive(Debug)]
+struct Gate {
+    inner: Arc<dyn Tier>,
+    dead: Arc<AtomicBool>,
+    slow: Arc<AtomicBool>,
+}
+impl Gate {
+    fn ok(&self) -> Result<()> {
+        if self.dead.load(Ordering::SeqCst) && self.kind() == TierKind::Disk {
+            Err(Error::Io { what: "x".into(), source: std::io::Error::other("dead") })
+        } else {
+            Ok(())
+        }
+    }
+}
+impl Tier for Gate {
+    fn kind(&self) -> TierKind {
+        self.inner.kind()
+    }
+    fn address(&self) -> String {
+        self.inner.address()
+    }
+    fn put(&self, n: &str, p: &dyn Payload) -> Result<Receipt> {
+        self.ok()?;
+        while self.kind() == TierKind::Disk && self.slow.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.inner.put(n, p)
+    }
+    fn create(&self, n: &str, b: &[u8]) -> Result<Created> {
+        self.ok()?;
+        self.inner.create(n, b)
+    }
+    fn open(&self, n: &str) -> Result<Box<dyn Source>> {
+        self.ok()?;
+        self.inner.open(n)
+    }
+    fn list(&self, n: &str) -> Result<Vec<Entry>> {
+        self.ok()?;
+        self.inner.list(n)
+    }
+    fn delete(&self, n: &str) -> Result<()> {
+        self.ok()?;
+        self.inner.delete(n)
+    }
+    fn mend(&self, n: &str, o: u64, b: &[u8]) -> Result<()> {
+        self.ok()?;
+        self.inner.mend(n, o, b)
+    }
+    fn retire(&self, n: &str) -> Result<()> {
+        self.ok()?;
+        self.inner.retire(n)
+    }
+}
+
+#[test]
+fn followers_report_what_was_sealed() {
+    let p = Places::new();
+    let mk = |r| {
+        let mut c = p.config_of(r, 2);
+        c.slots = 3;
+        c.keep_last = 100;
+        Checkpointer::open(c).unwrap()
+    };
+    let two = [mk(0), mk(1)];
+    for c in &two {
+        resume(c, &SMALL).unwrap();
+    }
+    let mut saves = vec![];
+    for step in 1..=200 {
+        for (r, c) in (0..).zip(&two) {
+            let m = Model::at(r, &SMALL, step);
+            saves.push((step, r, m.save(c, step).unwrap()));
+        }
+    }
+    for c in &two {
+        close(c);
+    }
+    let reader = Reader::open(&p.destination(), Some(p.ram())).unwrap();
+    let sealed: Vec<u64> =
+        reader.steps().unwrap().iter().filter(|s| s.sealed).map(|s| s.key.step.0).collect();
+    let mut wrong = vec![];
+    for (step, r, s) in &saves {
+        if sealed.contains(step) {
+            match s.poll(Level::Disk, false, Duration::ZERO) {
+                Ok(true) => {}
+                other => wrong.push(format!("step {step} rank {r} sealed, wait says {other:?}")),
+            }
+        }
+    }
+    let g: Vec<_> = two.iter().flat_map(events).collect();
+    println!(
+        "sealed {} wrong {} {:#?} events {:#?}",
+        sealed.len(),
+        wrong.len(),
+        &wrong[..wrong.len().min(5)],
+        &g[..g.len().min(6)]
+    );
+    assert!(wrong.is_empty());
+}
+
+#[test]
+fn a_forks_child_unmaps_nothing() {
+    let p = Places::new();
+    let c = p.open();
+    resume(&c, &SIZES).unwrap();
+    train(&c, &SIZES, 1..=3);
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let rs: Vec<(usize, usize)> = maps
+        .lines()
+        .filter(|l| l.contains("tierkeep-test-"))
+        .map(|l| {
+            let (a, b) = l.split(' ').next().unwrap().split_once('-').unwrap();
+            (usize::from_str_radix(a, 16).unwrap(), usize::from_str_radix(b, 16).unwrap())
+        })
+        .collect();
+    // SAFETY: the child only drops its copies and ends, without the runtime's help.
+    let pid = unsafe { libc::fork() };
+    if pid == 0 {
+        // SAFETY: plain system calls with valid arguments.
+        unsafe {
+            for (a, b) in &rs {
+                let m = libc::mmap(
+                    *a as *mut _,
+                    b - a,
+                    libc::PROT_READ | libc::PROT_WRITE,
+                    libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE,
+                    -1,
+                    0,
+                );
+                if m as usize != *a {
+                    libc::_exit(3);
+                }
+                *(m as *mut u8) = 7;
+            }
+            drop(c);
+            for (a, _) in &rs {
+                let v = std::ptr::read_volatile(*a as *const u8);
+                if v != 7 {
+                    libc::_exit(4);
+                }
+            }
+            libc::_exit(0);
+        }
+    }
+    let mut st = 0;
+    // SAFETY: `st` outlives the call.
+    unsafe { libc::waitpid(pid, &mut st, 0) };
+    println!("child status {st:#x} (0xb = SIGSEGV)");
+    assert_eq!(st, 0);
+}
+
+#[test]
+fn closing_now_waits_for_no_stuck_disk() {
+    let p = Places::new();
+    let dead = Arc::new(AtomicBool::new(false));
+    let slow = Arc::new(AtomicBool::new(true));
+    let (d, s) = (dead.clone(), slow.clone());
+    let c = Checkpointer::open_wrapped(p.config(), &move |t| {
+        Arc::new(Gate { inner: t, dead: d.clone(), slow: s.clone() })
+    })
+    .unwrap();
+    resume(&c, &SMALL).unwrap();
+    Model::at(0, &SMALL, 1).save(&c, 1).unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    let done = Arc::new(AtomicBool::new(false));
+    let d2 = done.clone();
+    let c2 = c.clone();
+    std::thread::spawn(move || {
+        let _ = c2.close(Duration::ZERO, true);
+        d2.store(true, Ordering::SeqCst);
+    });
+    std::thread::sleep(Duration::from_secs(3));
+    let ok = done.load(Ordering::SeqCst);
+    slow.store(false, Ordering::SeqCst);
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(ok, "close(0 s, now) did not return in 3 s");
+}
+
+#[derive(Debug)]
+struct SlowPut {
+    inner: Arc<dyn Tier>,
+    ms: u64,
+    after_list: u64,
+}
+impl Tier for SlowPut {
+    fn kind(&self) -> TierKind {
+        self.inner.kind()
+    }
+    fn address(&self) -> String {
+        self.inner.address()
+    }
+    fn put(&self, n: &str, p: &dyn Payload) -> Result<Receipt> {
+        if self.kind() == TierKind::Disk {
+            std::thread::sleep(Duration::from_millis(self.ms));
+        }
+        self.inner.put(n, p)
+    }
+    fn create(&self, n: &str, b: &[u8]) -> Result<Created> {
+        if self.kind() == TierKind::Ram
+            && self.after_list > 0
+            && n.ends_with(".json")
+            && n.contains("rank-")
+        {
+            let r = self.inner.create(n, b);
+            std::thread::sleep(Duration::from_millis(self.after_list));
+            return r;
+        }
+        self.inner.create(n, b)
+    }
+    fn open(&self, n: &str) -> Result<Box<dyn Source>> {
+        self.inner.open(n)
+    }
+    fn list(&self, n: &str) -> Result<Vec<Entry>> {
+        self.inner.list(n)
+    }
+    fn delete(&self, n: &str) -> Result<()> {
+        self.inner.delete(n)
+    }
+    fn mend(&self, n: &str, o: u64, b: &[u8]) -> Result<()> {
+        self.inner.mend(n, o, b)
+    }
+    fn retire(&self, n: &str) -> Result<()> {
+        self.inner.retire(n)
+    }
+}
+
+fn run7(ms0: u64, ms1: u64, pub1: u64) {
+    let p = Places::new();
+    let mk = |r: u32, ms: u64, pb: u64| {
+        let mut c = p.config_of(r, 2);
+        c.keep_last = 100;
+        Checkpointer::open_wrapped(c, &move |t| Arc::new(SlowPut { inner: t, ms, after_list: pb }))
+            .unwrap()
+    };
+    let two = [mk(0, ms0, 0), mk(1, ms1, pub1)];
+    for c in &two {
+        resume(c, &SMALL).unwrap();
+    }
+    let mut saves = vec![];
+    for step in 1..=40 {
+        for (r, c) in (0..).zip(&two) {
+            let m = Model::at(r, &SMALL, step);
+            saves.push((step, r, m.save(c, step).unwrap()));
+        }
+    }
+    for c in &two {
+        close(c);
+    }
+    let reader = Reader::open(&p.destination(), Some(p.ram())).unwrap();
+    let sealed: Vec<u64> =
+        reader.steps().unwrap().iter().filter(|s| s.sealed).map(|s| s.key.step.0).collect();
+    let mut wrong = vec![];
+    for (step, r, s) in &saves {
+        if sealed.contains(step) {
+            match s.poll(Level::Disk, false, Duration::ZERO) {
+                Ok(true) => {}
+                other => wrong.push(format!("step {step} rank {r} sealed, wait says {other:?}")),
+            }
+        }
+    }
+    let g: Vec<_> = two.iter().flat_map(events).collect();
+    println!(
+        "sealed {sealed:?} wrong {} {:#?} events {} {:#?}",
+        wrong.len(),
+        &wrong[..wrong.len().min(3)],
+        g.len(),
+        &g[..g.len().min(4)]
+    );
+    assert!(wrong.is_empty() && g.is_empty());
+}
+#[test]
+fn followers_report_what_was_sealed_though_the_leader_is_slower() {
+    run7(30, 0, 0);
+}
+#[test]
+fn a_step_is_carried_by_its_rank_though_it_is_chosen_at_once() {
+    run7(0, 0, 40);
+}
+
+#[test]
+fn a_handle_that_is_taken_over_stops_before_its_slots_are_used() {
+    let p = Places::new();
+    let dead = Arc::new(AtomicBool::new(false));
+    let slow = Arc::new(AtomicBool::new(true));
+    let (d, s) = (dead.clone(), slow.clone());
+    let c = Checkpointer::open_wrapped(p.config(), &move |t| {
+        Arc::new(Gate { inner: t, dead: d.clone(), slow: s.clone() })
+    })
+    .unwrap();
+    resume(&c, &SMALL).unwrap();
+    Model::at(0, &SMALL, 1).save(&c, 1).unwrap();
+    std::thread::sleep(Duration::from_millis(100)); // step 1 on its way to disk
+    let s2 = Model::at(0, &SMALL, 2).save(&c, 2).unwrap();
+    wait(&s2, Level::Ram);
+    let mut cfg = p.config();
+    cfg.disk_every = 1000;
+    let b = Checkpointer::open(cfg).unwrap();
+    println!("second resumes {:?}", resume(&b, &SMALL));
+    let s3 = Model::at(0, &SMALL, 3).save(&b, 3).unwrap();
+    wait(&s3, Level::Ram);
+    slow.store(false, Ordering::SeqCst);
+    std::thread::sleep(Duration::from_millis(300));
+    println!("{:?}", events(&c));
+    b.close(Duration::ZERO, true).unwrap();
+    let bad = verify_all(&p);
+    println!("{bad:#?}");
+    assert!(bad.is_empty());
+}
+
+#[test]
+fn what_was_given_up_leaves_the_disk() {
+    let p = Places::new();
+    #[derive(Debug)]
+    struct Full(Arc<dyn Tier>);
+    impl Tier for Full {
+        fn kind(&self) -> TierKind {
+            self.0.kind()
+        }
+        fn address(&self) -> String {
+            self.0.address()
+        }
+        fn put(&self, n: &str, q: &dyn Payload) -> Result<Receipt> {
+            if self.kind() == TierKind::Disk {
+                return Err(Error::Io {
+                    what: "write".into(),
+                    source: std::io::Error::from_raw_os_error(28),
+                });
+            }
+            self.0.put(n, q)
+        }
+        fn create(&self, n: &str, b: &[u8]) -> Result<Created> {
+            self.0.create(n, b)
+        }
+        fn open(&self, n: &str) -> Result<Box<dyn Source>> {
+            self.0.open(n)
+        }
+        fn list(&self, n: &str) -> Result<Vec<Entry>> {
+            self.0.list(n)
+        }
+        fn delete(&self, n: &str) -> Result<()> {
+            self.0.delete(n)
+        }
+        fn mend(&self, n: &str, o: u64, b: &[u8]) -> Result<()> {
+            self.0.mend(n, o, b)
+        }
+        fn retire(&self, n: &str) -> Result<()> {
+            self.0.retire(n)
+        }
+    }
+    let a = Checkpointer::open(p.config_of(0, 2)).unwrap();
+    let b = Checkpointer::open_wrapped(p.config_of(1, 2), &|t| Arc::new(Full(t))).unwrap();
+    for c in [&a, &b] {
+        resume(c, &SMALL).unwrap();
+    }
+    for step in 1..=20 {
+        let s: Vec<_> = (0..)
+            .zip([&a, &b])
+            .map(|(r, c)| Model::at(r, &SMALL, step).save(c, step).unwrap())
+            .collect();
+        for x in s {
+            let _ = x.poll(Level::Disk, false, Duration::from_secs(2));
+        }
+    }
+    let n = files(&p.destination())
+        .iter()
+        .filter(|f| {
+            f.to_string_lossy().contains("rank-000000-")
+                && f.to_string_lossy().ends_with(".safetensors")
+        })
+        .count();
+    println!("{n} payloads of rank 0 of given-up steps lie on the full disk");
+    assert!(n <= 3);
+}
+
+#[test]
+fn a_step_that_some_ranks_saved_is_told() {
+    let p = Places::new();
+    let two: Vec<Checkpointer> = (0..2)
+        .map(|r| {
+            let mut c = p.config_of(r, 2);
+            c.stragglers_wait = Duration::from_millis(200);
+            c.slots = 3;
+            Checkpointer::open(c).unwrap()
+        })
+        .collect();
+    for c in &two {
+        resume(c, &SMALL).unwrap();
+    }
+    for (r, c) in (0..).zip(&two) {
+        wait(&Model::at(r, &SMALL, 1).save(c, 1).unwrap(), Level::Staged);
+    }
+    std::thread::sleep(Duration::from_millis(100));
+    let lone = Model::at(0, &SMALL, 2).save(&two[0], 2).unwrap(); // rank 1 never saves 2
+    // rank 0 has its slots: 1 newest, 2 incomplete. 3 waits for the straggler rule
+    let s3: Vec<_> = [(1, &two[1]), (0, &two[0])]
+        .into_iter()
+        .map(|(r, c)| Model::at(r, &SMALL, 3).save(c, 3).unwrap())
+        .collect();
+    for s in &s3 {
+        wait(s, Level::Disk);
+    }
+    let error = lone.poll(Level::Ram, false, Duration::from_secs(5)).unwrap_err();
+    assert!(error.to_string().contains("step 2"), "{error}");
+    let told = events(&two[0]);
+    assert!(told.iter().any(|e| e.starts_with("incomplete") && e.contains("rank 1")), "{told:?}");
+}
+
+#[test]
+fn a_step_is_carried_by_its_rank_though_all_are_slow() {
+    run7(30, 0, 60);
+}
+#[test]
+fn a_tier_that_does_not_answer_marks_nothing_bad() {
+    let p = Places::new();
+    let c = p.open();
+    resume(&c, &SMALL).unwrap();
+    train(&c, &SMALL, 1..=2);
+    close(&c);
+    drop(c);
+    #[derive(Debug)]
+    struct Eio(Arc<dyn Tier>, Arc<AtomicBool>);
+    impl Tier for Eio {
+        fn kind(&self) -> TierKind {
+            self.0.kind()
+        }
+        fn address(&self) -> String {
+            self.0.address()
+        }
+        fn put(&self, n: &str, q: &dyn Payload) -> Result<Receipt> {
+            self.0.put(n, q)
+        }
+        fn create(&self, n: &str, b: &[u8]) -> Result<Created> {
+            self.0.create(n, b)
+        }
+        fn open(&self, n: &str) -> Result<Box<dyn Source>> {
+            if n.ends_with("safetensors") && self.1.load(Ordering::SeqCst) {
+                return Err(Error::Io {
+                    what: "open".into(),
+                    source: std::io::Error::from_raw_os_error(24),
+                });
+            }
+            self.0.open(n)
+        }
+        fn list(&self, n: &str) -> Result<Vec<Entry>> {
+            self.0.list(n)
+        }
+        fn delete(&self, n: &str) -> Result<()> {
+            self.0.delete(n)
+        }
+        fn mend(&self, n: &str, o: u64, b: &[u8]) -> Result<()> {
+            self.0.mend(n, o, b)
+        }
+        fn retire(&self, n: &str) -> Result<()> {
+            self.0.retire(n)
+        }
+    }
+    let f = Arc::new(AtomicBool::new(false));
+    let f2 = f.clone();
+    let c = Checkpointer::open_wrapped(p.config(), &move |t| Arc::new(Eio(t, f2.clone()))).unwrap();
+    let found = c.begin(&Begin::default()).unwrap().unwrap();
+    f.store(true, Ordering::SeqCst);
+    let mut m = Model::new(0, &SMALL);
+    println!("{:?}", m.read(&found).map(|_| ()).map_err(|e| e.to_string()));
+    drop(c);
+    assert_eq!(resume(&p.open(), &SMALL).unwrap(), 2);
+}

@@ -1,0 +1,457 @@
+//! Interleavings that once lost or sealed wrong bytes: each was proven against an earlier version.
+#![allow(clippy::unwrap_used, clippy::disallowed_methods, clippy::print_stdout)] // Tests.
+
+mod common;
+use common::*;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+use tierkeep::{
+    Error, Result,
+    begin::Begin,
+    checkpointer::{Checkpointer, SaveRequest},
+    manifest::Meta,
+    names::*,
+    reader::Reader,
+    restore::decide::Wish,
+    save::Level,
+    tier::*,
+};
+
+#[test]
+fn a_slot_is_never_taken_between_its_publication_and_its_announcement() {
+    let mut bad_total = vec![];
+    let mut lost = 0;
+    let mut evs = vec![];
+    for _trial in 0..20 {
+        let p = Places::new();
+        let c = p.open();
+        resume(&c, &SIZES).unwrap();
+        let mut saves = vec![];
+        let models: Vec<Model> = (1..=8).map(|s| Model::at(0, &SIZES, s)).collect();
+        for (i, m) in models.iter().enumerate() {
+            saves.push(overlap_save(m, &c, i as u64 + 1));
+        }
+        for s in &saves {
+            let _ = s.poll(Level::Ram, false, Duration::from_secs(5));
+        }
+        std::thread::sleep(Duration::from_millis(100));
+        for s in &saves {
+            if let Ok(false) = s.poll(Level::Ram, false, Duration::ZERO) {
+                lost += 1;
+            }
+        }
+        evs.extend(events(&c));
+        c.close(Duration::from_secs(5), true).unwrap();
+        bad_total.extend(verify_all(&p));
+    }
+    println!("BAD {bad_total:#?} pending {lost} events {evs:#?}");
+    assert!(bad_total.is_empty());
+}
+
+#[test]
+fn a_clean_close_keeps_a_save_that_is_still_being_published() {
+    let mut bad = 0;
+    let mut errs = vec![];
+    for _ in 0..20 {
+        let p = Places::new();
+        let c = p.open();
+        resume(&c, &SIZES).unwrap();
+        train(&c, &SIZES, [1]);
+        let m = Model::at(0, &SIZES, 2);
+        let s = overlap_save(&m, &c, 2);
+        close(&c);
+        std::thread::sleep(Duration::from_millis(50));
+        let disk = s.poll(Level::Disk, false, Duration::ZERO);
+        drop(c);
+        let c = p.open();
+        let got = resume(&c, &SIZES).unwrap();
+        if got != 2 {
+            bad += 1;
+            errs.push(format!("{disk:?}"));
+        }
+    }
+    println!("lost last step in {bad} of 20 clean closes; wait(disk) said {errs:?}");
+    assert_eq!(bad, 0);
+}
+
+#[derive(Debug)]
+struct Gate {
+    inner: Arc<dyn Tier>,
+    dead: Arc<AtomicBool>,
+    slow: Arc<AtomicBool>,
+}
+impl Gate {
+    fn ok(&self) -> Result<()> {
+        if self.dead.load(Ordering::SeqCst) && self.kind() == TierKind::Disk {
+            Err(Error::Io { what: "x".into(), source: std::io::Error::other("dead") })
+        } else {
+            Ok(())
+        }
+    }
+}
+impl Tier for Gate {
+    fn kind(&self) -> TierKind {
+        self.inner.kind()
+    }
+    fn address(&self) -> String {
+        self.inner.address()
+    }
+    fn put(&self, n: &str, p: &dyn Payload) -> Result<Receipt> {
+        self.ok()?;
+        while self.kind() == TierKind::Disk && self.slow.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        self.inner.put(n, p)
+    }
+    fn create(&self, n: &str, b: &[u8]) -> Result<Created> {
+        self.ok()?;
+        self.inner.create(n, b)
+    }
+    fn open(&self, n: &str) -> Result<Box<dyn Source>> {
+        self.ok()?;
+        self.inner.open(n)
+    }
+    fn list(&self, n: &str) -> Result<Vec<Entry>> {
+        self.ok()?;
+        self.inner.list(n)
+    }
+    fn delete(&self, n: &str) -> Result<()> {
+        self.ok()?;
+        self.inner.delete(n)
+    }
+    fn mend(&self, n: &str, o: u64, b: &[u8]) -> Result<()> {
+        self.ok()?;
+        self.inner.mend(n, o, b)
+    }
+    fn retire(&self, n: &str) -> Result<()> {
+        self.ok()?;
+        self.inner.retire(n)
+    }
+}
+
+#[test]
+fn a_slot_released_in_trouble_is_carried_for_no_step() {
+    let p = Places::new();
+    let dead = Arc::new(AtomicBool::new(false));
+    let slow = Arc::new(AtomicBool::new(false));
+    let mut cfg = p.config();
+    cfg.disk_every = 2;
+    let (d, s) = (dead.clone(), slow.clone());
+    let c = Checkpointer::open_wrapped(cfg, &move |t| {
+        Arc::new(Gate { inner: t, dead: d.clone(), slow: s.clone() })
+    })
+    .unwrap();
+    resume(&c, &SMALL).unwrap();
+    dead.store(true, Ordering::SeqCst);
+    let m = Model::at(0, &SMALL, 2);
+    let s2 = m.save(&c, 2).unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    Model::at(0, &SMALL, 3).save(&c, 3).unwrap();
+    Model::at(0, &SMALL, 5).save(&c, 5).unwrap();
+    dead.store(false, Ordering::SeqCst);
+    println!("wait(disk) of 2: {:?}", s2.poll(Level::Disk, false, Duration::from_secs(5)));
+    println!("{:?}", events(&c));
+    c.close(Duration::ZERO, true).unwrap();
+    let bad = verify_all(&p);
+    println!("{bad:#?}");
+    assert!(bad.is_empty());
+}
+
+#[test]
+fn a_slot_released_to_a_newer_save_is_carried_for_no_step() {
+    let p = Places::new();
+    let dead = Arc::new(AtomicBool::new(false));
+    let slow = Arc::new(AtomicBool::new(true));
+    let mut cfg = p.config();
+    cfg.disk_every = 2;
+    cfg.slots = 3;
+    let (d, s) = (dead.clone(), slow.clone());
+    let c = Checkpointer::open_wrapped(cfg, &move |t| {
+        Arc::new(Gate { inner: t, dead: d.clone(), slow: s.clone() })
+    })
+    .unwrap();
+    resume(&c, &SMALL).unwrap();
+    let mut keep = vec![];
+    for step in [2, 3, 4, 5, 7] {
+        let m = Model::at(0, &SMALL, step);
+        keep.push(m.save(&c, step).unwrap());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    slow.store(false, Ordering::SeqCst);
+    println!("wait(disk) of 4: {:?}", keep[2].poll(Level::Disk, false, Duration::from_secs(5)));
+    c.close(Duration::ZERO, true).unwrap();
+    let bad = verify_all(&p);
+    println!("{bad:#?}");
+    assert!(bad.is_empty());
+}
+
+#[test]
+fn a_metric_that_is_nan_is_data() {
+    let p = Places::new();
+    let c = p.open();
+    resume(&c, &SMALL).unwrap();
+    let m = Model::at(0, &SMALL, 1);
+    let mut meta = Meta::default();
+    meta.metrics.insert("loss".into(), f64::NAN);
+    let r = SaveRequest {
+        step: 1,
+        state: m.state(1),
+        meta,
+        overlap: false,
+        skip_if_busy: false,
+        keep_alive: Box::new(()),
+    };
+    // SAFETY: the model outlives the call.
+    let s = unsafe { c.save(r) }.unwrap();
+    println!(
+        "ram {:?} disk {:?} events {:?}",
+        s.poll(Level::Ram, false, Duration::from_secs(1)),
+        s.poll(Level::Disk, false, Duration::from_secs(2)),
+        events(&c)
+    );
+    c.close(Duration::ZERO, true).unwrap();
+    drop(c);
+    let c = p.open();
+    assert_eq!(resume(&c, &SMALL).unwrap(), 1);
+}
+
+#[test]
+fn a_mended_ram_manifest_leaves_its_slot_whole() {
+    let p = Places::new();
+    let c = p.open();
+    resume(&c, &SMALL).unwrap();
+    train(&c, &SMALL, 1..=2);
+    c.close(Duration::ZERO, true).unwrap();
+    drop(c);
+    let man = files(p.ram())
+        .into_iter()
+        .find(|f| {
+            f.to_string_lossy().contains(&format!("{:020}", 2))
+                && f.to_string_lossy().ends_with(".json")
+        })
+        .unwrap();
+    flip(&p.ram().join(man), 400 * 8);
+    let mut cfg = p.config();
+    cfg.disk_every = 1000;
+    let c = Checkpointer::open(cfg.clone()).unwrap();
+    assert_eq!(resume(&c, &SMALL).unwrap(), 2);
+    println!("{:#?}", events(&c));
+    for step in 3..=6 {
+        let s = Model::at(0, &SMALL, step).save(&c, step).unwrap();
+        wait(&s, Level::Ram);
+    }
+    c.close(Duration::ZERO, true).unwrap();
+    drop(c);
+    println!("{:#?}", verify_all(&p));
+    let c = Checkpointer::open(cfg.clone()).unwrap();
+    println!("first restart: {:?}", resume(&c, &SMALL));
+    drop(c);
+    let c = Checkpointer::open(cfg).unwrap();
+    let got = resume(&c, &SMALL);
+    println!("second restart: {got:?}");
+    assert_eq!(got.unwrap(), 6);
+}
+
+#[test]
+fn a_begin_that_failed_costs_nothing() {
+    let p = Places::new();
+    let mut cfg = p.config();
+    cfg.disk_every = 1000;
+    let c = Checkpointer::open(cfg.clone()).unwrap();
+    resume(&c, &SMALL).unwrap();
+    for step in 1..=2 {
+        let s = Model::at(0, &SMALL, step).save(&c, step).unwrap();
+        wait(&s, Level::Ram);
+    }
+    println!("before {:#?}", files(p.ram()));
+    println!(
+        "{:?}",
+        c.begin(&Begin {
+            wish: Wish { step: Some(Step(99)), ..Wish::default() },
+            ..Begin::default()
+        })
+        .err()
+    );
+    println!("again: {:?}", resume(&c, &SMALL));
+    println!("after {:#?}", files(p.ram()));
+    for step in 3..=5 {
+        let s = Model::at(0, &SMALL, step).save(&c, step).unwrap();
+        println!("save {step}: {:?}", s.poll(Level::Ram, false, Duration::from_secs(1)));
+    }
+    println!("{:?}", events(&c));
+    std::mem::forget(c);
+    let reader = Reader::open(&p.destination(), Some(p.ram())).unwrap();
+    println!("{:?}", reader.choose(&Wish::default()).map(|x| x.0));
+    assert!(reader.choose(&Wish::default()).unwrap().0.step.0 >= 2);
+}
+
+#[test]
+fn preparing_before_restoring_keeps_what_ram_holds() {
+    let p = Places::new();
+    let mut cfg = p.config();
+    cfg.disk_every = 1000;
+    let c = Checkpointer::open(cfg.clone()).unwrap();
+    resume(&c, &SMALL).unwrap();
+    for step in 1..=2 {
+        let s = Model::at(0, &SMALL, step).save(&c, step).unwrap();
+        wait(&s, Level::Ram);
+    }
+    c.close(Duration::ZERO, true).unwrap();
+    drop(c);
+    let c = Checkpointer::open(cfg.clone()).unwrap();
+    c.prepare(Model::new(0, &SMALL).specs()).unwrap();
+    std::thread::sleep(Duration::from_millis(200));
+    println!("resume: {:?}", resume(&c, &SMALL));
+    println!("after {:#?}", files(p.ram()));
+    for step in 3..=5 {
+        let s = Model::at(0, &SMALL, step).save(&c, step).unwrap();
+        println!("save {step}: {:?}", s.poll(Level::Ram, false, Duration::from_secs(1)));
+    }
+    println!("{:?}", events(&c));
+    std::mem::forget(c);
+    let c = Reader::open(&p.destination(), Some(p.ram())).unwrap();
+    println!("{:?}", c.choose(&Wish::default()).map(|x| x.0));
+    assert!(c.choose(&Wish::default()).unwrap().0.step.0 >= 2);
+}
+
+#[test]
+fn preparing_before_the_first_save_is_allowed() {
+    let p = Places::new();
+    let c = p.open();
+    c.prepare(Model::new(0, &SMALL).specs()).unwrap();
+    std::thread::sleep(Duration::from_millis(200));
+    for step in 1..=3 {
+        let s = Model::at(0, &SMALL, step).save(&c, step).unwrap();
+        println!("save {step}: {:?}", s.poll(Level::Ram, false, Duration::from_secs(1)));
+    }
+    let e = events(&c);
+    println!("{e:?}");
+    assert!(e.is_empty());
+}
+
+#[test]
+fn a_parent_that_the_leader_has_no_slot_of_pins_no_follower() {
+    let p = Places::new();
+    let mk = |r| {
+        let mut c = p.config_of(r, 2);
+        c.disk_every = 10;
+        c.slot_wait = Duration::from_secs(2);
+        c.stragglers_wait = Duration::from_millis(300);
+        Checkpointer::open(c).unwrap()
+    };
+    let two = [mk(0), mk(1)];
+    for c in &two {
+        resume(c, &SMALL).unwrap();
+    }
+    let mut s = vec![];
+    for (r, c) in (0..).zip(&two) {
+        s.push(Model::at(r, &SMALL, 10).save(c, 10).unwrap());
+    }
+    for x in &s {
+        wait(x, Level::Disk);
+    }
+    two[1].close(Duration::ZERO, true).unwrap(); // rank 1 left by an exception or was killed
+    close(&two[0]); // rank 0 ended cleanly: its memory went back
+    drop(two);
+    let two = [mk(0), mk(1)];
+    for c in &two {
+        assert_eq!(resume(c, &SMALL).unwrap(), 10);
+    }
+    let mut bad = vec![];
+    for step in 11..=24 {
+        let mut s = vec![];
+        for (r, c) in (0..).zip(&two) {
+            s.push(Model::at(r, &SMALL, step).save(c, step).unwrap());
+        }
+        for (r, x) in s.iter().enumerate() {
+            let got = x.poll(Level::Ram, false, Duration::from_millis(500));
+            if !matches!(got, Ok(true)) {
+                bad.push(format!("step {step} rank {r} {got:?}"));
+            }
+        }
+        if bad.len() > 12 {
+            break;
+        }
+    }
+    println!("{bad:#?}");
+    assert!(bad.is_empty());
+}
+
+#[test]
+fn a_slot_that_shrank_grows_inside_the_budget() {
+    let p = Places::new();
+    let mut cfg = p.config();
+    cfg.ram_bytes_max = Some(2_200_000);
+    cfg.disk_every = 1000;
+    let c = Checkpointer::open(cfg).unwrap();
+    resume(&c, &[1_000_000]).unwrap();
+    let go = |sizes: &[usize], step| {
+        let s = Model::at(0, sizes, step).save(&c, step).unwrap();
+        s.poll(Level::Ram, false, Duration::from_secs(1)).map_err(|e| e.to_string())
+    };
+    for step in 1..=2 {
+        go(&[1_000_000], step).unwrap();
+    }
+    for step in 3..=4 {
+        go(&[10], step).unwrap();
+    }
+    // another job takes what is free
+    std::fs::write(p.ram().join("other"), vec![1; 2_000_000]).unwrap();
+    println!("{:?}", go(&[1_000_000], 5));
+    println!("{:?}", go(&[1_000_000], 6));
+    let used: u64 =
+        files(p.ram()).iter().map(|f| std::fs::metadata(p.ram().join(f)).unwrap().len()).sum();
+    println!("used {used} of 2200000");
+    assert!(used <= 2_200_000);
+}
+
+#[test]
+fn a_resumed_shard_is_checked_before_it_is_sealed() {
+    let p = Places::new();
+    let mut cfg = p.config();
+    cfg.keep_last = 1;
+    cfg.disk_every = 2;
+    let c = Checkpointer::open(cfg.clone()).unwrap();
+    resume(&c, &SMALL).unwrap();
+    train(&c, &SMALL, [2]);
+    let s = Model::at(0, &SMALL, 3).save(&c, 3).unwrap();
+    wait(&s, Level::Ram);
+    // make slot of 2 go too
+    let s = Model::at(0, &SMALL, 5).save(&c, 5).unwrap();
+    wait(&s, Level::Ram);
+    c.close(Duration::ZERO, true).unwrap();
+    drop(c);
+    for f in files(p.ram()) {
+        let t = f.to_string_lossy().into_owned();
+        if t.ends_with(".safetensors") {
+            flip(&p.ram().join(f), 20_000 * 8);
+        }
+    }
+    for i in 0..3 {
+        let c = Checkpointer::open(cfg.clone()).unwrap();
+        let f = c.begin(&Begin::default());
+        std::thread::sleep(Duration::from_millis(300));
+        let r = f.map(|f| {
+            f.map(|f| {
+                let mut m = Model::new(0, &SMALL);
+                (f.step(), m.read(&f).map(|_| ()).map_err(|e| e.to_string()))
+            })
+        });
+        println!("restart {i}: {r:?}");
+        c.close(Duration::ZERO, true).unwrap();
+    }
+    println!(
+        "{:?}",
+        files(&p.destination())
+            .iter()
+            .filter(|f| f.to_string_lossy().contains("CHECKPOINT"))
+            .collect::<Vec<_>>()
+    );
+    let c = Checkpointer::open(cfg.clone()).unwrap();
+    assert_eq!(resume(&c, &SMALL).unwrap(), 2);
+}
