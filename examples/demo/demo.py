@@ -67,7 +67,7 @@ class Demo:
         step = self.die_when_on_disk(ranks, after=self.pick(120))
         self.damage(step)
         ranks = self.start("interrupted")
-        self.expect_tiers(ranks, ["ram", "disk"], step)
+        self.expect_tiers(ranks, ["ram", "ram"], step)
         self.expect_warning(ranks, rank=1)
         self.finish(ranks)
         say("   done")
