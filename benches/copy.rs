@@ -1,9 +1,9 @@
 //! How long capture and restore take, as ratios to memcpy of the same pieces into the same memory.
 //!
-//! `cargo run --release --bin bench-copy [ROUNDS]`. Each round runs every line once, so that whatever else
-//! the machine does falls on all alike; a ratio is the median of the rounds' ratios. Rounds start
-//! at another line each time, but each line has the same one before it: what that left in the
-//! caches shows in tables smaller than the last-level cache.
+//! `cargo run --release --bin bench-copy [ROUNDS]`. Each round runs every line once, so that
+//! whatever else the machine does falls on all alike; a ratio is the median of the rounds' ratios.
+//! Rounds start at another line each time, but each line has the same one before it: what that left
+//! in the caches shows in tables smaller than the last-level cache.
 
 #![allow(missing_docs, clippy::disallowed_methods, clippy::print_stdout, clippy::unwrap_used)]
 

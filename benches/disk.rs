@@ -1,7 +1,7 @@
 //! The disk tier against fio on the same disk, in one run, turn by turn.
 //!
-//! `bench-disk DIR [BYTES] [ROUNDS]`. fio writes and reads with O_DIRECT, io_uring, 4 MiB blocks, 16
-//! deep, and one fsync at the end; new file against new file, overwrite against overwrite. Ours
+//! `bench-disk DIR [BYTES] [ROUNDS]`. fio writes and reads with O_DIRECT, io_uring, 4 MiB blocks,
+//! 16 deep, and one fsync at the end; new file against new file, overwrite against overwrite. Ours
 //! includes everything that a put does: staging, truncation, fdatasync, rename, directory sync. The
 //! read goes through the whole of restore: manifest, plan, checksums, into tensors. Prints one JSON
 //! object with a list for each line.

@@ -19,6 +19,7 @@ use std::{
     sync::{
         Arc, LazyLock, Mutex, Weak,
         atomic::{AtomicBool, AtomicUsize, Ordering},
+        mpsc,
     },
     thread::JoinHandle,
     time::Duration,
@@ -128,6 +129,8 @@ struct Inner {
     /// Saves that are not published yet, copies included.
     publishing: AtomicUsize,
     closed: AtomicBool,
+    /// To the thread that copies behind, once there is one.
+    copier: Mutex<Option<mpsc::Sender<taking::Work>>>,
     pid: u32,
 }
 
@@ -218,6 +221,7 @@ impl Checkpointer {
             copying: AtomicUsize::new(0),
             publishing: AtomicUsize::new(0),
             closed: AtomicBool::new(false),
+            copier: Mutex::new(None),
             pid: std::process::id(),
         });
         locked(&HANDLES).insert(lock, Arc::downgrade(&inner));
@@ -546,6 +550,9 @@ impl Drop for Inner {
         // A fork's child has neither the threads nor the locks, and its slots are not mapped
         // (MADV_DONTFORK): nothing of this may run or be unmapped here.
         std::mem::forget(self.place.arena.clone());
+        if let Ok(mut copier) = self.copier.try_lock() {
+            std::mem::forget(copier.take());
+        }
         if let Ok(mut running) = self.running.try_lock() {
             std::mem::forget(running.take());
         }

@@ -5,6 +5,7 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
+        mpsc,
     },
     time::Duration,
 };
@@ -187,14 +188,17 @@ impl Checkpointer {
 /// A save that goes on behind: counted as copying, then as publishing, whatever becomes of it.
 struct Behind {
     inner: Arc<Inner>,
+    save: Save,
     copying: AtomicBool,
+    /// Published, or failed and told.
+    done: AtomicBool,
 }
 
 impl Behind {
-    fn new(inner: Arc<Inner>) -> Self {
+    fn new(inner: Arc<Inner>, save: Save) -> Self {
         inner.copying.fetch_add(1, Ordering::AcqRel);
         inner.publishing.fetch_add(1, Ordering::AcqRel);
-        Self { inner, copying: AtomicBool::new(true) }
+        Self { inner, save, copying: AtomicBool::new(true), done: AtomicBool::new(false) }
     }
 
     fn copied(&self) {
@@ -207,11 +211,18 @@ impl Behind {
 
 impl Drop for Behind {
     fn drop(&mut self) {
+        if !self.done.load(Ordering::Acquire) {
+            let error = Error::Bug(format!("the copy of step {} ended early", self.save.step()));
+            self.inner.failed(&self.save, &error);
+        }
         self.copied();
         self.inner.publishing.fetch_sub(1, Ordering::AcqRel);
         self.inner.place.signal.notify();
     }
 }
+
+/// What the copying thread does next.
+pub(super) type Work = Box<dyn FnOnce() + Send>;
 
 struct Job {
     snapshot: Snapshot,
@@ -265,7 +276,7 @@ impl Inner {
         keep_alive: Box<dyn Any + Send + Sync>,
     ) -> Result<()> {
         let save = job.save.clone();
-        let behind = Behind::new(self.clone());
+        let behind = Behind::new(self.clone(), save.clone());
         let work = move || {
             // SAFETY: `keep_alive` holds the memory, and the owners of `late` tensors wait for
             // `staged` before they write (the promise of `save`).
@@ -277,12 +288,35 @@ impl Inner {
             if let Err(e) = behind.inner.publish(job, crcs) {
                 behind.inner.failed(&save, &e);
             }
+            behind.done.store(true, Ordering::Release);
         };
-        let spawned = std::thread::Builder::new().name("tierkeep-copy".into()).spawn(work);
-        spawned.map(drop).map_err(|source| Error::Io {
+        self.copier(Box::new(work)).map_err(|source| Error::Io {
             what: format!("start the thread that copies step {}", save.step()),
             source,
         })
+    }
+
+    /// Hands work to the copying thread, which is made at the first call: waking a thread costs the
+    /// training a tenth of starting one.
+    fn copier(&self, mut work: Work) -> std::io::Result<()> {
+        let mut copier = locked(&self.copier);
+        if let Some(sender) = copier.as_ref() {
+            match sender.send(work) {
+                Ok(()) => return Ok(()),
+                Err(back) => work = back.0, // It is gone: a new one, then.
+            }
+        }
+        let (sender, receiver) = mpsc::channel::<Work>();
+        let run = move || {
+            for work in receiver {
+                // A panic ends this save (`Behind` tells its waiters), not the next ones.
+                let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+            }
+        };
+        std::thread::Builder::new().name("tierkeep-copy".into()).spawn(run)?;
+        sender.send(work).map_err(|_| std::io::Error::other("the thread ended at once"))?;
+        *copier = Some(sender);
+        Ok(())
     }
 
     fn failed(&self, save: &Save, error: &Error) {

@@ -209,6 +209,23 @@ impl Plan {
         self.now_bytes
     }
 
+    /// A chunk as the places its bytes go to, in order: `None` where nobody wants them. Nothing where a
+    /// part of it is not one run of memory.
+    pub(crate) fn runs(&self, chunk: usize) -> Option<Vec<(Option<*mut u8>, usize)>> {
+        let range = self.chunk(chunk);
+        let run = |p: &Piece| {
+            let (begin, end) = (p.offset.max(range.start), p.end().min(range.end));
+            match &p.memory {
+                Memory::Bytes(at) => {
+                    Some((Some(at.get().wrapping_add(begin - p.offset)), end - begin))
+                }
+                Memory::Skip => Some((None, end - begin)),
+                Memory::Strided(_) | Memory::InPlace => None,
+            }
+        };
+        self.pieces_in(&range).map(run).collect()
+    }
+
     /// How many chunks the payload has.
     #[must_use]
     pub fn chunks(&self) -> usize {

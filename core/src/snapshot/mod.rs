@@ -120,8 +120,9 @@ impl Snapshot {
     /// As [`take`](Self::take), for the tensors that are not `late`.
     pub unsafe fn begin(&self, slot: &Slot) {
         self.check(slot);
+        let threads = self.threads.unwrap_or(usize::MAX).min(threads_for(self.plan.now_bytes()));
         // SAFETY: the caller's promise; the slot has room for the plan.
-        unsafe { capture_now(&self.plan, slot.as_mut_ptr(), self.threads()) };
+        unsafe { capture_now(&self.plan, slot.as_mut_ptr(), threads) };
     }
 
     /// Copies the rest, and checksums everything.

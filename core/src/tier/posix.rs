@@ -156,6 +156,10 @@ impl Source for PosixSource {
         self.len
     }
 
+    fn is_at_hand(&self, offset: u64, len: usize) -> bool {
+        self.is_cached(offset, len)
+    }
+
     fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<()> {
         let there = usize::try_from(self.len.saturating_sub(offset)).unwrap_or(usize::MAX);
         let want = into.len().min(there);
