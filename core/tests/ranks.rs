@@ -7,6 +7,7 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use common::{Model, Places, SMALL, files, resume, train, wait};
 use tierkeep::{
+    ErrorKind,
     begin::Begin,
     checkpointer::{Checkpointer, SaveRequest},
     clock::SystemClock,
@@ -95,7 +96,10 @@ fn all_ranks_restore_the_step_that_was_decided_though_more_shards_appear_meanwhi
     let new_lead = open(0);
     let found = new_lead.begin(&Begin::default()).unwrap().unwrap();
     assert_eq!(found.step(), Step(1));
-    Model::at(1, &SMALL, 2).save(&late, 2).unwrap();
+    match Model::at(1, &SMALL, 2).save(&late, 2) {
+        Ok(save) => assert!(save.poll(Level::Ram, true, Duration::from_secs(5)).unwrap()),
+        Err(e) => assert_eq!(e.kind(), ErrorKind::Fenced), // It has seen the new attempt already.
+    }
     drop(late);
     let other = open(1);
     assert_eq!(other.begin(&Begin::default()).unwrap().unwrap().step(), Step(1));
