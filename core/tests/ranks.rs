@@ -62,7 +62,7 @@ fn what_is_saved_or_skipped_is_the_same_on_every_rank() {
                     let config = places.config_of(rank, 3);
                     let ckpt = Checkpointer::open_wrapped(config, &slow).unwrap();
                     resume(&ckpt, &SMALL).unwrap();
-                    let saved = saved_or_skipped(&ckpt, rank, 60);
+                    let saved = saved_or_skipped(&ckpt, rank, 150);
                     assert!(ckpt.close(Duration::from_secs(20), false).unwrap());
                     saved
                 })
@@ -70,7 +70,7 @@ fn what_is_saved_or_skipped_is_the_same_on_every_rank() {
             .collect();
         ranks.into_iter().map(|r| r.join().unwrap()).collect()
     });
-    assert!(saved[0].len() > 3 && saved[0].len() < 60, "nothing skipped, or all: {saved:?}");
+    assert!(saved[0].len() > 2 && saved[0].len() < 150, "nothing skipped, or all: {saved:?}");
     assert!(saved.iter().all(|s| *s == saved[0]), "{saved:?}");
     let reader = Reader::open(&places.destination(), Some(places.ram())).unwrap();
     for info in reader.steps().unwrap() {

@@ -1,0 +1,328 @@
+//! `Handle`: the core's `Checkpointer` for Python. What people see is `tierkeep.Checkpointer`,
+//! around it.
+//!
+//! # Invariants
+//!
+//! - In a forked child nothing of the core is called, not even its end: another thread may have held
+//!   any lock at the moment of the fork.
+//! - The state's memory is held by references until the copy is done.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    mem::ManuallyDrop,
+    path::PathBuf,
+    sync::{Mutex, atomic::Ordering},
+    time::Duration,
+};
+
+use pyo3::{
+    prelude::*,
+    types::{PyDict, PyList},
+};
+use tierkeep::{
+    begin::Begin,
+    checkpointer::{Checkpointer, SaveRequest},
+    config::Config,
+    manifest::Meta,
+    names::{Id, Step},
+    reader::Reader as CoreReader,
+    restore::decide::Wish,
+    state::Memory,
+};
+
+use crate::{
+    errors::{Raise, invalid},
+    events::Events,
+    found::Found,
+    guard::Owned,
+    reader::Reader,
+    save::{Save, check_pid},
+    tree::{Cache, Walked, Wishes, look, walk},
+    wait,
+};
+
+/// One rank's handle on a run.
+#[pyclass(module = "tierkeep._tierkeep", frozen)]
+pub(crate) struct Handle {
+    core: ManuallyDrop<Checkpointer>,
+    cache: Mutex<Cache>,
+    allow_pickle: HashSet<String>,
+    pid: u32,
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        if self.pid != std::process::id() {
+            return;
+        }
+        // SAFETY: nobody uses it after this.
+        let core = unsafe { ManuallyDrop::take(&mut self.core) };
+        // Its end waits for its threads: not with the GIL.
+        let mut core = Some(core);
+        let _ = Python::try_attach(|py| {
+            let core = core.take();
+            py.detach(|| drop(core));
+        });
+        drop(core);
+    }
+}
+
+impl Handle {
+    fn check_pid(&self, py: Python<'_>) -> PyResult<()> {
+        check_pid(py, self.pid, "Checkpointer")
+    }
+
+    fn walk(
+        &self,
+        state: &Bound<'_, PyAny>,
+        stage: &Bound<'_, PyAny>,
+        owned: Option<&Owned>,
+    ) -> PyResult<Walked> {
+        let py = state.py();
+        // A lock that is waited for with the GIL held would wait for ever.
+        let Ok(mut cache) = self.cache.try_lock() else {
+            return Err(invalid(py, "another call is walking the state at this moment"));
+        };
+        let wishes = Wishes { allow_pickle: Some(&self.allow_pickle), owned };
+        let mut walked = walk(state, &mut cache, &wishes)?;
+        drop(cache);
+        if !walked.on_device.is_empty() && !stage.is_none() {
+            let (indices, tensors): (Vec<_>, Vec<_>) = walked.on_device.drain(..).unzip();
+            let staged = stage.call1((tensors,))?;
+            for (index, host) in indices.into_iter().zip(staged.try_iter()?) {
+                let host = host?;
+                let form = look(&host)?.map_err(|why| invalid(py, why))?;
+                let tensor = &mut walked.tensors[index];
+                tensor.memory = form.memory;
+                // A staging buffer is ours: nobody else writes to it until the next save.
+                tensor.late = owned.is_some();
+                walked.keep.push(host.unbind());
+            }
+        }
+        Ok(walked)
+    }
+}
+
+/// The settings that Python gives, over the environment's and the defaults.
+fn configure(config: &mut Config, settings: &Bound<'_, PyDict>) -> PyResult<()> {
+    let py = settings.py();
+    for (name, value) in settings {
+        if value.is_none() {
+            continue;
+        }
+        let name: String = name.extract()?;
+        let seconds = || wait::seconds(py, &name, value.extract()?);
+        match name.as_str() {
+            "rank" => config.rank = value.extract()?,
+            "savers" => config.savers = value.extract()?,
+            "attempt_id" => {
+                let text: String = value.extract()?;
+                config.attempt_id = Some(Id::parse(&text).ok_or_else(|| {
+                    invalid(py, "attempt_id: 32 hex digits, as uuid.uuid4().hex gives them")
+                })?);
+            }
+            "ram_dir" => config.ram_root = std::path::absolute(value.extract::<PathBuf>()?)?,
+            "ram_bytes_max" => config.ram_bytes_max = Some(value.extract()?),
+            "slots" => config.slots = value.extract()?,
+            "disk_every" => config.disk_every = value.extract()?,
+            "keep_last" => config.keep_last = value.extract()?,
+            "keep_every" => config.keep_every = Some(value.extract()?),
+            "threads" => config.threads = Some(value.extract()?),
+            "lock_wait_s" => config.lock_wait = seconds()?,
+            "attempt_wait_s" => config.attempt_wait = seconds()?,
+            "slot_wait_s" => config.slot_wait = seconds()?,
+            "disk_wait_s" => config.disk_wait = seconds()?,
+            _ => return Err(invalid(py, format!("unknown setting {name}"))),
+        }
+    }
+    Ok(())
+}
+
+#[pymethods]
+impl Handle {
+    /// Takes a rank of the run at `destination`.
+    #[new]
+    fn open(
+        py: Python<'_>,
+        destination: PathBuf,
+        settings: &Bound<'_, PyDict>,
+        allow_pickle: HashSet<String>,
+    ) -> PyResult<Self> {
+        let mut config = Config::new(&destination).raise(py)?;
+        configure(&mut config, settings)?;
+        config.check().raise(py)?;
+        let core = wait::apart(py, move || Checkpointer::open(config))?;
+        Ok(Self {
+            core: ManuallyDrop::new(core),
+            cache: Mutex::default(),
+            allow_pickle,
+            pid: std::process::id(),
+        })
+    }
+
+    /// The settings in force: a dict.
+    #[getter]
+    fn settings<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let config = self.core.config();
+        let settings = PyDict::new(py);
+        settings.set_item("destination", config.destination.as_os_str())?;
+        settings.set_item("rank", config.rank)?;
+        settings.set_item("savers", &config.savers)?;
+        settings.set_item("ram_dir", config.ram_dir().as_os_str())?;
+        settings.set_item("ram_bytes_max", config.ram_bytes_max)?;
+        settings.set_item("slots", config.slots)?;
+        settings.set_item("disk_every", config.disk_every)?;
+        settings.set_item("keep_last", config.keep_last)?;
+        settings.set_item("keep_every", config.keep_every)?;
+        settings.set_item("threads", config.threads)?;
+        settings.set_item("attempt_id", self.core.start_id().to_string())?;
+        Ok(settings)
+    }
+
+    /// The number of the attempt, once it has begun.
+    #[getter]
+    fn attempt(&self, py: Python<'_>) -> PyResult<Option<u32>> {
+        self.check_pid(py)?;
+        let core = self.core();
+        Ok(py.detach(move || core.attempt()).map(|record| record.attempt.number))
+    }
+
+    /// Decides where this attempt begins and records it; the shard to restore, or `None`. `how` is
+    /// `"newest"`, `"older"` (take an older checkpoint where a tier does not answer), `"rollback"`,
+    /// `"fresh"` (at step 0), or `"new"` (at step 0, and only where nothing is there).
+    #[pyo3(signature = (how, step = None, attempt = None))]
+    fn begin(
+        &self,
+        py: Python<'_>,
+        how: &str,
+        step: Option<u64>,
+        attempt: Option<u32>,
+    ) -> PyResult<Option<Found>> {
+        self.check_pid(py)?;
+        let mut begin = Begin {
+            wish: Wish { step: step.map(Step), attempt, accept_older: false },
+            ..Begin::default()
+        };
+        match how {
+            "newest" => {}
+            "older" => begin.wish.accept_older = true,
+            "rollback" => begin.rollback = true,
+            "fresh" => begin.fresh = true,
+            "new" => begin.only_new = true,
+            other => return Err(invalid(py, format!("how = {other:?}"))),
+        }
+        let core = self.core();
+        let found = wait::apart(py, move || core.begin(&begin))?;
+        Ok(found.map(Found::new))
+    }
+
+    /// Sizes the slots for a state of this form, and puts their pages in place behind.
+    fn prepare(&self, state: &Bound<'_, PyAny>) -> PyResult<()> {
+        let py = state.py();
+        self.check_pid(py)?;
+        let specs = self.walk(state, py.None().bind(py), None)?.specs();
+        let core = self.core();
+        py.detach(move || core.prepare(specs)).raise(py)
+    }
+
+    /// Saves. `meta` is (metrics, tags); `guarded`, the optimizers that wait for the copy, or `None`
+    /// to copy everything before returning; `stage` brings device tensors to the host.
+    fn save(
+        &self,
+        step: u64,
+        state: &Bound<'_, PyAny>,
+        meta: (BTreeMap<String, f64>, Vec<String>),
+        skip_if_busy: bool,
+        guarded: Option<&Bound<'_, PyList>>,
+        stage: &Bound<'_, PyAny>,
+    ) -> PyResult<Save> {
+        let py = state.py();
+        self.check_pid(py)?;
+        let owned = guarded.map(Owned::of).transpose()?;
+        let (state_view, keep) = self.walk(state, stage, owned.as_ref())?.into_state();
+        debug_assert!(!state_view.tensors.iter().any(|t| matches!(t.memory, Memory::InSlot)));
+        let (metrics, tags) = meta;
+        let request = SaveRequest {
+            step,
+            state: state_view,
+            meta: Meta { metrics, tags, saved_unix_ms: 0 },
+            overlap: owned.is_some(),
+            skip_if_busy,
+            keep_alive: Box::new(keep),
+        };
+        let core = self.core();
+        // SAFETY: `state` is borrowed until this returns and `keep` holds what outlives it; nobody
+        // writes to the state meanwhile but the owners of late tensors, who wait (`guard`). Threads
+        // of the caller's own that write to it are told not to by `Save`'s documentation.
+        let saved = py.detach(move || unsafe { core.save(request) }).raise(py)?;
+        let config = self.core.config();
+        Ok(Save::new(saved, config.rank, config.disk_every))
+    }
+
+    /// Waits until no copy is being taken behind; false: not within `timeout_s` seconds.
+    fn fence(&self, py: Python<'_>, timeout_s: f64) -> PyResult<bool> {
+        self.check_pid(py)?;
+        let timeout = wait::seconds(py, "timeout_s", timeout_s)?;
+        let core = self.core();
+        wait::poll(py, timeout, |slice| core.fence(slice))
+    }
+
+    /// Closes, once what is on its way has arrived (`now`: without waiting for disk); false: not
+    /// within `timeout_s` seconds, and it is still open.
+    fn close(&self, py: Python<'_>, timeout_s: f64, now: bool) -> PyResult<bool> {
+        self.check_pid(py)?;
+        let timeout = wait::seconds(py, "timeout_s", timeout_s)?;
+        let core = self.core();
+        wait::poll(py, timeout, |slice| core.close(slice, now))
+    }
+
+    /// Pins a step, or takes its pin away.
+    fn pin(&self, py: Python<'_>, step: u64, pinned: bool) -> PyResult<()> {
+        self.check_pid(py)?;
+        let core = self.core();
+        wait::apart(py, move || core.pin(step, pinned))
+    }
+
+    /// The tiers of the run, for reading.
+    fn reader(&self, py: Python<'_>) -> PyResult<Reader> {
+        self.check_pid(py)?;
+        Ok(Reader::new(CoreReader::of(self.core.tiers())))
+    }
+
+    /// What happens to this handle, one event after the other.
+    fn events(&self, py: Python<'_>) -> PyResult<Events> {
+        self.check_pid(py)?;
+        Ok(Events::new(self.core.observer().clone()))
+    }
+
+    /// Sums since the handle was opened: a dict.
+    fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        self.check_pid(py)?;
+        let now = &self.core.observer().counters;
+        let sums = PyDict::new(py);
+        for (name, counter) in [
+            ("saves", &now.saves),
+            ("saves_failed", &now.saves_failed),
+            ("saves_skipped", &now.saves_skipped),
+            ("captured_bytes", &now.captured_bytes),
+            ("disk_bytes", &now.disk_bytes),
+            ("disk_sealed", &now.disk_sealed),
+            ("disk_passed_over", &now.disk_passed_over),
+            ("checksum_failures", &now.checksum_failures),
+            ("repairs", &now.repairs),
+        ] {
+            sums.set_item(name, counter.load(Ordering::Relaxed))?;
+        }
+        for (name, counter) in [("stall_seconds", &now.stall_ns), ("disk_seconds", &now.disk_ns)] {
+            let time = Duration::from_nanos(counter.load(Ordering::Relaxed));
+            sums.set_item(name, time.as_secs_f64())?;
+        }
+        Ok(sums)
+    }
+}
+
+impl Handle {
+    fn core(&self) -> Checkpointer {
+        Checkpointer::clone(&self.core)
+    }
+}

@@ -1,0 +1,238 @@
+//! `Save`: one checkpoint on its way out, as Python sees it.
+
+use pyo3::prelude::*;
+use tierkeep::{
+    Error, Result,
+    save::{self, Level},
+};
+
+use crate::{
+    errors::{Raise, exception, invalid},
+    wait,
+};
+
+/// A wait without a timeout ends here all the same: an hour is longer than any tier takes before
+/// it reports a failure of its own.
+const TIMEOUT_SECONDS: f64 = 3600.0;
+
+/// Numbers of one save, as they were when they were asked for.
+#[pyclass(module = "tierkeep", frozen, get_all)]
+pub(crate) struct Progress {
+    /// Completed training steps.
+    step: u64,
+    /// This process.
+    rank: u32,
+    /// Bytes of this rank's shard.
+    bytes: u64,
+    /// Of them, written to disk so far.
+    disk_bytes: u64,
+    /// The state may be changed again.
+    staged: bool,
+    /// The whole checkpoint survives the process.
+    ram: bool,
+    /// The whole checkpoint survives a reboot.
+    disk: bool,
+    /// Why nothing was saved, where the step was passed over.
+    skipped: Option<String>,
+    /// The first failure, with its causes.
+    error: Option<String>,
+    /// Nothing more will change.
+    done: bool,
+}
+
+#[pymethods]
+impl Progress {
+    fn __repr__(&self) -> String {
+        format!(
+            "Progress(step={}, bytes={}, disk_bytes={}, staged={}, ram={}, disk={})",
+            self.step,
+            self.bytes,
+            self.disk_bytes,
+            python_bool(self.staged),
+            python_bool(self.ram),
+            python_bool(self.disk)
+        )
+    }
+}
+
+fn python_bool(x: bool) -> &'static str {
+    if x { "True" } else { "False" }
+}
+
+/// One checkpoint on its way out. Returned by `Checkpointer.save`.
+#[pyclass(module = "tierkeep", frozen)]
+pub(crate) struct Save {
+    core: save::Save,
+    rank: u32,
+    disk_every: u64,
+    pid: u32,
+}
+
+impl Save {
+    pub(crate) fn new(core: save::Save, rank: u32, disk_every: u64) -> Self {
+        Self { core, rank, disk_every, pid: std::process::id() }
+    }
+
+    fn check_pid(&self, py: Python<'_>) -> PyResult<()> {
+        check_pid(py, self.pid, "Save")
+    }
+
+    fn until(
+        &self,
+        py: Python<'_>,
+        level: Level,
+        own: bool,
+        timeout_s: Option<f64>,
+    ) -> PyResult<()> {
+        self.check_pid(py)?;
+        let timeout = wait::seconds(py, "timeout_s", timeout_s.unwrap_or(TIMEOUT_SECONDS))?;
+        let core = self.core.clone();
+        if wait::poll(py, timeout, |slice| core.poll(level, own, slice))? {
+            return Ok(());
+        }
+        let missing = Some(self.core.waiting_for()).filter(|who| !who.is_empty());
+        let error = Error::Deadline {
+            what: match level {
+                Level::Staged => format!("the copy of step {}", self.core.step()),
+                _ => format!("step {} in the {} tier", self.core.step(), level.name()),
+            },
+            seconds: timeout.as_secs_f64(),
+            missing: missing.map_or_else(String::new, |who| format!(": missing {who}")),
+        };
+        Err(exception(py, &error))
+    }
+
+    /// `self.core.poll` of a level that is there or not: never waits.
+    pub(crate) fn now(&self, level: Level) -> Result<bool> {
+        self.core.poll(level, false, std::time::Duration::ZERO)
+    }
+}
+
+/// A fork's child has neither the threads that would answer nor the locks in a known state.
+pub(crate) fn check_pid(py: Python<'_>, pid: u32, what: &str) -> PyResult<()> {
+    if pid == std::process::id() {
+        return Ok(());
+    }
+    let why = format!("this {what} belongs to process {pid}: it does nothing in a forked child");
+    Err(exception(py, &Error::Fenced { why }))
+}
+
+#[pymethods]
+impl Save {
+    /// Completed training steps.
+    #[getter]
+    fn step(&self) -> u64 {
+        self.core.step()
+    }
+
+    /// Its step is one of those that go to disk.
+    #[getter]
+    fn is_due_for_disk(&self) -> bool {
+        self.core.step().is_multiple_of(self.disk_every)
+    }
+
+    /// Waits until the copy is taken: from then on the state may be changed in place.
+    #[pyo3(signature = (timeout_s = None))]
+    fn staged(slf: Py<Self>, py: Python<'_>, timeout_s: Option<f64>) -> PyResult<Py<Self>> {
+        slf.get().until(py, Level::Staged, false, timeout_s)?;
+        Ok(slf)
+    }
+
+    /// Waits until the checkpoint (every rank's shard) is as durable as `level` says; with
+    /// `scope="shard"`, this rank's shard alone.
+    #[pyo3(signature = (level, timeout_s = None, scope = "checkpoint"))]
+    fn wait(
+        slf: Py<Self>,
+        py: Python<'_>,
+        level: &str,
+        timeout_s: Option<f64>,
+        scope: &str,
+    ) -> PyResult<Py<Self>> {
+        let this = slf.get();
+        let level = parse_level(py, level)?;
+        let own = match scope {
+            "checkpoint" => false,
+            "shard" => true,
+            other => {
+                let why = format!("scope = {other:?}: it is \"checkpoint\" or \"shard\"");
+                return Err(invalid(py, why));
+            }
+        };
+        if level == Level::Disk && !this.is_due_for_disk() && !this.now(Level::Disk).raise(py)? {
+            return Err(invalid(
+                py,
+                format!(
+                    "step {} does not go to disk: disk_every = {}",
+                    this.core.step(),
+                    this.disk_every
+                ),
+            ));
+        }
+        this.until(py, level, own, timeout_s)?;
+        Ok(slf)
+    }
+
+    /// The numbers now.
+    fn progress(&self, py: Python<'_>) -> PyResult<Progress> {
+        self.check_pid(py)?;
+        let now = self.core.progress();
+        let disk_is_open = self.is_due_for_disk() && matches!(self.now(Level::Disk), Ok(false));
+        let ram_is_open = matches!(self.now(Level::Ram), Ok(false));
+        Ok(Progress {
+            step: self.core.step(),
+            rank: self.rank,
+            bytes: now.bytes,
+            // The last block is padded.
+            disk_bytes: now.disk_bytes.min(now.bytes),
+            staged: now.staged,
+            ram: now.ram,
+            disk: now.disk,
+            skipped: now.skipped,
+            error: now.error,
+            done: !disk_is_open && !ram_is_open,
+        })
+    }
+
+    fn __repr__(&self) -> String {
+        let step = self.core.step();
+        if self.pid != std::process::id() {
+            return format!("Save(step={step}, of process {})", self.pid);
+        }
+        let now = self.core.progress();
+        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+        if let Some(why) = now.skipped {
+            return format!("Save(step={step}, skipped: {why})");
+        }
+        let durable = match (now.disk, now.ram) {
+            (true, _) => {
+                return format!("Save(step={step}, durable=\"disk\", {:.1} MiB)", mib(now.bytes));
+            }
+            (false, true) => "\"ram\"",
+            (false, false) => "None",
+        };
+        match now.error {
+            Some(error) => format!("Save(step={step}, durable={durable}, failed: {error})"),
+            None if !now.staged => format!("Save(step={step}, durable=None, copying)"),
+            None if !self.is_due_for_disk() => {
+                format!("Save(step={step}, durable={durable}, {:.1} MiB)", mib(now.bytes))
+            }
+            None => format!(
+                "Save(step={step}, durable={durable}, disk {:.1}/{:.1} MiB)",
+                mib(now.disk_bytes.min(now.bytes)),
+                mib(now.bytes)
+            ),
+        }
+    }
+}
+
+fn parse_level(py: Python<'_>, level: &str) -> PyResult<Level> {
+    match level {
+        "staged" => Ok(Level::Staged),
+        "ram" => Ok(Level::Ram),
+        "disk" => Ok(Level::Disk),
+        "peer" | "object" => {
+            Err(invalid(py, format!("there is no {level} tier here: this run has ram and disk")))
+        }
+        other => Err(invalid(py, format!("level = {other:?}: it is \"ram\" or \"disk\""))),
+    }
+}

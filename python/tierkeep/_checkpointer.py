@@ -1,0 +1,535 @@
+"""`Checkpointer`: one rank's hand on a run."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import operator
+import os
+import sys
+import time
+import weakref
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from tierkeep import _ranks, _stop
+from tierkeep._address import directory
+from tierkeep._build import Include
+from tierkeep._checks import at_least_one, names, one_of, words
+from tierkeep._cuda import Stager
+from tierkeep._events import Callback, Event, Teller
+from tierkeep._facts import Restored, StepInfo
+from tierkeep._rename import Rename, rename
+from tierkeep._restore import Plan
+from tierkeep._saves import Saves, failure
+from tierkeep._tierkeep import Found, Handle, Save
+from tierkeep.errors import BugError, DeadlineError, FencedError, InvalidError, TierkeepError
+
+logger = logging.getLogger("tierkeep")
+
+# A clean end waits this long for the last checkpoint to reach disk.
+_CLOSE_SECONDS = 1800.0
+# After an exception, the process wants to end.
+_HURRY_SECONDS = 5.0
+_FENCE_SECONDS = 600.0
+
+Level = Literal["ram", "disk"]
+
+
+class Checkpointer:
+    """Saves the state of a training job, and brings it back after any failure.
+
+        state = {"model": model, "optim": optimizer, "sched": scheduler, "rng": tierkeep.Rng()}
+        with tierkeep.Checkpointer("/ckpt/llama-7b", every=50) as ckpt:
+            found = ckpt.restore(state)                     # newest step, nearest tier; or None
+            for step in range(found.step if found else 0, total):
+                train(state)
+                ckpt.step(step + 1, state)                  # saves if due; `save` saves now
+
+    A `step` is a number of completed training steps. The state is any tree of tensors (torch,
+    numpy), plain values, and objects with `state_dict` and `load_state_dict` at any depth, which
+    is the recommended form. A save copies it to RAM (files in /dev/shm, which survive the process),
+    and from there to disk while training goes on.
+
+    Args:
+        destination: the run, `<root>/<run>`: a directory that all ranks share.
+        every: `step` saves steps that are divisible by it.
+        rank, world_size: this process among those that save. Default: torch.distributed if it is
+            initialised, then torchrun's environment, then Slurm's under srun, else alone.
+        attempt_id: 32 hex digits, drawn anew at each start of the job and the same on all ranks.
+            Default: broadcast once over an initialised process group, else found on the host.
+        ram_dir: where the ram tier keeps its files; a directory on tmpfs that jobs may share.
+            Default: `TIERKEEP_RAM_DIR`, then /dev/shm/tierkeep-<uid>.
+        ram_bytes_max: limit of all files below `ram_dir`. Default: `TIERKEEP_RAM_BYTES_MAX`, then
+            a share of what is free.
+        slots: snapshots that RAM holds for this rank, 2 or more.
+        disk_every: steps that are divisible by it go to disk.
+        keep_last: newest checkpoints that stay on disk.
+        keep_every: steps that are divisible by it stay on disk for ever.
+        capture: `"now"`: `save` returns when everything is copied. `"overlap"`: tensors of the
+            optimizers given to `guard` are copied behind; their next step waits for it.
+        busy: what a save does while every slot is in use: `"wait"`, or `"skip"` the step.
+        fresh: begin at step 0, and abandon the checkpoints that are there.
+        max_failures: after so many failed saves in a row, the next one raises the last error.
+        threads: of a copy. Default: as many as help.
+        allow_pickle: `module:Name` of types whose instances may be pickled, and unpickled again.
+        timeouts_s: seconds by name, over the defaults: `lock_wait_s`, `attempt_wait_s`,
+            `slot_wait_s`, `disk_wait_s`.
+
+    Raises:
+        InvalidError: an argument is not what it must be, or the destination cannot be used.
+        FencedError: another live process has this rank of this run; it names its pid.
+    """
+
+    def __init__(
+        self,
+        destination: str | os.PathLike[str],
+        *,
+        every: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
+        attempt_id: str | None = None,
+        ram_dir: str | os.PathLike[str] | None = None,
+        ram_bytes_max: int | None = None,
+        slots: int | None = None,
+        disk_every: int | None = None,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        capture: Literal["now", "overlap"] = "now",
+        busy: Literal["wait", "skip"] = "wait",
+        fresh: bool = False,
+        max_failures: int | None = None,
+        threads: int | None = None,
+        allow_pickle: Iterable[str] = (),
+        timeouts_s: Mapping[str, float] | None = None,
+    ) -> None:
+        path = directory(destination)
+        self.every = at_least_one("every", every)
+        self._capture = one_of("capture", capture, ("now", "overlap"))
+        self._skip_if_busy = one_of("busy", busy, ("wait", "skip")) == "skip"
+        self._fresh = fresh
+        self._max_failures = (
+            None if max_failures is None else at_least_one("max_failures", max_failures)
+        )
+        self._allow_pickle = names(allow_pickle)
+        self._threads = threads
+        self._ranks = _ranks.detect(rank, world_size)
+        settings: dict[str, object] = {
+            "rank": self._ranks.rank,
+            "savers": list(range(self._ranks.world_size)),
+            "attempt_id": attempt_id or _ranks.shared_attempt_id(self._ranks),
+            "ram_dir": None if ram_dir is None else os.fspath(ram_dir),
+            "ram_bytes_max": ram_bytes_max,
+            "slots": slots,
+            "disk_every": disk_every,
+            "keep_last": keep_last,
+            "keep_every": keep_every,
+            "threads": threads,
+            **(timeouts_s or {}),
+        }
+        self._handle = Handle(path, settings, self._allow_pickle)
+        self._pid = os.getpid()
+        self._begun = False
+        self._closed = False
+        self._stage = Stager()
+        self._guarded: list[weakref.ref[Any]] = []
+        self._saves = Saves()
+        self._teller = Teller(self._handle.events(), self.rank, self.world_size)
+        self._teller.callbacks.append(_disk_failures(weakref.ref(self._saves)))
+        _open.add(self)
+
+    # -- what it is --------------------------------------------------------------------------
+
+    @property
+    def rank(self) -> int:
+        """This process among those that save."""
+        return self._ranks.rank
+
+    @property
+    def world_size(self) -> int:
+        """How many processes save."""
+        return self._ranks.world_size
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings in force, defaults and environment included."""
+        return self._handle.settings
+
+    @property
+    def last_error(self) -> TierkeepError | None:
+        """The error of the last save that failed, if one has."""
+        if os.getpid() == self._pid:
+            self._saves.settle()
+        return self._saves.last_error
+
+    def counters(self) -> dict[str, float]:
+        """Sums since this handle was opened: saves, bytes, seconds, failures."""
+        return self._handle.counters()
+
+    def __repr__(self) -> str:
+        mode = f"of process {self._pid}" if os.getpid() != self._pid else "embedded"
+        return (
+            f"Checkpointer({self._handle.settings['destination']!r}, rank {self.rank} of "
+            f"{self.world_size} ({self._ranks.source}), {mode}, every={self.every}, "
+            f"capture={self._capture!r}{', closed' if self._closed else ''})"
+        )
+
+    # -- saving ------------------------------------------------------------------------------
+
+    def step(
+        self,
+        step: int,
+        state: Any,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        tags: Iterable[str] = (),
+    ) -> Save | None:
+        """Saves `state` if `step` is divisible by `every`; else returns None at once."""
+        if operator.index(step) % self.every:
+            return None
+        return self.save(step, state, metrics=metrics, tags=tags)
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        metrics: Mapping[str, float] | None = None,
+        tags: Iterable[str] = (),
+    ) -> Save:
+        """Saves `state` as the state after `step` completed training steps.
+
+        Returns when the copy is taken, or with `capture="overlap"` when everything but the guarded
+        optimizers' tensors is copied. A save that fails later is logged at ERROR, kept in
+        `last_error` and raised by the `wait` of what is returned; training goes on. A second save
+        of one step returns the first.
+
+        Args:
+            step: completed training steps; rises from save to save.
+            state: the same tree each time.
+            metrics: numbers to keep beside it.
+            tags: words to keep beside it.
+
+        Raises:
+            InvalidError: something in the state cannot be stored (the message has its path), or
+                the run has checkpoints and neither `restore` nor `fresh=True` was said.
+            FencedError: a newer attempt has taken over, or this is a forked child.
+            TierkeepError: the last `max_failures` saves have failed.
+        """
+        number = operator.index(step)
+        if number < 0:
+            raise InvalidError(f"step = {number}: a number of completed training steps")
+        self._raise_if_failing()
+        self._begin_if_new()
+        said = ({k: float(v) for k, v in (metrics or {}).items()}, words("tags", tags))
+        guarded = self._live_guarded() if self._capture == "overlap" else None
+        save = self._handle.save(number, state, said, self._skip_if_busy, guarded, self._stage)
+        self._saves.add(save)
+        return save
+
+    def prepare(self, state: Any) -> None:
+        """Sizes the slots for `state` and puts their memory in place behind, so that not even the
+        first save waits for page faults. `restore` does it too; an optimizer has its full size only
+        after its first step.
+
+        Raises:
+            InvalidError: the memory budget is too small (the message has the sum), or something
+                in the state cannot be stored.
+        """
+        self._handle.prepare(state)
+
+    def guard(self, *optimizers: Any) -> None:
+        """Makes `optimizers` wait for the copy that `capture="overlap"` takes behind.
+
+        Their parameters and state may be copied while forward and backward run; before one of
+        them steps, or loads a state, it waits. Whoever else writes to these tensors in place calls
+        `fence` first.
+
+        Args:
+            optimizers: of torch, with `register_step_pre_hook`.
+
+        Raises:
+            InvalidError: one of them has no such hook.
+        """
+        weak = weakref.ref(self)
+
+        def wait(*_: object) -> None:
+            checkpointer = weak()
+            if checkpointer is not None and not checkpointer._closed:
+                checkpointer.fence()
+
+        for optimizer in optimizers:
+            if not hasattr(optimizer, "register_step_pre_hook"):
+                raise InvalidError(f"{type(optimizer)} has no register_step_pre_hook to wait in")
+            if any(optimizer is one for one in self._live_guarded()):
+                continue
+            optimizer.register_step_pre_hook(wait)
+            if hasattr(optimizer, "register_load_state_dict_pre_hook"):
+                optimizer.register_load_state_dict_pre_hook(wait)
+            self._guarded.append(weakref.ref(optimizer))
+
+    def fence(self, timeout_s: float = _FENCE_SECONDS) -> None:
+        """Waits until no copy is being taken behind: then any tensor may be changed in place.
+
+        Raises:
+            DeadlineError: the copy took longer than `timeout_s` seconds.
+        """
+        if os.getpid() != self._pid:
+            return
+        if not self._handle.fence(timeout_s):
+            raise DeadlineError(f"the copy of the state did not end within {timeout_s} s")
+
+    # -- restoring ---------------------------------------------------------------------------
+
+    def restore(
+        self,
+        state: Any,
+        *,
+        step: int | None = None,
+        attempt: int | None = None,
+        rollback: bool = False,
+        read_only: bool = False,
+        accept_older: bool = False,
+        strict: bool = True,
+        include: Iterable[str] | None = None,
+        rename: Rename | None = None,
+    ) -> Restored | None:
+        """Brings `state` back: the newest complete checkpoint, from the nearest tier.
+
+        Bytes go straight into live tensors; what does not exist yet (a fresh optimizer's moments)
+        is made; values are put back through their owner without a cast; mutable containers are
+        updated. Names, shapes and dtypes are checked first: where anything differs, nothing is
+        changed. The first call also begins this attempt, on all ranks.
+
+        Args:
+            state: the tree, as it is given to `save`.
+            step: this step instead of the newest. A step that is not the newest needs
+                `rollback=True` or `read_only=True`.
+            attempt: the attempt that saved it, where two attempts saved the step.
+            rollback: abandon what is newer than `step`.
+            read_only: only look: no attempt begins, nothing is repaired.
+            accept_older: take an older checkpoint where a tier that may have a newer one does not
+                answer.
+            strict: False: names that only one side has are left alone.
+            include: glob patterns over paths, as in `["model/*"]`: only what matches is restored.
+            rename: saved paths to live ones, as a mapping, or as a function of each tensor's path.
+
+        Returns:
+            What was restored; None on a run without checkpoints.
+
+        Raises:
+            MismatchError: the checkpoint does not fit; `differences` lists all of it.
+            CheckpointNotFoundError: there is no such step.
+            CorruptError: no tier has a good copy.
+            UnavailableError: a tier that may have a newer checkpoint does not answer.
+        """
+        self.fence()
+        wanted = Include(include)
+        found = self._find(step, attempt, rollback, read_only, accept_older)
+        if found is None:
+            self._prepare_behind(state)
+            return None
+        plan = Plan(found, allow_pickle=self._allow_pickle, strict=strict, include=wanted)
+        tree = found.tree
+        make = plan.match(_renamed(tree, rename), state, ())
+        plan.check()
+        tier, damaged = plan.fill(self._threads)
+        new = make()
+        if not read_only:
+            self._prepare_behind(state)
+        return Restored(found.step, found.attempt, tier, new, found.meta, tuple(damaged))
+
+    def _find(
+        self,
+        step: int | None,
+        attempt: int | None,
+        rollback: bool,
+        read_only: bool,
+        accept_older: bool,
+    ) -> Found | None:
+        if read_only:
+            reader = self._handle.reader()
+            if step is None and attempt is None and not self._complete():
+                return None
+            return reader.choose(step, attempt, [self.rank])[0][0][1]
+        if rollback and step is None:
+            raise InvalidError("rollback=True needs the step to go back to")
+        how = "rollback" if rollback else "older" if accept_older else "newest"
+        if self._fresh:
+            if step is not None or attempt is not None:
+                raise InvalidError("fresh=True begins at step 0: no step can be restored")
+            how = "fresh"
+        found = self._handle.begin(how, step, attempt)
+        self._begun, self._fresh = True, False
+        return found
+
+    def _begin_if_new(self) -> None:
+        if self._begun:
+            return
+        self._handle.begin("fresh" if self._fresh else "new")
+        self._begun, self._fresh = True, False
+
+    def _prepare_behind(self, state: Any) -> None:
+        try:
+            self._handle.prepare(state)
+        except TierkeepError as error:
+            logger.warning("the slots were not prepared: %s", error)
+
+    # -- looking -----------------------------------------------------------------------------
+
+    def steps(self) -> list[StepInfo]:
+        """Every checkpoint that a tier holds a part of, oldest first."""
+        return [StepInfo(**row) for row in self._handle.reader().steps()]
+
+    def _complete(self) -> list[StepInfo]:
+        return [info for info in self.steps() if info.complete and info.in_lineage]
+
+    def latest_step(self) -> int | None:
+        """The newest step that a resume could take now; None where there is none."""
+        return max((info.step for info in self._complete()), default=None)
+
+    def pin(self, step: int) -> None:
+        """Keeps the checkpoint of `step` for ever.
+
+        Raises:
+            CheckpointNotFoundError: there is no complete checkpoint of that step.
+        """
+        self._handle.pin(step, True)
+
+    def unpin(self, step: int) -> None:
+        """Gives the checkpoint of `step` back to retention."""
+        self._handle.pin(step, False)
+
+    def wait_all(self, level: Level = "disk", timeout_s: float = _CLOSE_SECONDS) -> None:
+        """Waits until nothing is on its way, and the newest save is as durable as `level` says.
+
+        Raises:
+            DeadlineError: not within `timeout_s` seconds.
+            TierkeepError: the newest save failed.
+        """
+        self._saves.wait_all(one_of("level", level, ("ram", "disk")), timeout_s)
+
+    def stop_requested(self) -> bool:
+        """Whether this job was asked to stop (SIGTERM). Call it each step; if true, save and leave.
+
+        The first call installs the handler; a second SIGTERM ends the process at once.
+
+        Raises:
+            NotImplementedError: several ranks must agree on the step to stop at; that comes with
+                the agent.
+        """
+        if self.world_size > 1:
+            raise NotImplementedError(
+                "stop_requested() for several ranks needs a step that they agree on: it comes with "
+                "the agent of a later version"
+            )
+        return _stop.requested()
+
+    def on_event(self, callback: Callback) -> Callback:
+        """Calls `callback` with each `Event`, on a thread of tierkeep's. Can be a decorator."""
+        self._teller.callbacks.append(callback)
+        return callback
+
+    # -- the end -----------------------------------------------------------------------------
+
+    def close(self, timeout_s: float = _CLOSE_SECONDS) -> None:
+        """Waits until the newest checkpoint is on disk, and gives the rank up.
+
+        Raises:
+            DeadlineError: it was not on disk within `timeout_s` seconds. It stays in RAM.
+            TierkeepError: the newest save failed.
+        """
+        if self._closed or os.getpid() != self._pid:
+            return
+        done = self._shut(timeout_s, now=False)
+        newest = self._saves.newest
+        if not done:
+            step = "" if newest is None else f": step {newest.step} is in RAM only"
+            raise DeadlineError(f"the disk tier did not end within {timeout_s} s{step}")
+        if newest is not None and not newest.progress().skipped:
+            error = failure(newest, "disk" if newest.is_due_for_disk else "ram")
+            if error is not None and not isinstance(error, FencedError):
+                raise error
+
+    def _shut(self, timeout_s: float, *, now: bool) -> bool:
+        done = False
+        try:
+            done = self._handle.close(timeout_s, now)
+        finally:
+            # Late or interrupted: what is in RAM is safe there.
+            if not done:
+                self._handle.close(_HURRY_SECONDS, True)
+            self._closed = True
+            self._teller.join(_HURRY_SECONDS)
+        return done
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._closed or os.getpid() != self._pid:
+            return
+        if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
+            self.close()
+            return
+        self._hurry()
+
+    def _hurry(self) -> None:
+        """Ends soon, and never with an exception: there is one already."""
+        try:
+            end = time.monotonic() + _HURRY_SECONDS
+            self._handle.fence(_HURRY_SECONDS)
+            self._shut(max(0.0, end - time.monotonic()), now=False)
+        except TierkeepError as trouble:
+            logger.error("while closing: %s", trouble)
+
+    def _at_exit(self) -> None:
+        if self._closed or os.getpid() != self._pid:
+            return
+        if getattr(sys, "last_exc", None) or getattr(sys, "last_value", None):
+            self._hurry()
+            return
+        try:
+            self.close()
+        except TierkeepError as trouble:
+            logger.error("while closing at the end of the process: %s", trouble)
+
+    # -- small -------------------------------------------------------------------------------
+
+    def _live_guarded(self) -> list[Any]:
+        return [optimizer for one in self._guarded if (optimizer := one()) is not None]
+
+    def _raise_if_failing(self) -> None:
+        if self._max_failures is None:
+            return
+        self._saves.settle()
+        if self._saves.failures >= self._max_failures:
+            raise self._saves.last_error or BugError("a save failed without an error")
+
+
+_open: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for checkpointer in list(_open):
+        checkpointer._at_exit()
+
+
+def _disk_failures(saves: weakref.ref[Saves]) -> Callback:
+    def hear(event: Event) -> None:
+        kept = saves()
+        if kept is not None and event.kind in ("disk_failed", "incomplete"):
+            kept.disk_failed(event.step, event.text)
+
+    return hear
+
+
+def _renamed(tree: Any, how: Rename | None) -> Any:
+    return tree if how is None else rename(tree, how)

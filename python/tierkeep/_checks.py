@@ -1,0 +1,35 @@
+"""Arguments that are not what they must be, told with what would be right."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+
+from tierkeep.errors import InvalidError
+
+
+def at_least_one(name: str, value: int) -> int:
+    number = operator.index(value)
+    if number < 1:
+        raise InvalidError(f"{name} = {number}: at least 1")
+    return number
+
+
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise InvalidError(f"{name} = {value!r}: it is one of {', '.join(map(repr, allowed))}")
+    return value
+
+
+def words(name: str, words: Iterable[str]) -> list[str]:
+    if isinstance(words, str):
+        raise InvalidError(f"{name} = {words!r}: several words, as in [{words!r}]")
+    return list(words)
+
+
+def names(allow_pickle: Iterable[str]) -> set[str]:
+    names = set(words("allow_pickle", allow_pickle))
+    for name in names:
+        if ":" not in name:
+            raise InvalidError(f'allow_pickle has {name!r}: it is "module:Name"')
+    return names

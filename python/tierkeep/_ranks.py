@@ -1,0 +1,92 @@
+"""Which rank this process is: arguments, then an initialised torch.distributed, then torchrun's
+environment, then Slurm's, and that only under srun.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from tierkeep.errors import InvalidError
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    rank: int
+    world_size: int
+    #: Who said so, for people.
+    source: str
+
+
+def detect(rank: int | None, world_size: int | None) -> Ranks:
+    found = _given(rank, world_size) or _torch() or _torchrun() or _srun()
+    found = found or Ranks(0, 1, "alone")
+    if not 0 <= found.rank < found.world_size:
+        raise InvalidError(
+            f"rank = {found.rank}, world_size = {found.world_size} ({found.source}): "
+            "ranks count from 0 and are fewer than world_size"
+        )
+    return found
+
+
+def _given(rank: int | None, world_size: int | None) -> Ranks | None:
+    if rank is None and world_size is None:
+        return None
+    if rank is None and world_size == 1:
+        rank = 0
+    if rank is None or world_size is None:
+        raise InvalidError(
+            f"rank = {rank}, world_size = {world_size}: give both, or none to detect them"
+        )
+    return Ranks(rank, world_size, "arguments")
+
+
+def distributed() -> Any:
+    """torch.distributed, if it is initialised."""
+    module = sys.modules.get("torch.distributed")
+    if module is None or not module.is_available() or not module.is_initialized():
+        return None
+    return module
+
+
+def _torch() -> Ranks | None:
+    group = distributed()
+    if group is None:
+        return None
+    return Ranks(group.get_rank(), group.get_world_size(), "torch.distributed")
+
+
+def _torchrun() -> Ranks | None:
+    return _environment("RANK", "WORLD_SIZE", "torchrun")
+
+
+def _srun() -> Ranks | None:
+    # sbatch sets most of them for the batch script too, which is no rank. Only srun numbers steps.
+    if not os.environ.get("SLURM_STEP_ID", "").isdecimal():
+        return None
+    return _environment("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "srun")
+
+
+def _environment(rank: str, world_size: str, source: str) -> Ranks | None:
+    values = [os.environ.get(rank, ""), os.environ.get(world_size, "")]
+    if not all(values):
+        return None
+    if not all(value.isdecimal() for value in values):
+        raise InvalidError(f"{rank} = {values[0]!r}, {world_size} = {values[1]!r}: whole numbers")
+    return Ranks(int(values[0]), int(values[1]), source)
+
+
+def shared_attempt_id(ranks: Ranks) -> str | None:
+    """An id of this start of the job that all ranks get, where a process group can carry it.
+
+    The one collective of a Checkpointer's life, at its construction.
+    """
+    if ranks.world_size == 1 or ranks.source != "torch.distributed":
+        return None
+    group = distributed()
+    drawn = [uuid.uuid4().hex if ranks.rank == 0 else None]
+    group.broadcast_object_list(drawn, src=0)
+    return drawn[0]

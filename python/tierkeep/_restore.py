@@ -1,0 +1,453 @@
+"""A checkpoint into a live state.
+
+`Plan.match` walks the saved tree beside the live one and changes nothing: it collects what does
+not fit, and which bytes go where. If all fits, the bytes are read, straight into live memory where
+there is some, and the functions that `match` returned put values back.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import sys
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from tierkeep import _saved, _torch, _types
+from tierkeep._build import Builder, Include, Keys, Make, place
+from tierkeep._tierkeep import Found, describe
+from tierkeep._types import MISSING
+from tierkeep.errors import MismatchError
+
+_MUTABLE_DICTS = (
+    dict,
+    collections.OrderedDict,
+    collections.defaultdict,
+    collections.Counter,
+)
+
+
+def is_object(live: Any) -> bool:
+    """It saves and loads itself."""
+    return (
+        not isinstance(live, type)
+        and hasattr(live, "state_dict")
+        and hasattr(live, "load_state_dict")
+    )
+
+
+def is_tensor(live: Any) -> bool:
+    torch, numpy = _types.torch_if_imported(), sys.modules.get("numpy")
+    return (torch is not None and isinstance(live, torch.Tensor)) or (
+        numpy is not None and type(live) is numpy.ndarray
+    )
+
+
+class Plan(Builder):
+    """What a restore is going to do."""
+
+    def __init__(
+        self,
+        found: Found,
+        *,
+        allow_pickle: Collection[str],
+        strict: bool,
+        include: Include,
+    ) -> None:
+        super().__init__(found, allow_pickle)
+        self.strict = strict
+        self.include = include
+        self.differences: list[str] = []
+        #: (live tensor, name): filled by a copy when the bytes are there.
+        self.copies: list[tuple[Any, str]] = []
+        self._spans: list[tuple[tuple[int, int], bool, str]] = []
+
+    def check(self) -> None:
+        """Raises what does not fit, all of it."""
+        self.include.check()
+        self._separate()
+        if self.differences:
+            lines = "".join(f"\n  {line}" for line in self.differences)
+            count = len(self.differences)
+            raise MismatchError(
+                f"the checkpoint does not fit the state: {count} difference"
+                f"{'' if count == 1 else 's'}{lines}",
+                self.differences,
+            )
+
+    def fill(self, threads: int | None) -> tuple[str, list[str]]:
+        report = self.read(threads)
+        for live, name in self.copies:
+            _torch.copy(live, self.targets[name])
+        return report
+
+    # -- one place ---------------------------------------------------------------------------
+
+    def match(self, saved: Any, live: Any, keys: Keys, included: bool = False) -> Make:
+        """How the place at `keys` is put back. `live` may be MISSING."""
+        included = included or self.include(keys)
+        if live is not MISSING and is_object(live):
+            return self._match_object(saved, live, keys, included)
+        if isinstance(saved, _saved.Object):
+            # It was saved as an object and is now the dict that the object gave.
+            return self.match(saved.tree, live, keys, included)
+        if isinstance(saved, _saved.Tensor):
+            return self._match_tensor(saved, live, keys) if included else lambda: live
+        if is_tensor(live):
+            if included:
+                self._differ(keys, f"saved as {_kind(saved)}, a tensor in the state")
+            return lambda: live
+        if isinstance(saved, _saved.Mapping):
+            return self._match_mapping(saved, live, keys, included)
+        if type(saved) is list or type(saved) is tuple or isinstance(saved, _saved.Deque):
+            return self._match_sequence(saved, live, keys, included)
+        if isinstance(saved, _saved.NamedTuple | _saved.Dataclass):
+            return self._match_fields(saved, live, keys, included)
+        if not included:
+            return lambda: live
+        self._missing(live, keys)
+        return self._match_leaf(saved, live, keys)
+
+    def _differ(self, keys: Keys, what: str) -> None:
+        self.differences.append(f"{place(keys)}: {what}")
+
+    def _match_tensor(self, saved: _saved.Tensor, live: Any, keys: Keys) -> Make:
+        if not is_tensor(live):
+            if live is not MISSING:
+                self._missing(live, keys)
+            tensor = self.fresh(saved, keys)
+            return lambda: tensor
+        self.into(saved, live, keys)
+        return lambda: live
+
+    def into(self, saved: _saved.Tensor, live: Any, keys: Keys) -> None:
+        """Plans the bytes of `saved` into `live`, if they fit."""
+        facts = self._fits(saved, live, keys)
+        if facts is None:
+            return
+        if saved.name in self.targets or facts["device"] != "cpu" or not facts["writable"]:
+            if not facts["writable"]:
+                self._differ(keys, "it cannot be written to in place (read-only, or expanded)")
+            elif self.targets.get(saved.name) is not live:
+                self._copy_later(saved, live, facts, keys)
+            return
+        self.targets[saved.name] = live
+        self._spans.append((facts["span"], facts["contiguous"], saved.name))
+
+    def _copy_later(
+        self, saved: _saved.Tensor, live: Any, facts: dict[str, Any], keys: Keys
+    ) -> None:
+        """`live` is on a device, or the bytes have another place already."""
+        target = self.targets.get(saved.name)
+        if target is not None and is_tensor(target):
+            there = describe(target)
+            if there["span"] == facts["span"] and there["device"] == facts["device"]:
+                return  # Tied in the state as they were when saved.
+        self.fresh(saved, keys)
+        self.copies.append((live, saved.name))
+
+    def _separate(self) -> None:
+        """Two names of one memory: no two threads may write there."""
+        end = -1
+        before: tuple[tuple[int, int], bool, str] | None = None
+        for row in sorted(self._spans, key=lambda row: row[0]):
+            (low, high), contiguous, name = row
+            if before is not None and low < end and high > low:
+                same = before[0] == (low, high) and contiguous and before[1]
+                if same and self.strict:
+                    self.differences.append(
+                        f"{name} and {before[2]}: saved apart, one memory in the state"
+                    )
+                # Views of one memory: through a buffer, one after the other.
+                live = self.targets.pop(name)
+                self.copies.append((live, name))
+                self.targets[name] = _torch.like(live)
+            if high > end:
+                end, before = high, row
+
+    def _match_leaf(self, saved: Any, live: Any, keys: Keys) -> Make:
+        value = self.leaf(saved, keys, live)
+        if type(value) is set and type(live) is set:
+
+            def update() -> Any:
+                live.clear()
+                live.update(value)
+                return live
+
+            return update
+        return lambda: value
+
+    # -- what only one side has --------------------------------------------------------------
+
+    def _missing(self, live: Any, keys: Keys) -> None:
+        """Reports the tensors and objects below `live`, which the checkpoint has not."""
+        if not self.strict:
+            return
+        if is_tensor(live) or (live is not MISSING and is_object(live)):
+            self._differ(keys, "not in the checkpoint")
+        elif isinstance(live, dict):
+            for key, value in live.items():
+                self._missing(value, (*keys, key))
+        elif isinstance(live, list | tuple | collections.deque):
+            for index, value in enumerate(live):
+                self._missing(value, (*keys, index))
+        elif dataclasses.is_dataclass(live) and not isinstance(live, type):
+            for field in dataclasses.fields(live):
+                self._missing(getattr(live, field.name, None), (*keys, field.name))
+
+    def _unexpected(self, saved: Any, keys: Keys) -> bool:
+        """Whether `saved` is or holds tensors or objects; reports them where that is an error."""
+        if isinstance(saved, _saved.Tensor | _saved.Object):
+            if self.strict:
+                self._differ(keys, "in the checkpoint, not in the state")
+            return True
+        rows: list[tuple[Any, Any]] = []
+        if isinstance(saved, _saved.Mapping):
+            rows = self.entries(saved, keys)
+        elif isinstance(saved, _saved.NamedTuple | _saved.Dataclass):
+            rows = list(saved.fields.items())
+        elif type(saved) in (list, tuple, _saved.Deque):
+            rows = list(enumerate(_items(saved)))
+        found = False
+        for key, value in rows:
+            # Every one is reported: no short cut.
+            found = self._unexpected(value, (*keys, key)) or found
+        return found
+
+    # -- containers --------------------------------------------------------------------------
+
+    def _match_mapping(self, saved: _saved.Mapping, live: Any, keys: Keys, included: bool) -> Make:
+        is_live = type(live) in _MUTABLE_DICTS
+        if not is_live:
+            if not included and live is not MISSING:
+                return lambda: live
+            self._missing(live, keys)
+        current: dict[Any, Any] = live if is_live else {}
+        rows = self.entries(saved, keys)
+        makes: dict[Any, Make] = {}
+        for key, value in rows:
+            below = (*keys, key)
+            wanted = included or self.include(below)
+            if key not in current and current and wanted and self._unexpected(value, below):
+                continue
+            if key in current or wanted or _may_hold(value):
+                makes[key] = self.match(value, current.get(key, MISSING), below, wanted)
+        gone = [key for key in current if key not in {key for key, _ in rows}]
+        if included:
+            for key in gone:
+                self._missing(current[key], (*keys, key))
+
+        def make() -> Any:
+            made = ((key, make()) for key, make in makes.items())
+            new = {key: value for key, value in made if value is not MISSING}
+            if not is_live:
+                return _types.make_mapping(saved, new, live) if new or included else live
+            for key in gone:
+                # The checkpoint is the truth, but for what was not asked for.
+                if not included or (not self.strict and _holds(live[key])):
+                    new[key] = live[key]
+            if list(live) != list(new):
+                live.clear()
+            for key, value in new.items():
+                live[key] = value
+            return live
+
+        return make
+
+    def _match_sequence(self, saved: Any, live: Any, keys: Keys, included: bool) -> Make:
+        items = _items(saved)
+        is_live = type(live) in (list, tuple, collections.deque)
+        if not is_live:
+            if not included and live is not MISSING:
+                return lambda: live
+            self._missing(live, keys)
+        current: Sequence[Any] = live if is_live else ()
+        makes: list[Make] = []
+        for index, value in enumerate(items):
+            below = (*keys, index)
+            there = current[index] if index < len(current) else MISSING
+            wanted = included or self.include(below)
+            if there is MISSING and current and wanted and self._unexpected(value, below):
+                continue
+            makes.append(self.match(value, there, below, wanted))
+        if included:
+            for index in range(len(items), len(current)):
+                self._missing(current[index], (*keys, index))
+
+        def make() -> Any:
+            new = [None if value is MISSING else value for value in (m() for m in makes)]
+            if not included:
+                new += current[len(new) :]
+            if isinstance(saved, _saved.Deque):
+                if type(live) is not collections.deque or live.maxlen != saved.maxlen:
+                    return collections.deque(new, saved.maxlen)
+                live.clear()
+                live.extend(new)
+                return live
+            if type(saved) is tuple:
+                same = type(live) is tuple and len(live) == len(new)
+                if same and all(a is b for a, b in zip(live, new, strict=True)):
+                    return live
+                return tuple(new)
+            if type(live) is not list:
+                return new
+            live[:] = new
+            return live
+
+        return make
+
+    def _match_fields(
+        self, saved: _saved.NamedTuple | _saved.Dataclass, live: Any, keys: Keys, included: bool
+    ) -> Make:
+        names = list(saved.fields)
+        if isinstance(saved, _saved.NamedTuple):
+            is_live = isinstance(live, tuple) and getattr(live, "_fields", None) == tuple(names)
+        else:
+            cls = _types.dataclass_type(saved, live)
+            is_live = cls is not None and type(live) is cls
+        if not is_live:
+            if not included and live is not MISSING:
+                return lambda: live
+            self._missing(live, keys)
+        makes = [
+            self.match(
+                value, getattr(live, name, MISSING) if is_live else MISSING, (*keys, name), included
+            )
+            for name, value in saved.fields.items()
+        ]
+
+        def make() -> Any:
+            new = [None if value is MISSING else value for value in (m() for m in makes)]
+            if isinstance(saved, _saved.NamedTuple):
+                if is_live and all(a is b for a, b in zip(live, new, strict=True)):
+                    return live
+                return _types.make_named_tuple(saved, new, live)
+            if not is_live or live.__dataclass_params__.frozen:
+                old = [getattr(live, name, MISSING) for name in names] if is_live else []
+                if is_live and all(a is b for a, b in zip(old, new, strict=True)):
+                    return live
+                return _types.make_dataclass(saved, new, live)
+            for name, value in zip(names, new, strict=True):
+                object.__setattr__(live, name, value)
+            return live
+
+        return make
+
+    # -- objects -----------------------------------------------------------------------------
+
+    def _match_object(self, saved: Any, live: Any, keys: Keys, included: bool) -> Make:
+        tree = saved.tree if isinstance(saved, _saved.Object) else saved
+        torch = _types.torch_if_imported()
+        if torch is not None and isinstance(live, torch.nn.Module):
+            return self._match_module(tree, live, keys, included)
+        if not included:
+            return lambda: live
+        if torch is not None and isinstance(live, torch.optim.Optimizer):
+            return self._match_optimizer(tree, live, keys)
+        make_tree = self.make(tree, keys)
+        return lambda: _torch.load(live, make_tree(), place(keys))
+
+    def _match_module(self, tree: Any, live: Any, keys: Keys, included: bool) -> Make:
+        if not isinstance(tree, _saved.Mapping):
+            if included:
+                self._differ(keys, f"saved as {_kind(tree)}, a torch module in the state")
+            return lambda: live
+        current = _torch.module_state(live)
+        in_place = not _torch.needs_load_state_dict(live)
+        makes: dict[str, Make] = {}
+        rows = self.entries(tree, keys)
+        for key, value in rows:
+            below = (*keys, key)
+            if not (included or self.include(below)):
+                continue
+            if key not in current:
+                if self.strict:
+                    self._differ(below, "in the checkpoint, not in the state")
+                else:
+                    makes[key] = self.make(value, below)
+            elif in_place:
+                makes[key] = self.match(value, current[key], below, True)
+            else:
+                makes[key] = self._beside(value, current[key], below)
+        saved_keys = {key for key, _ in rows}
+        if included and self.strict:
+            for key in current:
+                if key not in saved_keys:
+                    self._differ((*keys, key), "not in the checkpoint")
+        if in_place:
+            return lambda: live
+        strict = self.strict and included
+        return lambda: _torch.load_module(
+            live, {k: make() for k, make in makes.items()}, current, strict, place(keys)
+        )
+
+    def _beside(self, saved: Any, live: Any, keys: Keys) -> Make:
+        """New memory for what its owner will copy from, checked against the live one."""
+        if isinstance(saved, _saved.Tensor) and is_tensor(live) and not _torch.is_lazy(live):
+            self._fits(saved, live, keys)
+        return self.make(saved, keys)
+
+    def _fits(self, saved: _saved.Tensor, live: Any, keys: Keys) -> dict[str, Any] | None:
+        """What `live` is, if it has the dtype and shape of `saved`."""
+        dtype, shape = self.entry(saved, keys)
+        facts: dict[str, Any] = describe(live)
+        if (facts["dtype"], facts["shape"]) == (dtype, shape):
+            return facts
+        self._differ(
+            keys,
+            f"saved as {dtype} {list(shape)}, in the state {facts['dtype']} {list(facts['shape'])}",
+        )
+        return None
+
+    def _match_optimizer(self, tree: Any, live: Any, keys: Keys) -> Make:
+        difference = _torch.groups_differ(tree, live)
+        if difference:
+            self._differ(keys, difference)
+            return lambda: live
+        # Its moments, where it has some already, are overwritten where they lie.
+        state = _torch.optimizer_state(live)
+        hints = state if _torch.loads_by_reference(live) else MISSING
+        make_tree = self._make_with(tree, hints, keys)
+        return lambda: _torch.load_optimizer(live, make_tree(), place(keys))
+
+    def _make_with(self, saved: Any, live: Any, keys: Keys) -> Make:
+        """New containers; live tensors where they fit, fresh ones elsewhere."""
+        if isinstance(saved, _saved.Mapping) and isinstance(live, dict):
+            rows = [
+                (key, self._make_with(value, live.get(key, MISSING), (*keys, key)))
+                for key, value in self.entries(saved, keys)
+            ]
+            return lambda: _types.make_mapping(saved, {key: make() for key, make in rows})
+        if isinstance(saved, _saved.Tensor) and is_tensor(live) and saved.name not in self.targets:
+            facts = describe(live)
+            fits = (facts["dtype"], facts["shape"]) == self.entry(saved, keys)
+            if fits and facts["device"] == "cpu" and facts["writable"] and not saved.param:
+                self.into(saved, live, keys)
+                return lambda: live
+        return self.make(saved, keys)
+
+
+def _items(saved: Any) -> Sequence[Any]:
+    items: Sequence[Any] = saved.items if isinstance(saved, _saved.Deque) else saved
+    return items
+
+
+def _kind(saved: Any) -> str:
+    names = {_saved.Mapping: "a dict", _saved.Tensor: "a tensor", _saved.Object: "an object"}
+    return names.get(type(saved), type(saved).__name__)
+
+
+def _may_hold(saved: Any) -> bool:
+    """Whether something below may be wanted although its parent is not."""
+    return isinstance(saved, _saved.Mapping | _saved.Object | _saved.Dataclass)
+
+
+def _holds(live: Any) -> bool:
+    """Whether a value is or holds a tensor or an object."""
+    if is_tensor(live) or is_object(live):
+        return True
+    if isinstance(live, dict):
+        return any(_holds(value) for value in live.values())
+    if isinstance(live, list | tuple | collections.deque):
+        return any(_holds(value) for value in live)
+    return False

@@ -1,0 +1,195 @@
+"""What torch's own classes need to get a state back without a cast and without a second copy.
+
+torch is never imported here: whoever has a module or an optimizer has imported it.
+"""
+
+from __future__ import annotations
+
+import collections
+import sys
+from typing import Any
+
+from tierkeep import _saved, _types
+from tierkeep.errors import InvalidError
+
+
+def copy(live: Any, source: Any) -> None:
+    """Copies values of one shape and dtype into a live tensor or array."""
+    torch = _types.torch_if_imported()
+    if torch is not None and isinstance(live, torch.Tensor):
+        if not isinstance(source, torch.Tensor):
+            source = torch.from_numpy(source)
+        with torch.no_grad():
+            live.detach().copy_(source.detach())
+        return
+    if torch is not None and isinstance(source, torch.Tensor):
+        source = source.detach().cpu().numpy()
+    live[...] = source
+
+
+def like(live: Any) -> Any:
+    """Contiguous memory on the CPU of the same form."""
+    torch = _types.torch_if_imported()
+    if torch is not None and isinstance(live, torch.Tensor):
+        return torch.empty(live.shape, dtype=live.dtype)
+    return sys.modules["numpy"].empty(live.shape, dtype=live.dtype)
+
+
+def load(live: Any, tree: Any, where: str) -> Any:
+    """`live.load_state_dict(tree)`; an exception in it learns where it was."""
+    try:
+        live.load_state_dict(tree)
+    except Exception as error:
+        error.add_note(f"(while restoring {where})")
+        raise
+    return live
+
+
+# -- modules ---------------------------------------------------------------------------------
+
+
+def module_state(module: Any) -> dict[str, Any]:
+    """The live state: its own tensors where the class has torch's `state_dict`."""
+    own = getattr(module.state_dict, "__func__", None) is sys.modules["torch"].nn.Module.state_dict
+    state: dict[str, Any] = module.state_dict(keep_vars=True) if own else module.state_dict()
+    return state
+
+
+def is_lazy(tensor: Any) -> bool:
+    """A parameter that gets its shape at the first forward."""
+    parameter = sys.modules["torch"].nn.parameter
+    return isinstance(tensor, parameter.UninitializedTensorMixin)
+
+
+def needs_load_state_dict(module: Any) -> bool:
+    """Whether loading is more than filling: hooks, extra state, or a way of its own. Then
+    `load_state_dict` is called, with everything in new memory.
+    """
+    base = sys.modules["torch"].nn.Module
+    if getattr(module.load_state_dict, "__func__", None) is not base.load_state_dict:
+        return True
+    if getattr(module.state_dict, "__func__", None) is not base.state_dict:
+        return True
+    for part in module.modules():
+        hooks = ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_state_dict_hooks")
+        if any(getattr(part, name, None) for name in hooks):
+            return True
+        if type(part).get_extra_state is not base.get_extra_state:
+            return True
+        loader = getattr(part._load_from_state_dict, "__func__", None)
+        # torch's own layers override it to read what older versions wrote.
+        if loader is not base._load_from_state_dict and not str(
+            getattr(loader, "__module__", "")
+        ).startswith("torch.nn.modules."):
+            return True
+    return False
+
+
+def load_module(
+    module: Any, state: dict[str, Any], current: dict[str, Any], strict: bool, where: str
+) -> Any:
+    tree: Any = collections.OrderedDict(state)
+    if hasattr(current, "_metadata"):
+        # The versions of the layers, by which torch tells an old state from a new one.
+        tree._metadata = current._metadata
+    try:
+        if strict:
+            module.load_state_dict(tree)
+        else:
+            module.load_state_dict(tree, strict=False)
+    except Exception as error:
+        error.add_note(f"(while restoring {where})")
+        raise
+    return module
+
+
+# -- optimizers ------------------------------------------------------------------------------
+
+
+def loads_by_reference(optimizer: Any) -> bool:
+    """torch's own loader takes our tensors as they are, where it does not cast them."""
+    base = sys.modules["torch"].optim.Optimizer
+    return getattr(optimizer.load_state_dict, "__func__", None) is base.load_state_dict
+
+
+def optimizer_state(optimizer: Any) -> Any:
+    state = optimizer.state_dict()
+    return state if isinstance(state, dict) else _types.MISSING
+
+
+def groups_differ(tree: Any, live: Any) -> str | None:
+    """What differs between the saved groups of parameters and the live ones."""
+    if not isinstance(tree, _saved.Mapping):
+        return "saved as something else than an optimizer"
+    saved = {key: value for key, value in tree.entries if isinstance(key, str)}
+    groups = saved.get("param_groups")
+    if not loads_by_reference(live):
+        return None
+    if type(groups) is not list or "state" not in saved:
+        return "saved as something else than an optimizer"
+    sizes = []
+    for group in groups:
+        entries = dict(group.entries) if isinstance(group, _saved.Mapping) else {}
+        params = entries.get("params")
+        sizes.append(len(params) if type(params) is list else -1)
+    now = [len(group["params"]) for group in live.param_groups]
+    if sizes == now:
+        return None
+    return f"saved with groups of {sizes} parameters, in the state {now}"
+
+
+def load_optimizer(optimizer: Any, tree: Any, where: str) -> Any:
+    """Loads, then puts back what the loader cast to the parameters' dtype."""
+    load(optimizer, tree, where)
+    mended = _mend(optimizer, tree)
+    if mended is not None:
+        raise InvalidError(f"{where}/{mended}: the optimizer's load_state_dict changed its dtype")
+    return optimizer
+
+
+def _mend(optimizer: Any, tree: dict[str, Any]) -> str | None:
+    """Returns the path of something that could not be mended."""
+    torch = sys.modules["torch"]
+    saved = tree.get("state")
+    groups = tree.get("param_groups")
+    state = getattr(optimizer, "state", None)
+    if not isinstance(saved, dict) or not isinstance(groups, list) or not isinstance(state, dict):
+        return None
+    indices = [index for group in groups for index in group["params"]]
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    whole = loads_by_reference(optimizer)
+    for index, param in zip(indices, params, strict=True):
+        if index not in saved or param not in state:
+            continue
+        ours, theirs = saved[index], state[param]
+        if not isinstance(ours, dict) or not isinstance(theirs, dict):
+            continue
+        for name, value in ours.items():
+            if name in theirs:
+                theirs[name] = _uncast(value, theirs[name], whole, torch)
+                if _is_cast(value, theirs[name], torch):
+                    return f"state/{index}/{name}"
+    return None
+
+
+def _uncast(ours: Any, theirs: Any, whole: bool, torch: Any) -> Any:
+    """Our value on their device. `whole`: torch's loader, which spoils strs and NamedTuples too."""
+    if isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
+        if ours.dtype == theirs.dtype or ours.shape != theirs.shape:
+            return theirs
+        return ours.to(device=theirs.device)
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for name, value in ours.items():
+            if name in theirs:
+                theirs[name] = _uncast(value, theirs[name], whole, torch)
+        return theirs
+    if not whole:
+        return theirs
+    if type(ours) in (list, tuple) and type(theirs) is type(ours) and len(ours) == len(theirs):
+        return type(ours)(_uncast(a, b, whole, torch) for a, b in zip(ours, theirs, strict=True))
+    return ours
+
+
+def _is_cast(ours: Any, theirs: Any, torch: Any) -> bool:
+    tensors = isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor)
+    return tensors and ours.dtype != theirs.dtype and ours.shape == theirs.shape
