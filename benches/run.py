@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import pathlib
 import platform
 import shutil
@@ -21,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import safetensors.torch
 import torch
@@ -92,12 +92,10 @@ def save_and_restore(table: Table, base: pathlib.Path, rounds: int) -> None:
             for step in range(3, rounds + 3):
                 stall = seconds(lambda step=step: checkpointer.save(step, state))
                 warm.append((stall, seconds(reference.out)))
-            step = rounds + 2
-            checkpointer.save(step, state).wait("disk", timeout_s=120)
+            last = rounds + 2
+            checkpointer.save(last, state).wait("disk", timeout_s=120)
             for _ in range(rounds):
-                took = seconds(
-                    lambda: checkpointer.restore(state, step=step, rollback=True)
-                )
+                took = seconds(lambda: checkpointer.restore(state, step=last, rollback=True))
                 back.append((took, seconds(reference.back)))
             checkpointer.close(timeout_s=5)
     size = f"{reference.bytes / 2**30:.2f} GiB"
@@ -108,8 +106,12 @@ def save_and_restore(table: Table, base: pathlib.Path, rounds: int) -> None:
         f"{ratio(warm):.2f} ({median(a for a, _ in warm) * 1e3:.0f} ms)",
         ratio(warm) <= 1.05,
     )
-    table.add("first save once the arena is ready / memcpy", "<= 1.3", f"{ratio(first):.2f}",
-              ratio(first) <= 1.3)
+    table.add(
+        "first save once the arena is ready / memcpy",
+        "<= 1.3",
+        f"{ratio(first):.2f}",
+        ratio(first) <= 1.3,
+    )
     table.add(
         "restore from RAM into live tensors, checked / memcpy",
         "<= 1.15",
@@ -162,7 +164,7 @@ def overlap(table: Table, base: pathlib.Path, rounds: int) -> None:
         optimizer.step()
 
     plain, saving, returns = [], [], []
-    with place(base) as where:
+    with place(base) as where:  # noqa: SIM117
         with open_checkpointer(where, capture="overlap", disk_every=10**9) as checkpointer:
             checkpointer.restore(state)
             checkpointer.guard(optimizer)
@@ -180,7 +182,7 @@ def overlap(table: Table, base: pathlib.Path, rounds: int) -> None:
                     nonlocal number
                     for _ in range(3):
                         number += 1
-                        returns.append(seconds(lambda: checkpointer.save(number, state)))
+                        returns.append(seconds(partial(checkpointer.save, number, state)))
                         step()
 
                 saving.append(seconds(with_saves))
@@ -294,7 +296,9 @@ def disk(table: Table, base: pathlib.Path, rounds: int) -> None:
     where = tempfile.mkdtemp(prefix="tierkeep-bench-", dir=base)
     output = subprocess.run(
         [binary, f"{where}/bench", str(2**30), str(rounds)],
-        capture_output=True, text=True, check=True,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     shutil.rmtree(where)
     report = json.loads(output)

@@ -34,8 +34,8 @@ use tierkeep::state::{
     value::Value,
 };
 
-pub(crate) use self::{form::look, glance::Glancer};
 use self::{form::Known, walk::Walk};
+pub(crate) use self::{form::look, glance::Glancer};
 use crate::{
     errors::{invalid, unstorable},
     guard::Owned,

@@ -1,4 +1,4 @@
-"""Small training jobs that are wholly determined by their seed, and ways to stop and resume them."""
+"""Small training jobs that their seed determines wholly, and ways to stop and resume them."""
 
 from __future__ import annotations
 

@@ -75,7 +75,8 @@ LOOP = """
     first = lines.splitlines()[0]
     indent = len(first) - len(first.lstrip())
     exec("\\n".join(line[indent:] for line in lines.splitlines()))
-    print(json.dumps({"began": found.step if found else 0, "model": [p.tolist() for p in model.parameters()],
+    weights = [p.tolist() for p in model.parameters()]
+    print(json.dumps({"began": found.step if found else 0, "model": weights,
                       "random": torch.rand(3).tolist()}))
 """
 

@@ -1,4 +1,4 @@
-"""Random numbers go on where they stood; bars are drawn on terminals; CUDA is tested where it is."""
+"""Random numbers go on where they stood; bars are drawn on terminals; CUDA where it is."""
 
 from __future__ import annotations
 

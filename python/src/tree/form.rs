@@ -2,11 +2,7 @@
 
 use std::sync::Arc;
 
-use pyo3::{
-    buffer::PyUntypedBuffer,
-    intern,
-    prelude::*,
-};
+use pyo3::{buffer::PyUntypedBuffer, intern, prelude::*};
 use tierkeep::{
     snapshot::strided::{Address, Strided},
     state::{Memory, dtype::Dtype},
