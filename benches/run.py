@@ -95,7 +95,7 @@ def save_and_restore(table: Table, base: pathlib.Path, rounds: int) -> None:
             last = rounds + 2
             checkpointer.save(last, state).wait("disk", timeout_s=120)
             for _ in range(rounds):
-                took = seconds(lambda: checkpointer.restore(state, step=last, rollback=True))
+                took = seconds(partial(checkpointer.restore, state, step=last, rollback=True))
                 back.append((took, seconds(reference.back)))
             checkpointer.close(timeout_s=5)
     size = f"{reference.bytes / 2**30:.2f} GiB"

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_processes import ended, python
@@ -80,7 +81,8 @@ def test_two_ranks_are_killed_and_resumed_together(run: Path, tmp_path: Path, gr
         assert last[0]["attempt"] == last[1]["attempt"] != whole[0]["attempt"]
     with pytest.raises(tierkeep.InvalidError, match="saved by 2 ranks"):
         tierkeep.load(run)
-    assert tierkeep.load(run, rank=1)["model"]["weight"].tolist() == whole[1]["model"][0]  # type: ignore[index]
+    loaded: dict[str, Any] = tierkeep.load(run, rank=1)
+    assert loaded["model"]["weight"].tolist() == whole[1]["model"][0]
 
 
 ENVIRONMENTS = {
