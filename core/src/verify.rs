@@ -97,7 +97,16 @@ pub fn verify_records(reader: &Reader) -> Result<(Records, Vec<Found>)> {
     let mut records = Records::default();
     let mut by_number: BTreeMap<u32, Vec<(usize, AttemptRecord, Vec<u8>)>> = BTreeMap::new();
     for (index, tier) in tiers.iter().enumerate() {
-        for entry in tier.list(ATTEMPTS)? {
+        let entries = tier.list(ATTEMPTS)?;
+        for lone in entries.iter().filter_map(|e| e.name.strip_suffix(".copy")) {
+            let name = format!("{lone}.json");
+            if !entries.iter().any(|e| e.name == name) {
+                let (name, why) =
+                    (format!("{ATTEMPTS}/{name}"), "it is missing, its copy is there");
+                records.findings.push(damage(*tier, &name, why));
+            }
+        }
+        for entry in entries {
             let name = format!("{ATTEMPTS}/{}", entry.name);
             let Some(number) = attempt::number_of(&entry.name).filter(|_| name.contains('.'))
             else {

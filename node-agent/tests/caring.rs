@@ -111,6 +111,8 @@ fn verify_names_what_is_gone_and_what_does_not_belong() {
     std::fs::copy(place.file(&["00010/", "rank-000001.json"]), &manifest).unwrap();
     place.on("verify", &["--step", "30"]).says("not the manifest that was sealed");
     std::fs::remove_file(place.file(&["attempts", ".json"])).unwrap();
+    place.on("verify", &["--step", "10"]).says("00000001.json: it is missing, its copy is there");
+    std::fs::remove_file(place.file(&["attempts", ".copy"])).unwrap();
     place.on("verify", &["--step", "10"]).says("00000001.json: it is missing, and step 10");
 }
 

@@ -27,7 +27,7 @@ use tierkeep::{
     names::{Id, Step},
     reader::Reader as CoreReader,
     restore::decide::Wish,
-    state::Memory,
+    state::{Memory, State},
 };
 
 use crate::{
@@ -239,22 +239,24 @@ impl Handle {
         let py = state.py();
         self.check_pid(py)?;
         let owned = guarded.map(Owned::of).transpose()?;
-        let (state_view, keep) = self.walk(state, stage, owned.as_ref())?.into_state();
-        debug_assert!(!state_view.tensors.iter().any(|t| matches!(t.memory, Memory::InSlot)));
+        let Walked { tree, tensors, hold, keep, .. } = self.walk(state, stage, owned.as_ref())?;
+        debug_assert!(!tensors.iter().any(|t| matches!(t.memory, Memory::InSlot)));
         let (metrics, tags) = meta;
         let request = SaveRequest {
             step,
-            state: state_view,
+            state: State { tree, tensors },
             meta: Meta { metrics, tags, saved_unix_ms: 0 },
             overlap: owned.is_some(),
             skip_if_busy,
             keep_alive: Box::new(keep),
         };
         let core = self.core();
-        // SAFETY: `state` is borrowed until this returns and `keep` holds what outlives it; nobody
-        // writes to the state meanwhile but the owners of late tensors, who wait (`guard`). Threads
-        // of the caller's own that write to it are told not to by `Save`'s documentation.
-        let saved = py.detach(move || unsafe { core.save(request) }).raise(py)?;
+        // SAFETY: `hold` keeps every tensor until this returns, and `keep` the memory of those that
+        // are copied later. Nobody writes to the state meanwhile but the owners of late tensors, who
+        // wait (`guard`); threads of the script's own are told not to by `Save`'s documentation.
+        let saved = py.detach(move || unsafe { core.save(request) }).raise(py);
+        drop(hold);
+        let saved = saved?;
         let config = self.core.config();
         Ok(Save::new(saved, config.rank, config.disk_every))
     }

@@ -29,7 +29,7 @@ use pyo3::{
     types::{PyDict, PyList, PyTuple},
 };
 use tierkeep::state::{
-    Memory, State, Tensor, TensorSpec,
+    Memory, Tensor, TensorSpec,
     path::{self, Key},
     value::Value,
 };
@@ -98,7 +98,10 @@ impl Cache {
 pub(crate) struct Walked {
     pub(crate) tree: Value,
     pub(crate) tensors: Vec<Tensor>,
-    /// What must live until the copy is done: temporaries, and the memory of late tensors.
+    /// What must live until `save` returns: every tensor, whatever the script's other threads do to
+    /// the state, and what was made for this walk alone.
+    pub(crate) hold: Vec<Py<PyAny>>,
+    /// What must live until the copy behind is done: the memory of late tensors.
     pub(crate) keep: Vec<Py<PyAny>>,
     /// Tensors that lie on a device: (index into `tensors`, tensor). Their `memory` is a stand-in.
     pub(crate) on_device: Vec<(usize, Py<PyAny>)>,
@@ -108,11 +111,6 @@ impl Walked {
     /// The names, types and shapes.
     pub(crate) fn specs(self) -> Vec<TensorSpec> {
         self.tensors.into_iter().map(|tensor| tensor.spec).collect()
-    }
-
-    /// The core's form; the memory of device tensors has been filled in.
-    pub(crate) fn into_state(self) -> (State, Vec<Py<PyAny>>) {
-        (State { tree: self.tree, tensors: self.tensors }, self.keep)
     }
 }
 

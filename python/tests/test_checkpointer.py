@@ -84,6 +84,16 @@ def test_settings_come_from_arguments_then_the_environment(
     monkeypatch.setenv("TIERKEEP_KEEP_LAST", "7")
     with tierkeep.Checkpointer(run, keep_last=3) as ckpt:
         assert (ckpt.settings["slots"], ckpt.settings["keep_last"]) == (5, 3)
+    monkeypatch.setenv("TIERKEEP_EVERY", "20")
+    monkeypatch.setenv("TIERKEEP_CAPTURE", "overlap")
+    with tierkeep.Checkpointer(run) as ckpt:
+        assert "every=20, capture='overlap'" in repr(ckpt)
+    with tierkeep.Checkpointer(run, every=3) as ckpt:
+        assert ckpt.every == 3
+    monkeypatch.setenv("TIERKEEP_EVERY", "often")
+    with pytest.raises(tierkeep.InvalidError, match="every = 'often'"):
+        tierkeep.Checkpointer(run)
+    monkeypatch.delenv("TIERKEEP_EVERY")
     monkeypatch.setenv("TIERKEEP_SLOTS", "many")
     with pytest.raises(tierkeep.InvalidError, match="TIERKEEP_SLOTS"):
         tierkeep.Checkpointer(run)
@@ -321,6 +331,44 @@ def test_the_budget_is_told_by_prepare(run: Path, caplog: pytest.LogCaptureFixtu
             ckpt.prepare(big)
         assert ckpt.restore(big) is None
     assert "the slots were not prepared" in caplog.text
+
+
+def test_wait_all_waits_for_the_newest(run: Path) -> None:
+    with tierkeep.Checkpointer(run, disk_every=2) as ckpt:
+        ckpt.wait_all()
+        ckpt.restore(STATE)
+        for step in (1, 2, 3):
+            ckpt.save(step, STATE)
+        ckpt.wait_all("disk", 30)
+        assert [s.step for s in ckpt.steps() if s.sealed] == [2]
+        ckpt.save(4, STATE)
+        ckpt.wait_all("disk", 30)
+        assert ckpt.steps()[-1].sealed
+        with pytest.raises(tierkeep.InvalidError, match="level"):
+            ckpt.wait_all("peer")  # type: ignore[arg-type]
+
+
+def test_a_thread_that_replaces_tensors_during_a_save_does_no_harm(run: Path) -> None:
+    """The saved values are then this or that; but the process lives."""
+    state = {str(i): torch.full((50_000,), float(i)) for i in range(20)}
+    stop = threading.Event()
+
+    def replace() -> None:
+        while not stop.is_set():
+            for name in state:
+                state[name] = torch.full((50_000,), 7.0)
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    try:
+        with tierkeep.Checkpointer(run) as ckpt:
+            ckpt.restore({})
+            for step in range(1, 30):
+                ckpt.save(step, state)
+    finally:
+        stop.set()
+        thread.join()
+    assert set(tierkeep.load(run)) == set(state)
 
 
 # -- overlap ---------------------------------------------------------------------------------

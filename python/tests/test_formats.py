@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from same import fingerprint, raw
 from test_processes import ended, python
@@ -66,6 +69,29 @@ def test_safetensors_opens_a_shard_as_it_lies(
     assert raw(tensors["model/0.weight"]) == raw(made["model"][0].weight)
     assert raw(tensors["a~1b/x.y"]) == raw(made["a/b"]["x.y"])
     assert tensors["model/0.weight"].dtype is torch.bfloat16
+
+
+NASTY = st.text(st.sampled_from("ab/~#.0-_\0🦀é"), max_size=4) | st.sampled_from(
+    ["__metadata__", "17", "-1", "007", "~r", "a#0", ".", ".."]
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sets(st.one_of(NASTY, st.integers(-3, 99), st.tuples(NASTY)), max_size=8))
+def test_names_of_any_kind_come_back(keys: set[Any]) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as ram, tempfile.TemporaryDirectory() as disk:
+        state = {key: torch.tensor(i) for i, key in enumerate(keys)}
+        with tierkeep.Checkpointer(f"{disk}/run", ram_dir=ram) as ckpt:
+            ckpt.restore(state)
+            ckpt.save(1, state)
+            live = {key: torch.tensor(-1) for key in keys}
+            ckpt.restore(live, read_only=True)
+        assert live == state
+        (path,) = Path(disk).rglob("rank-*.safetensors")
+        stored = safetensors.torch.load_file(path)
+        assert {name: int(t) for name, t in stored.items()} == {
+            tierkeep._tierkeep.join_path((key,)): int(t) for key, t in state.items()
+        }
 
 
 def test_load_gives_everything_back(saved: dict[str, Any], run: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 from tierkeep import _ranks, _stop
 from tierkeep._address import directory
 from tierkeep._build import Include
-from tierkeep._checks import at_least_one, names, one_of, words
+from tierkeep._checks import at_least_one, from_environment, names, one_of, words
 from tierkeep._cuda import Stager
 from tierkeep._events import Callback, Event, Teller
 from tierkeep._facts import Restored, StepInfo
@@ -52,24 +52,27 @@ class Checkpointer:
     is the recommended form. A save copies it to RAM (files in /dev/shm, which survive the process),
     and from there to disk while training goes on.
 
+    What is not given is looked for in the environment, `TIERKEEP_` and the name in capitals; then
+    there is a default.
+
     Args:
         destination: the run, `<root>/<run>`: a directory that all ranks share.
-        every: `step` saves steps that are divisible by it.
+        every: `step` saves steps that are divisible by it; default: 1.
         rank, world_size: this process among those that save. Default: torch.distributed if it is
             initialised, then torchrun's environment, then Slurm's under srun, else alone.
         attempt_id: 32 hex digits, drawn anew at each start of the job and the same on all ranks.
             Default: broadcast once over an initialised process group, else found on the host.
         ram_dir: where the ram tier keeps its files; a directory on tmpfs that jobs may share.
-            Default: `TIERKEEP_RAM_DIR`, then /dev/shm/tierkeep-<uid>.
-        ram_bytes_max: limit of all files below `ram_dir`. Default: `TIERKEEP_RAM_BYTES_MAX`, then
-            a share of what is free.
+            Default: /dev/shm/tierkeep-<uid>.
+        ram_bytes_max: limit of all files below `ram_dir`. Default: a share of what is free.
         slots: snapshots that RAM holds for this rank, 2 or more.
         disk_every: steps that are divisible by it go to disk.
         keep_last: newest checkpoints that stay on disk.
         keep_every: steps that are divisible by it stay on disk for ever.
-        capture: `"now"`: `save` returns when everything is copied. `"overlap"`: tensors of the
+        capture: `"now"` (the default): `save` returns when everything is copied. `"overlap"`: tensors of the
             optimizers given to `guard` are copied behind; their next step waits for it.
-        busy: what a save does while every slot is in use: `"wait"`, or `"skip"` the step.
+        busy: what a save does while every slot is in use: `"wait"` (the default), or `"skip"` the
+            step.
         fresh: begin at step 0, and abandon the checkpoints that are there.
         max_failures: after so many failed saves in a row, the next one raises the last error.
         threads: of a copy. Default: as many as help.
@@ -86,7 +89,7 @@ class Checkpointer:
         self,
         destination: str | os.PathLike[str],
         *,
-        every: int = 1,
+        every: int | None = None,
         rank: int | None = None,
         world_size: int | None = None,
         attempt_id: str | None = None,
@@ -96,8 +99,8 @@ class Checkpointer:
         disk_every: int | None = None,
         keep_last: int | None = None,
         keep_every: int | None = None,
-        capture: Literal["now", "overlap"] = "now",
-        busy: Literal["wait", "skip"] = "wait",
+        capture: Literal["now", "overlap"] | None = None,
+        busy: Literal["wait", "skip"] | None = None,
         fresh: bool = False,
         max_failures: int | None = None,
         threads: int | None = None,
@@ -105,13 +108,15 @@ class Checkpointer:
         timeouts_s: Mapping[str, float] | None = None,
     ) -> None:
         path = directory(destination)
+        every = from_environment("every", every) or 1
+        capture = from_environment("capture", capture) or "now"
+        busy = from_environment("busy", busy) or "wait"
+        limit = from_environment("max_failures", max_failures)
         self.every = at_least_one("every", every)
         self._capture = one_of("capture", capture, ("now", "overlap"))
         self._skip_if_busy = one_of("busy", busy, ("wait", "skip")) == "skip"
         self._fresh = fresh
-        self._max_failures = (
-            None if max_failures is None else at_least_one("max_failures", max_failures)
-        )
+        self._max_failures = None if limit is None else at_least_one("max_failures", limit)
         self._allow_pickle = names(allow_pickle)
         self._threads = threads
         self._ranks = _ranks.detect(rank, world_size)
@@ -321,7 +326,8 @@ class Checkpointer:
         Raises:
             MismatchError: the checkpoint does not fit; `differences` lists all of it.
             CheckpointNotFoundError: there is no such step.
-            CorruptError: no tier has a good copy.
+            CorruptError: no tier has a good copy. Found while reading: then the live tensors hold
+                old and new bytes.
             UnavailableError: a tier that may have a newer checkpoint does not answer.
         """
         self.fence()

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Iterable
 
 from tierkeep.errors import InvalidError
 
 
-def at_least_one(name: str, value: int) -> int:
-    number = operator.index(value)
+def from_environment(name: str, given: int | str | None) -> int | str | None:
+    """What was given, else the variable `TIERKEEP_<NAME>`."""
+    text = os.environ.get(f"TIERKEEP_{name.upper()}", "")
+    return text if given is None and text else given
+
+
+def at_least_one(name: str, value: int | str) -> int:
+    try:
+        number = operator.index(int(value) if isinstance(value, str) else value)
+    except ValueError:
+        raise InvalidError(f"{name} = {value!r}: a whole number") from None
     if number < 1:
         raise InvalidError(f"{name} = {number}: at least 1")
     return number

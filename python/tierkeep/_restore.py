@@ -344,7 +344,8 @@ class Plan(Builder):
             return lambda: live
         if torch is not None and isinstance(live, torch.optim.Optimizer):
             return self._match_optimizer(tree, live, keys)
-        make_tree = self.make(tree, keys)
+        # New memory, on the devices that its tensors are on now: what it keeps of it is its own.
+        make_tree = self._make_beside(tree, live.state_dict(), keys)
         return lambda: _torch.load(live, make_tree(), place(keys))
 
     def _match_module(self, tree: Any, live: Any, keys: Keys, included: bool) -> Make:
@@ -398,6 +399,23 @@ class Plan(Builder):
             f"saved as {dtype} {list(shape)}, in the state {facts['dtype']} {list(facts['shape'])}",
         )
         return None
+
+    def _make_beside(self, saved: Any, live: Any, keys: Keys) -> Make:
+        """New values, tensors on the devices of those in `live`."""
+        if isinstance(saved, _saved.Mapping) and isinstance(live, dict):
+            rows = [
+                (key, self._make_beside(value, live.get(key, MISSING), (*keys, key)))
+                for key, value in self.entries(saved, keys)
+            ]
+            return lambda: _types.make_mapping(saved, {key: make() for key, make in rows}, live)
+        if type(saved) in (list, tuple) and type(live) is type(saved):
+            there = [*live, *[MISSING] * len(saved)]
+            items = [self._make_beside(v, there[i], (*keys, i)) for i, v in enumerate(saved)]
+            return lambda: type(saved)(make() for make in items)
+        make = self.make(saved, keys)
+        if isinstance(saved, _saved.Tensor) and (device := _torch.device_of(live)) is not None:
+            return lambda: make().to(device)
+        return make
 
     def _match_optimizer(self, tree: Any, live: Any, keys: Keys) -> Make:
         difference = _torch.groups_differ(tree, live)

@@ -81,12 +81,8 @@ class Saves:
 
 
 def _wait(save: Save, level: str, end: float) -> None:
-    if level == "disk" and save.progress().done:
-        # Not due for disk, or over: then what is wrong with it is told here.
-        if (error := failure(save, "ram")) is not None:
-            raise error
-        if save.progress().disk or not save.is_due_for_disk:
-            return
+    if level == "disk" and not save.is_due_for_disk:
+        level = "ram"
     save.wait(level, max(0.0, end - time.monotonic()))
 
 

@@ -35,6 +35,14 @@ def like(live: Any) -> Any:
     return sys.modules["numpy"].empty(live.shape, dtype=live.dtype)
 
 
+def device_of(live: Any) -> Any:
+    """The device of a tensor that does not lie on the CPU."""
+    torch = _types.torch_if_imported()
+    if torch is None or not isinstance(live, torch.Tensor) or live.device.type == "cpu":
+        return None
+    return live.device
+
+
 def load(live: Any, tree: Any, where: str) -> Any:
     """`live.load_state_dict(tree)`; an exception in it learns where it was."""
     try:

@@ -42,7 +42,7 @@ impl<'py> Walk<'_, 'py> {
             self.inside(object, |walk| Ok(Value::Object(Box::new(walk.same_place(&state)?))));
         self.in_module = outer;
         // What it gave may be made for this call only.
-        self.keep.push(state.unbind());
+        self.hold.push(state.unbind());
         value
     }
 

@@ -52,7 +52,8 @@ pub(super) struct Walk<'a, 'py> {
     /// The last tensor that begins at an address, and for each tensor the one before it there.
     by_start: HashMap<usize, usize, ByAddress>,
     before: Vec<Option<usize>>,
-    pub(super) keep: Vec<Py<PyAny>>,
+    pub(super) hold: Vec<Py<PyAny>>,
+    keep: Vec<Py<PyAny>>,
     on_device: Vec<(usize, Py<PyAny>)>,
 }
 
@@ -81,13 +82,20 @@ impl<'a, 'py> Walk<'a, 'py> {
             forms: Vec::with_capacity(tensors),
             by_start: HashMap::with_capacity_and_hasher(tensors, ByAddress::default()),
             before: Vec::with_capacity(tensors),
+            hold: Vec::with_capacity(tensors),
             keep: Vec::new(),
             on_device: Vec::new(),
         })
     }
 
     pub(super) fn done(self, tree: Value) -> Walked {
-        Walked { tree, tensors: self.tensors, keep: self.keep, on_device: self.on_device }
+        Walked {
+            tree,
+            tensors: self.tensors,
+            hold: self.hold,
+            keep: self.keep,
+            on_device: self.on_device,
+        }
     }
 
     /// The error that what lies at the current place cannot be stored.
@@ -375,6 +383,7 @@ impl<'a, 'py> Walk<'a, 'py> {
         if form.device.is_some() {
             self.on_device.push((index, tensor.clone().unbind()));
         }
+        self.hold.push(tensor.clone().unbind());
         let spec = TensorSpec {
             name: name.clone(),
             dtype: form.dtype,
