@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +17,19 @@ def ram(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="tierkeep-test-", dir="/dev/shm"))
     monkeypatch.setenv("TIERKEEP_RAM_DIR", str(path))
     yield path
+    end = time.monotonic() + 5
+    while _prepares() and time.monotonic() < end:
+        time.sleep(0.01)
     shutil.rmtree(path, ignore_errors=True)
+
+
+def _prepares() -> bool:
+    """Whether slots are still being made behind, by a Checkpointer that was closed early."""
+    for path in Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(OSError):  # It has ended meanwhile.
+            if path.read_text().startswith("tierkeep-prepar"):
+                return True
+    return False
 
 
 @pytest.fixture

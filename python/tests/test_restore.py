@@ -429,6 +429,45 @@ def test_an_exception_in_load_state_dict_learns_where_it_was(run: Path) -> None:
     assert "(while restoring a/b)" in caught.value.__notes__
 
 
+def test_state_dicts_instead_of_objects(run: Path) -> None:
+    """The way of torch.save: the script calls state_dict and load_state_dict itself."""
+
+    def make() -> tuple[nn.Module, torch.optim.Optimizer, dict[str, Any]]:
+        model = nn.Linear(3, 3)
+        optimizer = torch.optim.AdamW(model.parameters())
+        return model, optimizer, {"model": model.state_dict(), "optim": optimizer.state_dict()}
+
+    model, optimizer, _ = make()
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    saved = {"model": model.state_dict(), "optim": optimizer.state_dict()}
+    save(run, saved)
+    fresh, its_optimizer, live = make()
+    new = restore(run, live)
+    # The model's tensors are its own, so they are filled; the moments are new.
+    assert fingerprint(fresh) == fingerprint(model)
+    its_optimizer.load_state_dict(new["optim"])
+    assert fingerprint(its_optimizer) == fingerprint(optimizer)
+
+
+def test_an_object_gets_new_tensors_and_keeps_its_own(run: Path) -> None:
+    class Keeps:
+        def __init__(self, fill: float) -> None:
+            self.inner = {"a": torch.full((2,), fill), "list": [torch.full((1,), fill), "x"]}
+
+        def state_dict(self) -> Any:
+            return self.inner
+
+        def load_state_dict(self, state: Any) -> None:
+            self.loaded = state
+
+    save(run, {"k": Keeps(1)})
+    live = Keeps(2)
+    restore(run, {"k": live})
+    assert live.inner["a"].tolist() == [2, 2]  # type: ignore[union-attr]
+    assert fingerprint(live.loaded) == fingerprint(Keeps(1).inner)
+
+
 def test_a_dict_takes_the_place_of_an_object_and_the_reverse(run: Path) -> None:
     model = nn.Linear(2, 2)
     save(run, {"m": model})

@@ -76,7 +76,7 @@ FLOATS = st.one_of(
 )
 TEXT = st.text(st.characters(), max_size=8) | st.text(st.characters(categories=["Cs"]), max_size=2)
 SCALARS = st.one_of(
-    st.sampled_from([numpy.float32(1.5), numpy.bool_(True), numpy.str_("ß"), numpy.str_("")]),
+    st.sampled_from([numpy.float32(1.5), numpy.bool_(True), numpy.str_("ß\0"), numpy.str_("")]),
     st.integers(-128, 127).map(numpy.int8),
     FLOATS.map(numpy.float64),
     st.builds(complex, FLOATS, FLOATS).map(numpy.complex128),

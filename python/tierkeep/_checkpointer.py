@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 from tierkeep import _ranks, _stop
 from tierkeep._address import directory
 from tierkeep._build import Include
-from tierkeep._checks import at_least_one, from_environment, names, one_of, words
+from tierkeep._checks import at_least_one, names, one_of, setting, words
 from tierkeep._cuda import Stager
 from tierkeep._events import Callback, Event, Teller
 from tierkeep._facts import Restored, StepInfo
@@ -69,8 +69,8 @@ class Checkpointer:
         disk_every: steps that are divisible by it go to disk.
         keep_last: newest checkpoints that stay on disk.
         keep_every: steps that are divisible by it stay on disk for ever.
-        capture: `"now"` (the default): `save` returns when everything is copied. `"overlap"`: tensors of the
-            optimizers given to `guard` are copied behind; their next step waits for it.
+        capture: `"now"` (the default): `save` returns when everything is copied. `"overlap"`:
+            tensors of the optimizers given to `guard` are copied behind; their next step waits.
         busy: what a save does while every slot is in use: `"wait"` (the default), or `"skip"` the
             step.
         fresh: begin at step 0, and abandon the checkpoints that are there.
@@ -108,15 +108,14 @@ class Checkpointer:
         timeouts_s: Mapping[str, float] | None = None,
     ) -> None:
         path = directory(destination)
-        every = from_environment("every", every) or 1
-        capture = from_environment("capture", capture) or "now"
-        busy = from_environment("busy", busy) or "wait"
-        limit = from_environment("max_failures", max_failures)
-        self.every = at_least_one("every", every)
-        self._capture = one_of("capture", capture, ("now", "overlap"))
-        self._skip_if_busy = one_of("busy", busy, ("wait", "skip")) == "skip"
+        self.every = at_least_one("every", setting("every", every, 1))
+        capture_ = setting("capture", capture, "now")
+        self._capture = one_of("capture", capture_, ("now", "overlap"))
+        busy_ = setting("busy", busy, "wait")
+        self._skip_if_busy = one_of("busy", busy_, ("wait", "skip")) == "skip"
         self._fresh = fresh
-        self._max_failures = None if limit is None else at_least_one("max_failures", limit)
+        limit = setting("max_failures", max_failures, sys.maxsize)
+        self._max_failures = at_least_one("max_failures", limit)
         self._allow_pickle = names(allow_pickle)
         self._threads = threads
         self._ranks = _ranks.detect(rank, world_size)
@@ -512,8 +511,6 @@ class Checkpointer:
         return [optimizer for one in self._guarded if (optimizer := one()) is not None]
 
     def _raise_if_failing(self) -> None:
-        if self._max_failures is None:
-            return
         self._saves.settle()
         if self._saves.failures >= self._max_failures:
             raise self._saves.last_error or BugError("a save failed without an error")

@@ -9,10 +9,11 @@ from collections.abc import Iterable
 from tierkeep.errors import InvalidError
 
 
-def from_environment(name: str, given: int | str | None) -> int | str | None:
-    """What was given, else the variable `TIERKEEP_<NAME>`."""
-    text = os.environ.get(f"TIERKEEP_{name.upper()}", "")
-    return text if given is None and text else given
+def setting(name: str, given: int | str | None, default: int | str) -> int | str:
+    """What was given, else the variable `TIERKEEP_<NAME>`, else the default."""
+    if given is not None:
+        return given
+    return os.environ.get(f"TIERKEEP_{name.upper()}") or default
 
 
 def at_least_one(name: str, value: int | str) -> int:
@@ -25,10 +26,11 @@ def at_least_one(name: str, value: int | str) -> int:
     return number
 
 
-def one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    if value not in allowed:
-        raise InvalidError(f"{name} = {value!r}: it is one of {', '.join(map(repr, allowed))}")
-    return value
+def one_of(name: str, value: int | str, allowed: tuple[str, ...]) -> str:
+    for choice in allowed:
+        if value == choice:
+            return choice
+    raise InvalidError(f"{name} = {value!r}: it is one of {', '.join(map(repr, allowed))}")
 
 
 def words(name: str, words: Iterable[str]) -> list[str]:

@@ -152,13 +152,23 @@ def make_numpy_scalar(saved: _saved.NumpyScalar) -> Any:
     if numpy is None:
         raise UnavailableError("a numpy scalar cannot be made: numpy is not installed")
     try:
-        dtype = numpy.dtype(saved.dtype)
-    except TypeError as error:
-        raise InvalidError(f"a numpy scalar of dtype {saved.dtype!r}") from error
+        return _numpy_scalar(numpy, saved)
+    except (TypeError, ValueError, SyntaxError) as error:
+        raise InvalidError(
+            f"a numpy scalar of dtype {saved.dtype!r} in {len(saved.data)} bytes"
+        ) from error
+
+
+def _numpy_scalar(numpy: Any, saved: _saved.NumpyScalar) -> Any:
+    dtype = numpy.dtype(saved.dtype)
     if dtype.kind in "OV" or dtype.itemsize != len(saved.data):
-        raise InvalidError(f"a numpy scalar of dtype {saved.dtype!r} in {len(saved.data)} bytes")
-    if dtype.itemsize == 0:
-        return dtype.type()
+        raise ValueError("not a scalar")
+    # An array of texts drops NULs at their ends, which a scalar keeps.
+    if dtype.kind == "S":
+        return numpy.bytes_(saved.data)
+    if dtype.kind == "U":
+        order = "be" if dtype.str[0] == ">" else "le"
+        return numpy.str_(saved.data.decode(f"utf-32-{order}", "surrogatepass"))
     return numpy.frombuffer(saved.data, dtype=dtype)[0]
 
 
