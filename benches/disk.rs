@@ -143,6 +143,7 @@ fn saved_run(dir: &Path, bytes: usize) -> (PathBuf, PathBuf) {
         overlap: false,
         skip_if_busy: false,
         keep_alive: Box::new(()),
+        interrupted: None,
     };
     // SAFETY: `data` is read only during the call.
     let save = unsafe { ckpt.save(request) }.unwrap();

@@ -66,7 +66,13 @@ pub struct SaveRequest {
     pub skip_if_busy: bool,
     /// Dropped when the copy is done: what keeps the state's memory alive.
     pub keep_alive: Box<dyn Any + Send + Sync>,
+    /// Asked every tenth of a second while the save waits for a slot: true ends the wait, and the
+    /// step is not saved.
+    pub interrupted: Option<Interrupted>,
 }
+
+/// Whether the caller wants to go on with something else (Ctrl-C).
+pub type Interrupted = Box<dyn Fn() -> bool + Send + Sync>;
 
 /// The tiers and locks of one rank, before and after it has an attempt.
 pub(crate) struct Place {

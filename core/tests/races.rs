@@ -205,6 +205,7 @@ fn a_metric_that_is_nan_is_data() {
         overlap: false,
         skip_if_busy: false,
         keep_alive: Box::new(()),
+        interrupted: None,
     };
     // SAFETY: the model outlives the call.
     let s = unsafe { c.save(r) }.unwrap();

@@ -31,6 +31,7 @@ fn saved_or_skipped(ckpt: &Checkpointer, rank: u32, steps: u64) -> BTreeSet<u64>
             overlap: false,
             skip_if_busy: true,
             keep_alive: Box::new(()),
+            interrupted: None,
         };
         // SAFETY: "now": the memory is read only during the call.
         let save = unsafe { ckpt.save(request) }.unwrap();
@@ -204,6 +205,7 @@ fn late_tensors_are_copied_behind_and_early_ones_before_save_returns() {
             overlap: true,
             skip_if_busy: false,
             keep_alive: Box::new(()),
+            interrupted: None,
         };
         // SAFETY: the late tensor is not touched before `staged`, the other one only after the
         // call.

@@ -11,7 +11,7 @@ use std::{
     collections::{BTreeMap, HashSet},
     mem::ManuallyDrop,
     path::PathBuf,
-    sync::{Mutex, atomic::Ordering},
+    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
     time::Duration,
 };
 
@@ -242,6 +242,7 @@ impl Handle {
         let Walked { tree, tensors, hold, keep, .. } = self.walk(state, stage, owned.as_ref())?;
         debug_assert!(!tensors.iter().any(|t| matches!(t.memory, Memory::InSlot)));
         let (metrics, tags) = meta;
+        let raised: Arc<Mutex<Option<PyErr>>> = Arc::default();
         let request = SaveRequest {
             step,
             state: State { tree, tensors },
@@ -249,6 +250,18 @@ impl Handle {
             overlap: owned.is_some(),
             skip_if_busy,
             keep_alive: Box::new(keep),
+            interrupted: Some(Box::new({
+                let raised = raised.clone();
+                move || {
+                    Python::attach(|py| match py.check_signals() {
+                        Ok(()) => false,
+                        Err(e) => {
+                            *raised.lock().unwrap_or_else(PoisonError::into_inner) = Some(e);
+                            true
+                        }
+                    })
+                }
+            })),
         };
         let core = self.core();
         // SAFETY: `hold` keeps every tensor until this returns, and `keep` the memory of those that
@@ -256,6 +269,9 @@ impl Handle {
         // wait (`guard`); threads of the script's own are told not to by `Save`'s documentation.
         let saved = py.detach(move || unsafe { core.save(request) }).raise(py);
         drop(hold);
+        if let Some(e) = raised.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            return Err(e);
+        }
         let saved = saved?;
         let config = self.core.config();
         Ok(Save::new(saved, config.rank, config.disk_every))

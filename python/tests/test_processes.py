@@ -316,9 +316,6 @@ def test_ctrl_c_ends_a_wait_for_a_lock(run: Path) -> None:
         ended(owner)
 
 
-@pytest.mark.xfail(
-    reason="the core's wait for a slot cannot be ended from outside yet", strict=True
-)
 def test_ctrl_c_ends_a_wait_for_a_slot(run: Path, hurry: None) -> None:
     with tierkeep.Checkpointer(run, rank=0, world_size=2) as ckpt:
         ckpt.restore({})

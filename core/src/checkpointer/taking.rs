@@ -19,7 +19,7 @@ use crate::{
     commit::publish_shard,
     error::{Error, ErrorKind, Result},
     manifest::{Identity, Meta},
-    names::{CheckpointKey, Rank},
+    names::{CheckpointKey, Rank, Step},
     observe::{add, locked},
     save::{Level, Save},
     snapshot::{
@@ -27,6 +27,9 @@ use crate::{
         arena::{Filling, SlotPayload},
     },
 };
+
+/// How often a save that waits asks whether it is to go on.
+const ASK: Duration = Duration::from_millis(100);
 
 impl Checkpointer {
     /// Saves a state. Returns when the caller may go on: the copy is done and published in RAM, or,
@@ -59,6 +62,12 @@ impl Checkpointer {
         // SAFETY: the caller's promise.
         match unsafe { self.take(&save, request, &record, &cascade) } {
             Ok(()) => Ok(save),
+            // Interrupted: the caller knows, and may save the step later.
+            Err(e @ Error::Skipped { .. }) => {
+                save.fail(Level::Staged, &e);
+                locked(&self.inner.saves).remove(&save.step());
+                Ok(save)
+            }
             Err(e) => {
                 self.inner.failed(&save, &e);
                 match e.kind() {
@@ -107,7 +116,7 @@ impl Checkpointer {
         let layout = self.layout(request.state.tensors.iter().map(|t| &t.spec))?;
         let snapshot = Snapshot::new(&request.state, layout, inner.place.config.threads)?;
         save.set_bytes(snapshot.len());
-        let Some(filling) = self.slot(save, snapshot.len(), request.skip_if_busy, cascade)? else {
+        let Some(filling) = self.slot(save, snapshot.len(), &request, cascade)? else {
             return Ok(());
         };
         let identity = Identity {
@@ -144,13 +153,14 @@ impl Checkpointer {
         &self,
         save: &Save,
         len: u64,
-        skip_if_busy: bool,
+        request: &SaveRequest,
         cascade: &Arc<Cascade>,
     ) -> Result<Option<Filling>> {
         let place = &self.inner.place;
         let may_go = |key: &CheckpointKey| cascade.release(key);
         let mut filling = place.arena.acquire(len, &may_go)?;
-        let wish = if filling.is_none() && skip_if_busy { Saving::Skip } else { Saving::Save };
+        let wish =
+            if filling.is_none() && request.skip_if_busy { Saving::Skip } else { Saving::Save };
         if cascade.agreements().saving(save.step(), wish)? == Saving::Skip {
             let why = "every slot is in use: the disk is slower than the saves";
             add(&place.observer.counters.saves_skipped, 1);
@@ -164,11 +174,19 @@ impl Checkpointer {
         }
         let deadline = Deadline::after(&*place.clock, place.config.slot_wait);
         let stragglers = Deadline::after(&*place.clock, place.config.stragglers_wait);
+        let mut ask = Deadline::after(&*place.clock, ASK);
         while filling.is_none() {
             let seen = place.signal.seen();
             filling = place.arena.acquire(len, &may_go)?;
             if filling.is_some() {
                 break;
+            }
+            if ask.left(&*place.clock).is_none() {
+                if request.interrupted.as_ref().is_some_and(|interrupted| interrupted()) {
+                    let why = "the wait for a free slot was interrupted".into();
+                    return Err(Error::Skipped { step: Step(save.step()), why });
+                }
+                ask = Deadline::after(&*place.clock, ASK);
             }
             if stragglers.left(&*place.clock).is_none() && cascade.give_up_straggler()? {
                 continue;

@@ -143,6 +143,7 @@ impl Model {
             overlap: false,
             skip_if_busy: false,
             keep_alive: Box::new(()),
+            interrupted: None,
         };
         // SAFETY: "now": the memory is read only during the call.
         unsafe { ckpt.save(request) }
@@ -238,6 +239,7 @@ pub fn overlap_save(m: &Model, c: &Checkpointer, step: u64) -> Save {
         overlap: true,
         skip_if_busy: false,
         keep_alive: Box::new(()),
+        interrupted: None,
     };
     // SAFETY: callers keep the model until the save is staged.
     unsafe { c.save(r) }.unwrap()

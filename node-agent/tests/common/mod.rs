@@ -208,6 +208,7 @@ fn save(ckpt: &Checkpointer, step: u64, stored: &[Stored]) -> tierkeep::save::Sa
         overlap: false,
         skip_if_busy: false,
         keep_alive: Box::new(()),
+        interrupted: None,
     };
     // SAFETY: without overlap the memory is read only during the call.
     unsafe { ckpt.save(request) }.unwrap()
