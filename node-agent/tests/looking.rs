@@ -143,6 +143,8 @@ fn a_damaged_attempt_record_is_named_and_hides_nothing() {
     let place = two_ranks();
     place.wipe_ram();
     flip(&place.file(&["attempts", "00000001.json"]), 200);
+    assert_eq!(place.on("ls", &[]).code, 0, "its copy is good");
+    flip(&place.file(&["attempts", "00000001.copy"]), 200);
     let ran = place.on("ls", &[]).fails(4, "attempts/00000001.json is damaged");
     ran.hints("tierkeep verify").says("30        1  complete");
 }
