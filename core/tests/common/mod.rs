@@ -2,6 +2,8 @@
 //! restored bit can be checked without keeping anything.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)] // Each test uses its part.
 
+pub mod gate;
+
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
