@@ -309,7 +309,7 @@ pub fn join(tier: &dyn Tier, attempt: &AttemptRef) -> Result<()> {
 /// # Errors
 /// [`Error::Fenced`] where another process has it.
 pub fn claim(tier: &dyn Tier, attempt: &AttemptRef, rank: Rank, nonce: &Id) -> Result<()> {
-    let name = format!("_claims/{}/rank-{:06}", attempt.dir(), rank.0);
+    let name = claim_name(attempt, rank);
     let text = format!("{nonce}\n");
     match tier.create(&name, text.as_bytes())? {
         Created::New => Ok(()),
@@ -318,6 +318,18 @@ pub fn claim(tier: &dyn Tier, attempt: &AttemptRef, rank: Rank, nonce: &Id) -> R
             why: format!("{rank} of {attempt} was claimed by another process ({name})"),
         }),
     }
+}
+
+/// Whether a process has claimed a rank of an attempt.
+///
+/// # Errors
+/// The tier did not answer.
+pub fn is_claimed(tier: &dyn Tier, attempt: &AttemptRef, rank: Rank) -> Result<bool> {
+    Ok(find_record(tier, &claim_name(attempt, rank))?.is_some())
+}
+
+fn claim_name(attempt: &AttemptRef, rank: Rank) -> String {
+    format!("_claims/{}/rank-{:06}", attempt.dir(), rank.0)
 }
 
 #[cfg(test)]

@@ -7,6 +7,9 @@
 //!   given to it.
 //! - After recording, rank 0 looks whether the parent is still there; if a collector took it, a
 //!   successor is recorded.
+//! - Rank 0's claim says that the record stands: no rank follows a record that will be succeeded.
+//! - A checkpoint that is not the newest is resumed from only by a rollback: else the newer ones
+//!   would be in nobody's way and the first save would use their slots.
 //! - `fresh` and rollbacks are recorded as such: what they leave behind is abandoned at once.
 
 use std::time::Duration;
@@ -64,6 +67,7 @@ pub(crate) fn begin(place: &Place, how: &Begin, decision: u32) -> Result<Started
                 }
                 other => return other,
             }
+            place.check_closed()?;
         }
     }
     let mut refused = None;
@@ -82,6 +86,8 @@ pub(crate) fn begin(place: &Place, how: &Begin, decision: u32) -> Result<Started
             return Err(refused.unwrap_or_else(|| no_record(place, &deadline)));
         }
         place.clock.pause(POLL);
+        // Ctrl-C left this call behind on its thread, and the handle was closed.
+        place.check_closed()?;
     }
 }
 
@@ -114,6 +120,10 @@ fn record_decision(place: &Place, how: &Begin, decision: u32) -> Result<AttemptR
              fresh=True to begin anew",
             place.config.destination.display()
         )));
+    }
+    let chosen = how.wish.step.is_some() || how.wish.attempt.is_some();
+    if chosen && !how.rollback {
+        check_newest(place, &tiers, &attempts, &decided)?;
     }
     let decided = if how.fresh { Decision { parent: None, ..decided } } else { decided };
     check_world(place, &decided)?;
@@ -160,6 +170,25 @@ fn clear_old(place: &Place, record: &AttemptRecord) {
     }
 }
 
+/// A resume from an older checkpoint must be meant.
+fn check_newest(
+    place: &Place,
+    tiers: &[&dyn Tier],
+    attempts: &Attempts,
+    decided: &Decision,
+) -> Result<()> {
+    let newest = decide(tiers, &*place.disk, attempts, &Wish::default())?.parent;
+    match (newest, decided.parent) {
+        (Some(newest), Some(chosen)) if newest != chosen => Err(Error::invalid(format!(
+            "{} is not where this run would resume, {} is: say rollback=True to abandon what is newer, \
+             or read_only=True to look only",
+            chosen.key(),
+            newest.key()
+        ))),
+        _ => Ok(()),
+    }
+}
+
 fn check_world(place: &Place, decided: &Decision) -> Result<()> {
     match decided.parent {
         Some(parent) if decided.savers != place.config.savers => {
@@ -188,7 +217,9 @@ fn leaders_record(place: &Place, decision: u32) -> Result<Option<AttemptRecord>>
     }
     let known = place.config.attempt_id.is_some()
         || is_held(&start_lock_path(&place.config.destination, &record.attempt.id))?;
-    Ok(known.then(|| record.clone()))
+    let stands =
+        known && attempt::is_claimed(&*place.disk, &record.attempt, Rank(place.config.leader()))?;
+    Ok(stands.then(|| record.clone()))
 }
 
 /// Every rank: claims its place and finds its shard of the decided step.
@@ -202,10 +233,20 @@ fn join_attempt(place: &Place, record: &AttemptRecord) -> Result<Started> {
             place.config.savers
         )));
     }
-    attempt::claim(&*place.disk, &record.attempt, rank, &place.nonce)?;
-    let restorable = match record.parent {
-        None => None,
-        Some(parent) => Some(find_shard(place, record, &parent.key(), rank)?),
+    let find = || match record.parent {
+        None => Ok(None),
+        Some(parent) => find_shard(place, record, &parent.key(), rank).map(Some),
+    };
+    let claim = || attempt::claim(&*place.disk, &record.attempt, rank, &place.nonce);
+    let restorable = if place.config.leads() {
+        let found = find();
+        if !found.as_ref().is_err_and(Error::is_not_found) {
+            claim()?;
+        }
+        found?
+    } else {
+        claim()?;
+        find()?
     };
     Ok(Started { record: record.clone(), restorable })
 }

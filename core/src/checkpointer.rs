@@ -10,12 +10,13 @@
 //!   is told.
 //! - In a fork's child every call is refused and nothing is touched.
 
+mod ending;
 mod taking;
 
 use std::{
     any::Any,
     collections::{BTreeMap, HashMap},
-    path::{Path, PathBuf},
+    path::Path,
     sync::{
         Arc, LazyLock, Mutex, Weak,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -38,7 +39,7 @@ use crate::{
     manifest::Meta,
     names::{Id, Rank, Step},
     observe::{Observer, locked},
-    ownership::Ownership,
+    ownership::{FileId, Ownership},
     restore::{read::Restorable, survey::ShardCopy},
     save::Save,
     signal::Signal,
@@ -83,6 +84,7 @@ pub(crate) struct Place {
     pub(crate) observer: Observer,
     pub(crate) clock: SharedClock,
     pub(crate) signal: Arc<Signal>,
+    pub(crate) closed: AtomicBool,
     /// Of this process start; rank 0's names the attempt.
     pub(crate) start: Id,
     /// Of this writer; in its payloads' names.
@@ -95,29 +97,6 @@ struct Running {
     thread: JoinHandle<()>,
     /// The thread has nothing more to do.
     over: Arc<AtomicBool>,
-}
-
-impl Running {
-    /// Ends the disk tier's thread. It stops at its next block; a disk that hangs in a system call
-    /// keeps it, and is left behind after `wait`.
-    fn stop(self, place: &Place, wait: Duration) -> Result<()> {
-        self.cascade.stop();
-        let deadline = Deadline::after(&*place.clock, wait);
-        loop {
-            let seen = place.signal.seen();
-            if self.over.load(Ordering::Acquire) || self.thread.is_finished() {
-                break;
-            }
-            let Some(left) = deadline.left(&*place.clock) else {
-                return Err(deadline.passed("the end of the disk tier's thread", "the disk hangs"));
-            };
-            place.signal.wait(seen, left.min(Duration::from_millis(50)));
-        }
-        if self.thread.join().is_err() {
-            return Err(Error::Bug("the disk tier's thread panicked".into()));
-        }
-        Ok(())
-    }
 }
 
 struct Inner {
@@ -134,7 +113,8 @@ struct Inner {
     copying: AtomicUsize,
     /// Saves that are not published yet, copies included.
     publishing: AtomicUsize,
-    closed: AtomicBool,
+    /// The thread that makes the slots ready, if there was one.
+    preparing: Mutex<Option<JoinHandle<()>>>,
     /// To the thread that copies behind, once there is one.
     copier: Mutex<Option<mpsc::Sender<taking::Work>>>,
     pid: u32,
@@ -156,12 +136,9 @@ impl std::fmt::Debug for Checkpointer {
     }
 }
 
-/// How long a handle that is closed or dropped waits for its disk thread.
-const STOP_WAIT: Duration = Duration::from_secs(1);
-
 /// The handles of this process by their rank's lock: a second one stops the first before it touches
 /// the slots.
-static HANDLES: LazyLock<Mutex<HashMap<PathBuf, Weak<Inner>>>> = LazyLock::new(Mutex::default);
+static HANDLES: LazyLock<Mutex<HashMap<FileId, Weak<Inner>>>> = LazyLock::new(Mutex::default);
 
 /// How many past saves keep their handle: a second `save` of an older step than that is an error.
 const SAVES_KEPT: usize = 64;
@@ -189,13 +166,13 @@ impl Checkpointer {
         let budget = Budget::open(&config.ram_root, config.ram_bytes_max)?;
         let ram = wrap(Arc::new(MemoryTier::open(&config.ram_dir(), budget.clone())?));
         let lock = config.destination.join(format!("_locks/rank-{:06}", config.rank));
-        let ownership = Ownership::take(
+        let ownership = Ownership::take_over(
             &lock,
             &format!("rank {} of {}", config.rank, config.destination.display()),
             config.lock_wait,
             &*clock,
         )?;
-        let first = locked(&HANDLES).get(&lock).and_then(Weak::upgrade);
+        let first = locked(&HANDLES).get(&ownership.id()).and_then(Weak::upgrade);
         if let Some(first) = first.filter(|f| f.pid == std::process::id()) {
             first.taken_over()?;
         }
@@ -214,8 +191,11 @@ impl Checkpointer {
         let start = config.attempt_id.map_or_else(Id::random, Ok)?;
         let observer = Observer::default();
         let nonce = Id::random()?;
-        let place = Place { ram, disk, arena, observer, clock, signal, start, nonce, config };
+        let closed = AtomicBool::new(false);
+        let place =
+            Place { ram, disk, arena, observer, clock, signal, closed, start, nonce, config };
         let start_lock = if place.config.leads() { Some(place.start_lock()?) } else { None };
+        let id = ownership.id();
         let inner = Arc::new(Inner {
             place,
             ownership,
@@ -226,11 +206,11 @@ impl Checkpointer {
             layout: Mutex::new(None),
             copying: AtomicUsize::new(0),
             publishing: AtomicUsize::new(0),
-            closed: AtomicBool::new(false),
+            preparing: Mutex::new(None),
             copier: Mutex::new(None),
             pid: std::process::id(),
         });
-        locked(&HANDLES).insert(lock, Arc::downgrade(&inner));
+        locked(&HANDLES).insert(id, Arc::downgrade(&inner));
         Ok(Self { inner })
     }
 
@@ -264,7 +244,10 @@ impl Checkpointer {
             None => false,
         };
         let resumed = restorable.as_ref().filter(|_| waits).and_then(resumed_shard);
-        *locked(&self.inner.running) = Some(self.run(started.record, waits, resumed)?);
+        let mut running = locked(&self.inner.running);
+        // Closing says so first and takes what runs after: nothing starts behind its back.
+        place.check_closed()?;
+        *running = Some(self.run(started.record, waits, resumed)?);
         Ok(restorable)
     }
 
@@ -312,8 +295,19 @@ impl Checkpointer {
         let layout = self.layout(specs.iter())?;
         let (arena, observer) = (self.inner.place.arena.clone(), self.inner.place.observer.clone());
         arena.check_budget(layout.len)?;
+        let mut preparing = locked(&self.inner.preparing);
+        self.inner.place.check_closed()?;
+        let before = preparing.take();
         let work = move || {
-            if let Err(e) = arena.prepare(layout.len) {
+            // One after the other: two at once would take each other's slots for busy.
+            if let Some(before) = before
+                && before.join().is_err()
+            {
+                observer.error("prepare_failed", None, "the thread that prepares slots panicked");
+            }
+            if let Err(e) = arena.prepare(layout.len)
+                && !matches!(e, Error::Fenced { .. })
+            {
                 observer.warn(
                     "prepare_failed",
                     None,
@@ -322,7 +316,9 @@ impl Checkpointer {
             }
         };
         let spawned = std::thread::Builder::new().name("tierkeep-prepare".into()).spawn(work);
-        spawned.map(drop).map_err(|source| Error::Io { what: "start a thread".into(), source })
+        *preparing =
+            Some(spawned.map_err(|source| Error::Io { what: "start a thread".into(), source })?);
+        Ok(())
     }
 
     fn layout<'a>(
@@ -374,10 +370,7 @@ impl Checkpointer {
                 if superseded { "a newer Checkpointer of this process" } else { "a newer attempt" };
             return Err(Error::Fenced { why: format!("{who} has taken over this run") });
         }
-        if self.inner.closed.load(Ordering::Relaxed) {
-            return Err(Error::invalid("this Checkpointer is closed"));
-        }
-        Ok(())
+        self.inner.place.check_closed()
     }
 
     /// Events and counters.
@@ -418,30 +411,6 @@ impl Checkpointer {
         self.check_open()?;
         crate::reader::Reader::of(self.tiers()).pin(Step(step), None, pinned)
     }
-
-    /// One slice of closing: waits up to `timeout` for what is on its way. True: closed, everything
-    /// that could reach disk is there or has failed. False: not yet, call again. `now`: do not wait
-    /// for disk.
-    ///
-    /// # Errors
-    /// A fork's child.
-    pub fn close(&self, timeout: Duration, now: bool) -> Result<bool> {
-        self.inner.check_pid()?;
-        let place = &self.inner.place;
-        let deadline = Deadline::after(&*place.clock, timeout);
-        let cascade = locked(&self.inner.running).as_ref().map(|r| r.cascade.clone());
-        loop {
-            let seen = place.signal.seen();
-            let publishing = self.inner.publishing.load(Ordering::Acquire) > 0;
-            if !publishing && (now || cascade.as_ref().is_none_or(|c| !c.is_busy())) {
-                break;
-            }
-            let Some(left) = deadline.left(&*place.clock) else { return Ok(false) };
-            place.signal.wait(seen, left.min(Duration::from_millis(50)));
-        }
-        self.inner.shut(!now);
-        Ok(true)
-    }
 }
 
 impl Inner {
@@ -456,63 +425,20 @@ impl Inner {
             ),
         })
     }
-
-    /// Waits until every save that goes on behind is published or has failed.
-    fn quiet(&self, wait: Duration) -> Result<()> {
-        let deadline = Deadline::after(&*self.place.clock, wait);
-        loop {
-            let seen = self.place.signal.seen();
-            if self.publishing.load(Ordering::Acquire) == 0 {
-                return Ok(());
-            }
-            let Some(left) = deadline.left(&*self.place.clock) else {
-                return Err(deadline.passed("the end of a copy of the state", ""));
-            };
-            self.place.signal.wait(seen, left);
-        }
-    }
-
-    /// Another handle of this process takes the rank over: nothing of this one runs on.
-    fn taken_over(&self) -> Result<()> {
-        self.quiet(self.place.config.slot_wait)?;
-        self.shut(false);
-        Ok(())
-    }
-
-    /// Ends the threads and gives the locks up. Memory goes back only where the newest checkpoint
-    /// is durable elsewhere.
-    fn shut(&self, clean: bool) {
-        if self.closed.swap(true, Ordering::AcqRel) {
-            return;
-        }
-        let running = locked(&self.running).take();
-        if let Some(running) = running {
-            let cascade = running.cascade.clone();
-            let current = self.ownership.is_current();
-            let stopped = running.stop(&self.place, STOP_WAIT);
-            if let Err(e) = &stopped {
-                self.place.observer.error("stop_failed", None, e.chain());
-            }
-            let durable = cascade.newest().is_some_and(|k| cascade.sealed() == Some(k.step.0));
-            if clean
-                && durable
-                && current
-                && stopped.is_ok()
-                && let Err(e) = self.place.arena.give_back()
-            {
-                let text = format!("memory was not given back: {}", e.chain());
-                self.place.observer.warn("give_back_failed", None, text);
-            }
-        }
-        self.place.observer.close();
-    }
 }
 
 impl Place {
     /// Others find this process's attempt record by this lock, whose name nobody else has.
     fn start_lock(&self) -> Result<Ownership> {
         let path = start_lock_path(&self.config.destination, &self.start);
-        Ownership::take(&path, "this start of the job", self.config.lock_wait, &*self.clock)
+        Ownership::take_over(&path, "this start of the job", self.config.lock_wait, &*self.clock)
+    }
+
+    pub(crate) fn check_closed(&self) -> Result<()> {
+        if self.closed.load(Ordering::Acquire) {
+            return Err(Error::invalid("this Checkpointer is closed"));
+        }
+        Ok(())
     }
 }
 
@@ -539,28 +465,4 @@ fn resumed_shard(found: &Restorable) -> Option<Shard> {
         resumed: true,
         chunks: payload.chunks.clone(),
     })
-}
-
-impl Drop for Inner {
-    fn drop(&mut self) {
-        if self.pid == std::process::id() {
-            self.shut(false);
-            if let Some(lock) = self.start_lock.take() {
-                drop(lock);
-                // A dead start's lock file is of no use; left behind it would be swept at the next.
-                let path = start_lock_path(&self.place.config.destination, &self.place.start);
-                let _ = crate::tier::publish::remove(&path);
-            }
-            return;
-        }
-        // A fork's child has neither the threads nor the locks, and its slots are not mapped
-        // (MADV_DONTFORK): nothing of this may run or be unmapped here.
-        std::mem::forget(self.place.arena.clone());
-        if let Ok(mut copier) = self.copier.try_lock() {
-            std::mem::forget(copier.take());
-        }
-        if let Ok(mut running) = self.running.try_lock() {
-            std::mem::forget(running.take());
-        }
-    }
 }

@@ -6,13 +6,15 @@
 //! # Invariants
 //!
 //! - Two processes never own one rank of one run on one host.
-//! - A second owner in the same process takes over: the first finds out at its next call.
+//! - In one process a second owner is refused, or takes over by name ([`Ownership::take_over`]): the
+//!   first finds out at its next call.
+//! - A file is known by device and inode, not by path: two spellings of one path are one lock.
 
 use std::{
     collections::HashMap,
     fs::{File, OpenOptions},
-    os::unix::fs::FileExt,
-    path::{Path, PathBuf},
+    os::unix::fs::{FileExt, MetadataExt},
+    path::Path,
     sync::{LazyLock, Mutex},
     time::Duration,
 };
@@ -34,9 +36,13 @@ struct Owned {
     generation: u64,
 }
 
+/// Device and inode.
+pub(crate) type FileId = (u64, u64);
+
 #[derive(Debug, Default)]
 struct Table {
-    owned: HashMap<PathBuf, Owned>,
+    /// An inode in here is not given to another file: it is open.
+    owned: HashMap<FileId, Owned>,
     generations: u64,
 }
 
@@ -45,7 +51,7 @@ static TABLE: LazyLock<Mutex<Table>> = LazyLock::new(Mutex::default);
 /// The right to write as one rank of a run. Dropped: given up, unless somebody took over.
 #[derive(Debug)]
 pub struct Ownership {
-    path: PathBuf,
+    id: FileId,
     generation: u64,
     pid: u32,
 }
@@ -55,12 +61,31 @@ impl Ownership {
     /// killed a moment ago may still be dying. `what` names what is owned.
     ///
     /// # Errors
-    /// [`Error::Fenced`] with the holder's pid.
+    /// [`Error::Fenced`] with the holder's pid, which may be this process's own.
     pub fn take(path: &Path, what: &str, wait: Duration, clock: &dyn Clock) -> Result<Self> {
+        Self::wait_for(path, what, wait, clock, false)
+    }
+
+    /// [`take`](Self::take) that gets it from an owner in this process, at once: a notebook's cell
+    /// run twice.
+    ///
+    /// # Errors
+    /// [`Error::Fenced`] with the holder's pid.
+    pub fn take_over(path: &Path, what: &str, wait: Duration, clock: &dyn Clock) -> Result<Self> {
+        Self::wait_for(path, what, wait, clock, true)
+    }
+
+    fn wait_for(
+        path: &Path,
+        what: &str,
+        wait: Duration,
+        clock: &dyn Clock,
+        over: bool,
+    ) -> Result<Self> {
         make_dirs(path.parent().unwrap_or(path), false)?;
         let deadline = Deadline::after(clock, wait);
         loop {
-            match Self::try_take(path)? {
+            match Self::try_take(path, over)? {
                 Ok(owned) => return Ok(owned),
                 Err(pid) if deadline.left(clock).is_none() => {
                     return Err(Error::Fenced {
@@ -76,38 +101,48 @@ impl Ownership {
         }
     }
 
-    fn try_take(path: &Path) -> Result<Result<Self, i32>> {
+    /// `Err`: the process that has it.
+    fn try_take(path: &Path, over: bool) -> Result<Result<Self, i32>> {
         let me = std::process::id();
         let mut table = locked(&TABLE);
         table.generations += 1;
         let generation = table.generations;
-        if let Some(owned) = table.owned.get_mut(path)
-            && owned.pid == me
+        // Before opening: to close a second descriptor of the file would drop the lock.
+        if let Some(id) = file_id(path)?
+            && let Some(owned) = table.owned.get_mut(&id).filter(|o| o.pid == me)
         {
+            if !over {
+                return Ok(Err(me.cast_signed()));
+            }
             owned.generation = generation;
-            return Ok(Ok(Self { path: path.into(), generation, pid: me }));
+            return Ok(Ok(Self { id, generation, pid: me }));
         }
         let mut open = OpenOptions::new();
         let file = open.read(true).write(true).create(true).truncate(false).open(path);
         let file = file.at("open", path)?;
-        match sys::lock(&file).at("lock", path)? {
-            sys::Lock::HeldBy(pid) => Ok(Err(pid)),
-            sys::Lock::Taken => {
-                let text = format!("{me}\n");
-                file.set_len(0)
-                    .and_then(|()| file.write_all_at(text.as_bytes(), 0))
-                    .at("write", path)?;
-                table.owned.insert(path.into(), Owned { _file: file, pid: me, generation });
-                Ok(Ok(Self { path: path.into(), generation, pid: me }))
-            }
+        if let sys::Lock::HeldBy(pid) = sys::lock(&file).at("lock", path)? {
+            return Ok(Err(pid));
         }
+        let id = id_of(&file.metadata().at("stat", path)?);
+        if file_id(path)? != Some(id) {
+            return Ok(Err(0)); // Removed between the two calls: we locked what nobody will look at.
+        }
+        let text = format!("{me}\n");
+        file.set_len(0).and_then(|()| file.write_all_at(text.as_bytes(), 0)).at("write", path)?;
+        table.owned.insert(id, Owned { _file: file, pid: me, generation });
+        Ok(Ok(Self { id, generation, pid: me }))
+    }
+
+    /// The lock file, whatever its path.
+    pub(crate) fn id(&self) -> FileId {
+        self.id
     }
 
     /// True until another handle in this process takes over. In a fork's child: false.
     #[must_use]
     pub fn is_current(&self) -> bool {
         self.pid == std::process::id()
-            && locked(&TABLE).owned.get(&self.path).is_some_and(|o| o.generation == self.generation)
+            && locked(&TABLE).owned.get(&self.id).is_some_and(|o| o.generation == self.generation)
     }
 }
 
@@ -117,8 +152,8 @@ impl Drop for Ownership {
             return;
         }
         let mut table = locked(&TABLE);
-        if table.owned.get(&self.path).is_some_and(|o| o.generation == self.generation) {
-            table.owned.remove(&self.path);
+        if table.owned.get(&self.id).is_some_and(|o| o.generation == self.generation) {
+            table.owned.remove(&self.id);
         }
     }
 }
@@ -129,12 +164,48 @@ impl Drop for Ownership {
 /// The file system did not answer.
 pub fn is_held(path: &Path) -> Result<bool> {
     let table = locked(&TABLE);
-    if table.owned.get(path).is_some_and(|o| o.pid == std::process::id()) {
+    let Some(id) = file_id(path)? else { return Ok(false) };
+    if table.owned.get(&id).is_some_and(|o| o.pid == std::process::id()) {
         return Ok(true);
     }
     match File::open(path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
         Err(e) => Err(e).at("open", path),
         Ok(file) => Ok(sys::holder(&file).at("ask for the lock of", path)?.is_some()),
+    }
+}
+
+fn id_of(meta: &std::fs::Metadata) -> FileId {
+    (meta.dev(), meta.ino())
+}
+
+fn file_id(path: &Path) -> Result<Option<FileId>> {
+    match std::fs::metadata(path) {
+        Ok(meta) => Ok(Some(id_of(&meta))),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e).at("stat", path),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::SystemClock;
+
+    #[test]
+    fn two_spellings_of_one_path_are_one_lock() {
+        let dir = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink(dir.path(), dir.path().join("link")).unwrap();
+        let (path, again) = (dir.path().join("lock"), dir.path().join("link/lock"));
+        let first = Ownership::take(&path, "it", Duration::ZERO, &SystemClock).unwrap();
+        let refused = Ownership::take(&again, "it", Duration::ZERO, &SystemClock).unwrap_err();
+        assert!(refused.to_string().contains(&std::process::id().to_string()), "{refused}");
+        assert!(first.is_current() && is_held(&again).unwrap());
+        let second = Ownership::take_over(&again, "it", Duration::ZERO, &SystemClock).unwrap();
+        assert!(second.is_current() && !first.is_current());
+        drop(first);
+        assert!(second.is_current() && is_held(&path).unwrap());
+        drop(second);
+        assert!(!is_held(&path).unwrap());
     }
 }

@@ -69,17 +69,18 @@ pub(crate) fn nobody_else_has_it_open(file: &File) -> bool {
     granted == 0
 }
 
-/// Maps every page of a shared map for writing, so that no later store faults. Pages that have no
-/// memory yet get it. Kernels before 5.14 say `EINVAL`: each page is then touched by hand, with an
-/// atomic add of zero, which changes nothing that is there.
-pub(crate) fn populate(map: &memmap2::MmapRaw) -> io::Result<()> {
-    match map.advise(memmap2::Advice::PopulateWrite) {
+/// Maps a range of pages of a shared map for writing, so that no later store faults. Pages that
+/// have no memory yet get it. Kernels before 5.14 say `EINVAL`: each page is then touched by hand,
+/// with an atomic add of zero, which changes nothing that is there.
+pub(crate) fn populate(map: &memmap2::MmapRaw, offset: usize, len: usize) -> io::Result<()> {
+    match map.advise_range(memmap2::Advice::PopulateWrite, offset, len) {
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => {
-            for offset in (0..map.len()).step_by(4096) {
-                // SAFETY: `offset` is inside the map, which is writable; the atomic add of zero
-                // leaves the byte as it is even where another process maps the same page.
+            assert!(offset + len <= map.len(), "{offset}+{len} of {}", map.len());
+            for at in (offset..offset + len).step_by(4096) {
+                // SAFETY: `at` is inside the map, which is writable; the atomic add of zero leaves
+                // the byte as it is even where another process maps the same page.
                 unsafe {
-                    (*map.as_mut_ptr().add(offset).cast::<std::sync::atomic::AtomicU8>())
+                    (*map.as_mut_ptr().add(at).cast::<std::sync::atomic::AtomicU8>())
                         .fetch_add(0, std::sync::atomic::Ordering::Relaxed)
                 };
             }

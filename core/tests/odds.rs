@@ -2,7 +2,10 @@
 #![allow(clippy::unwrap_used, clippy::disallowed_methods, clippy::print_stdout)] // Tests.
 
 mod common;
-use common::{gate::Gate, *};
+use common::{
+    gate::{Gate, broken},
+    *,
+};
 use std::{
     sync::{
         Arc,
@@ -11,7 +14,13 @@ use std::{
     time::Duration,
 };
 use tierkeep::{
-    Error, Result, begin::Begin, checkpointer::Checkpointer, reader::Reader, save::Level, tier::*,
+    Error,
+    begin::Begin,
+    checkpointer::Checkpointer,
+    reader::Reader,
+    save::Level,
+    testing::hooked::{Call, Hooked, Op},
+    tier::*,
 };
 
 #[test]
@@ -114,13 +123,9 @@ fn a_forks_child_unmaps_nothing() {
 #[test]
 fn closing_now_waits_for_no_stuck_disk() {
     let p = Places::new();
-    let dead = Arc::new(AtomicBool::new(false));
-    let slow = Arc::new(AtomicBool::new(true));
-    let (d, s) = (dead.clone(), slow.clone());
-    let c = Checkpointer::open_wrapped(p.config(), &move |t| {
-        Arc::new(Gate { inner: t, dead: d.clone(), slow: s.clone() })
-    })
-    .unwrap();
+    let gate = Gate::default();
+    gate.slow.store(true, Ordering::SeqCst);
+    let c = Checkpointer::open_wrapped(p.config(), &|t| gate.around(t)).unwrap();
     resume(&c, &SMALL).unwrap();
     Model::at(0, &SMALL, 1).save(&c, 1).unwrap();
     std::thread::sleep(Duration::from_millis(100));
@@ -133,57 +138,9 @@ fn closing_now_waits_for_no_stuck_disk() {
     });
     std::thread::sleep(Duration::from_secs(3));
     let ok = done.load(Ordering::SeqCst);
-    slow.store(false, Ordering::SeqCst);
+    gate.slow.store(false, Ordering::SeqCst);
     std::thread::sleep(Duration::from_millis(300));
     assert!(ok, "close(0 s, now) did not return in 3 s");
-}
-
-#[derive(Debug)]
-struct SlowPut {
-    inner: Arc<dyn Tier>,
-    ms: u64,
-    after_list: u64,
-}
-impl Tier for SlowPut {
-    fn kind(&self) -> TierKind {
-        self.inner.kind()
-    }
-    fn address(&self) -> String {
-        self.inner.address()
-    }
-    fn put(&self, n: &str, p: &dyn Payload) -> Result<Receipt> {
-        if self.kind() == TierKind::Disk {
-            std::thread::sleep(Duration::from_millis(self.ms));
-        }
-        self.inner.put(n, p)
-    }
-    fn create(&self, n: &str, b: &[u8]) -> Result<Created> {
-        if self.kind() == TierKind::Ram
-            && self.after_list > 0
-            && n.ends_with(".json")
-            && n.contains("rank-")
-        {
-            let r = self.inner.create(n, b);
-            std::thread::sleep(Duration::from_millis(self.after_list));
-            return r;
-        }
-        self.inner.create(n, b)
-    }
-    fn open(&self, n: &str) -> Result<Box<dyn Source>> {
-        self.inner.open(n)
-    }
-    fn list(&self, n: &str) -> Result<Vec<Entry>> {
-        self.inner.list(n)
-    }
-    fn delete(&self, n: &str) -> Result<()> {
-        self.inner.delete(n)
-    }
-    fn mend(&self, n: &str, o: u64, b: &[u8]) -> Result<()> {
-        self.inner.mend(n, o, b)
-    }
-    fn retire(&self, n: &str) -> Result<()> {
-        self.inner.retire(n)
-    }
 }
 
 fn run7(ms0: u64, ms1: u64, pub1: u64) {
@@ -191,8 +148,17 @@ fn run7(ms0: u64, ms1: u64, pub1: u64) {
     let mk = |r: u32, ms: u64, pb: u64| {
         let mut c = p.config_of(r, 2);
         c.keep_last = 100;
-        Checkpointer::open_wrapped(c, &move |t| Arc::new(SlowPut { inner: t, ms, after_list: pb }))
-            .unwrap()
+        let slow = move |call: Call<'_>| {
+            let manifest = call.name.ends_with(".json") && call.name.contains("rank-");
+            let pause = match (call.kind, call.op) {
+                (TierKind::Disk, Op::Put) => ms,
+                (TierKind::Ram, Op::Create) if manifest => pb,
+                _ => 0,
+            };
+            std::thread::sleep(Duration::from_millis(pause));
+            Ok(())
+        };
+        Checkpointer::open_wrapped(c, &move |t| Arc::new(Hooked::after(t, slow))).unwrap()
     };
     let two = [mk(0, ms0, 0), mk(1, ms1, pub1)];
     for c in &two {
@@ -242,13 +208,9 @@ fn a_step_is_carried_by_its_rank_though_it_is_chosen_at_once() {
 #[test]
 fn a_handle_that_is_taken_over_stops_before_its_slots_are_used() {
     let p = Places::new();
-    let dead = Arc::new(AtomicBool::new(false));
-    let slow = Arc::new(AtomicBool::new(true));
-    let (d, s) = (dead.clone(), slow.clone());
-    let c = Checkpointer::open_wrapped(p.config(), &move |t| {
-        Arc::new(Gate { inner: t, dead: d.clone(), slow: s.clone() })
-    })
-    .unwrap();
+    let gate = Gate::default();
+    gate.slow.store(true, Ordering::SeqCst);
+    let c = Checkpointer::open_wrapped(p.config(), &|t| gate.around(t)).unwrap();
     resume(&c, &SMALL).unwrap();
     Model::at(0, &SMALL, 1).save(&c, 1).unwrap();
     std::thread::sleep(Duration::from_millis(100)); // step 1 on its way to disk
@@ -260,7 +222,7 @@ fn a_handle_that_is_taken_over_stops_before_its_slots_are_used() {
     println!("second resumes {:?}", resume(&b, &SMALL));
     let s3 = Model::at(0, &SMALL, 3).save(&b, 3).unwrap();
     wait(&s3, Level::Ram);
-    slow.store(false, Ordering::SeqCst);
+    gate.slow.store(false, Ordering::SeqCst);
     std::thread::sleep(Duration::from_millis(300));
     println!("{:?}", events(&c));
     b.close(Duration::ZERO, true).unwrap();
@@ -272,45 +234,15 @@ fn a_handle_that_is_taken_over_stops_before_its_slots_are_used() {
 #[test]
 fn what_was_given_up_leaves_the_disk() {
     let p = Places::new();
-    #[derive(Debug)]
-    struct Full(Arc<dyn Tier>);
-    impl Tier for Full {
-        fn kind(&self) -> TierKind {
-            self.0.kind()
+    let full = |call: Call<'_>| match (call.kind, call.op) {
+        (TierKind::Disk, Op::Put) => {
+            Err(Error::Io { what: "write".into(), source: std::io::Error::from_raw_os_error(28) })
         }
-        fn address(&self) -> String {
-            self.0.address()
-        }
-        fn put(&self, n: &str, q: &dyn Payload) -> Result<Receipt> {
-            if self.kind() == TierKind::Disk {
-                return Err(Error::Io {
-                    what: "write".into(),
-                    source: std::io::Error::from_raw_os_error(28),
-                });
-            }
-            self.0.put(n, q)
-        }
-        fn create(&self, n: &str, b: &[u8]) -> Result<Created> {
-            self.0.create(n, b)
-        }
-        fn open(&self, n: &str) -> Result<Box<dyn Source>> {
-            self.0.open(n)
-        }
-        fn list(&self, n: &str) -> Result<Vec<Entry>> {
-            self.0.list(n)
-        }
-        fn delete(&self, n: &str) -> Result<()> {
-            self.0.delete(n)
-        }
-        fn mend(&self, n: &str, o: u64, b: &[u8]) -> Result<()> {
-            self.0.mend(n, o, b)
-        }
-        fn retire(&self, n: &str) -> Result<()> {
-            self.0.retire(n)
-        }
-    }
+        _ => Ok(()),
+    };
     let a = Checkpointer::open(p.config_of(0, 2)).unwrap();
-    let b = Checkpointer::open_wrapped(p.config_of(1, 2), &|t| Arc::new(Full(t))).unwrap();
+    let b = Checkpointer::open_wrapped(p.config_of(1, 2), &|t| Arc::new(Hooked::before(t, full)))
+        .unwrap();
     for c in [&a, &b] {
         resume(c, &SMALL).unwrap();
     }
@@ -379,46 +311,20 @@ fn a_tier_that_does_not_answer_marks_nothing_bad() {
     train(&c, &SMALL, 1..=2);
     close(&c);
     drop(c);
-    #[derive(Debug)]
-    struct Eio(Arc<dyn Tier>, Arc<AtomicBool>);
-    impl Tier for Eio {
-        fn kind(&self) -> TierKind {
-            self.0.kind()
-        }
-        fn address(&self) -> String {
-            self.0.address()
-        }
-        fn put(&self, n: &str, q: &dyn Payload) -> Result<Receipt> {
-            self.0.put(n, q)
-        }
-        fn create(&self, n: &str, b: &[u8]) -> Result<Created> {
-            self.0.create(n, b)
-        }
-        fn open(&self, n: &str) -> Result<Box<dyn Source>> {
-            if n.ends_with("safetensors") && self.1.load(Ordering::SeqCst) {
-                return Err(Error::Io {
-                    what: "open".into(),
-                    source: std::io::Error::from_raw_os_error(24),
-                });
-            }
-            self.0.open(n)
-        }
-        fn list(&self, n: &str) -> Result<Vec<Entry>> {
-            self.0.list(n)
-        }
-        fn delete(&self, n: &str) -> Result<()> {
-            self.0.delete(n)
-        }
-        fn mend(&self, n: &str, o: u64, b: &[u8]) -> Result<()> {
-            self.0.mend(n, o, b)
-        }
-        fn retire(&self, n: &str) -> Result<()> {
-            self.0.retire(n)
-        }
-    }
     let f = Arc::new(AtomicBool::new(false));
-    let f2 = f.clone();
-    let c = Checkpointer::open_wrapped(p.config(), &move |t| Arc::new(Eio(t, f2.clone()))).unwrap();
+    let eio = f.clone();
+    let c = Checkpointer::open_wrapped(p.config(), &move |t| {
+        let eio = eio.clone();
+        Arc::new(Hooked::before(t, move |call| {
+            let payload = call.op == Op::Open && call.name.ends_with("safetensors");
+            if payload && eio.load(Ordering::SeqCst) {
+                Err(broken("too many files"))
+            } else {
+                Ok(())
+            }
+        }))
+    })
+    .unwrap();
     let found = c.begin(&Begin::default()).unwrap().unwrap();
     f.store(true, Ordering::SeqCst);
     let mut m = Model::new(0, &SMALL);

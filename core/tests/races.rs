@@ -3,13 +3,7 @@
 
 mod common;
 use common::{gate::Gate, *};
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::{sync::atomic::Ordering, time::Duration};
 use tierkeep::{
     begin::Begin,
     checkpointer::{Checkpointer, SaveRequest},
@@ -80,23 +74,18 @@ fn a_clean_close_keeps_a_save_that_is_still_being_published() {
 #[test]
 fn a_slot_released_in_trouble_is_carried_for_no_step() {
     let p = Places::new();
-    let dead = Arc::new(AtomicBool::new(false));
-    let slow = Arc::new(AtomicBool::new(false));
+    let gate = Gate::default();
     let mut cfg = p.config();
     cfg.disk_every = 2;
-    let (d, s) = (dead.clone(), slow.clone());
-    let c = Checkpointer::open_wrapped(cfg, &move |t| {
-        Arc::new(Gate { inner: t, dead: d.clone(), slow: s.clone() })
-    })
-    .unwrap();
+    let c = Checkpointer::open_wrapped(cfg, &|t| gate.around(t)).unwrap();
     resume(&c, &SMALL).unwrap();
-    dead.store(true, Ordering::SeqCst);
+    gate.dead.store(true, Ordering::SeqCst);
     let m = Model::at(0, &SMALL, 2);
     let s2 = m.save(&c, 2).unwrap();
     std::thread::sleep(Duration::from_millis(100));
     Model::at(0, &SMALL, 3).save(&c, 3).unwrap();
     Model::at(0, &SMALL, 5).save(&c, 5).unwrap();
-    dead.store(false, Ordering::SeqCst);
+    gate.dead.store(false, Ordering::SeqCst);
     println!("wait(disk) of 2: {:?}", s2.poll(Level::Disk, false, Duration::from_secs(5)));
     println!("{:?}", events(&c));
     c.close(Duration::ZERO, true).unwrap();
@@ -108,16 +97,12 @@ fn a_slot_released_in_trouble_is_carried_for_no_step() {
 #[test]
 fn a_slot_released_to_a_newer_save_is_carried_for_no_step() {
     let p = Places::new();
-    let dead = Arc::new(AtomicBool::new(false));
-    let slow = Arc::new(AtomicBool::new(true));
+    let gate = Gate::default();
+    gate.slow.store(true, Ordering::SeqCst);
     let mut cfg = p.config();
     cfg.disk_every = 2;
     cfg.slots = 3;
-    let (d, s) = (dead.clone(), slow.clone());
-    let c = Checkpointer::open_wrapped(cfg, &move |t| {
-        Arc::new(Gate { inner: t, dead: d.clone(), slow: s.clone() })
-    })
-    .unwrap();
+    let c = Checkpointer::open_wrapped(cfg, &|t| gate.around(t)).unwrap();
     resume(&c, &SMALL).unwrap();
     let mut keep = vec![];
     for step in [2, 3, 4, 5, 7] {
@@ -125,7 +110,7 @@ fn a_slot_released_to_a_newer_save_is_carried_for_no_step() {
         keep.push(m.save(&c, step).unwrap());
         std::thread::sleep(Duration::from_millis(50));
     }
-    slow.store(false, Ordering::SeqCst);
+    gate.slow.store(false, Ordering::SeqCst);
     println!("wait(disk) of 4: {:?}", keep[2].poll(Level::Disk, false, Duration::from_secs(5)));
     c.close(Duration::ZERO, true).unwrap();
     let bad = verify_all(&p);
@@ -398,4 +383,77 @@ fn a_resumed_shard_is_checked_before_it_is_sealed() {
     );
     let c = Checkpointer::open(cfg.clone()).unwrap();
     assert_eq!(resume(&c, &SMALL).unwrap(), 2);
+}
+
+#[test]
+fn no_rank_follows_a_record_that_may_be_succeeded() {
+    let p = Places::new();
+    let gate = Gate::default();
+    gate.no_claims.store(true, Ordering::SeqCst);
+    let leader = Checkpointer::open_wrapped(p.config_of(0, 2), &|t| gate.around(t)).unwrap();
+    let follower = Checkpointer::open(p.config_of(1, 2)).unwrap();
+    let (told, heard) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        scope.spawn(|| leader.begin(&Begin::default()).map(drop).unwrap());
+        scope.spawn(|| told.send(follower.begin(&Begin::default()).map(drop)).unwrap());
+        let records = p.destination().join("attempts");
+        while !records.join("00000001.json").exists() {
+            std::thread::yield_now();
+        }
+        // The record is there and rank 0 has not said that it stands.
+        assert!(heard.recv_timeout(Duration::from_millis(200)).is_err(), "followed too early");
+        gate.no_claims.store(false, Ordering::SeqCst);
+        heard.recv().unwrap().unwrap();
+    });
+}
+
+#[test]
+fn a_call_that_was_left_behind_ends_with_its_handle() {
+    let p = Places::new();
+    // A leader that never begins; the follower would wait for a minute.
+    let _leader = Checkpointer::open(p.config_of(0, 2)).unwrap();
+    let mut config = p.config_of(1, 2);
+    config.attempt_wait = Duration::from_secs(60);
+    let follower = Checkpointer::open(config).unwrap();
+    let left_behind = follower.clone();
+    let call = std::thread::spawn(move || left_behind.begin(&Begin::default()).map(drop));
+    assert!(follower.close(Duration::from_secs(5), true).unwrap());
+    let error = call.join().unwrap().unwrap_err();
+    assert!(error.to_string().contains("closed"), "{error}");
+}
+
+#[test]
+fn nothing_is_made_in_ram_after_the_end() {
+    let p = Places::new();
+    for _ in 0..5 {
+        let c = p.open();
+        let huge = Model::new(0, &[200 << 20]);
+        c.prepare(huge.specs()).unwrap();
+        c.close(Duration::ZERO, true).unwrap();
+        drop(c);
+        p.wipe_ram();
+        std::thread::sleep(Duration::from_millis(50));
+        let there = std::fs::read_dir(p.ram()).unwrap().flatten();
+        let dirs: Vec<_> = there.map(|e| e.path()).filter(|path| path.is_dir()).collect();
+        assert!(dirs.is_empty(), "{dirs:?}");
+    }
+}
+
+#[test]
+fn an_older_step_is_resumed_from_only_by_a_rollback() {
+    let p = Places::new();
+    let c = p.open();
+    resume(&c, &SMALL).unwrap();
+    train(&c, &SMALL, 1..=2);
+    close(&c);
+    drop(c);
+    let c = p.open();
+    let wish = |step| Wish { step: Some(Step(step)), ..Wish::default() };
+    let error = c.begin(&Begin { wish: wish(1), ..Begin::default() }).unwrap_err();
+    assert!(error.to_string().contains("rollback"), "{error}");
+    assert!(c.attempt().is_none(), "nothing was begun");
+    let newest = c.begin(&Begin { wish: wish(2), ..Begin::default() }).unwrap().unwrap();
+    assert_eq!(newest.step(), Step(2));
+    let back = Begin { wish: wish(1), rollback: true, ..Begin::default() };
+    assert_eq!(c.begin(&back).unwrap().unwrap().step(), Step(1));
 }

@@ -62,7 +62,7 @@ impl Cascade {
         drop(work);
         if let Some(old) = old {
             let key = self.key_of(old.step);
-            if Listing::of(&*self.parts.disk, &key)?.sealed {
+            if self.is_sealed(&key)? {
                 self.sealed_on_disk(old.step, &key)?;
             } else {
                 self.fail_step(old.step, "the leader went on to a newer step");
@@ -197,7 +197,7 @@ impl Cascade {
         }
         let key = self.key_of(step);
         let disk = &*self.parts.disk;
-        if Listing::of(disk, &key)?.sealed {
+        if self.is_sealed(&key)? {
             return self.sealed_on_disk(step, &key).map(|()| true);
         }
         match gather(disk, &key, &self.parts.config.savers)? {
@@ -228,6 +228,17 @@ impl Cascade {
                 Ok(true)
             }
         }
+    }
+
+    /// Whether the checkpoint exists on disk, whichever rank sealed it: what that rank has not synced
+    /// yet is synced here, before anybody is told.
+    fn is_sealed(&self, key: &CheckpointKey) -> Result<bool> {
+        let disk = &*self.parts.disk;
+        if !Listing::of(disk, key)?.sealed {
+            return Ok(false);
+        }
+        disk.confirm(&key.dir())?;
+        Ok(true)
     }
 
     pub(super) fn key_of(&self, step: u64) -> CheckpointKey {

@@ -18,13 +18,13 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
 
-use super::budget::{Budget, human};
+use super::budget::{Budget, PIECE_BYTES, human};
 use crate::{
     error::{Doing, Error, Result},
     names::{AttemptDir, CheckpointKey, Rank, parse_payload_name, parse_step_dir},
@@ -51,9 +51,9 @@ pub struct Slot {
 }
 
 impl Slot {
-    fn create(path: &Path, len: u64, budget: &Budget) -> Result<Self> {
+    fn create(path: &Path, len: u64, budget: &Budget, go_on: &dyn Fn() -> bool) -> Result<Self> {
         let file = create_staged(path)?;
-        let made = budget.grow(&file, path, len).and_then(|()| Self::map(file, path, len));
+        let made = budget.grow(&file, path, len, go_on).and_then(|()| Self::map(file, path, len));
         if made.is_err() {
             // The error that matters is on its way up.
             let _ = remove(path);
@@ -81,12 +81,21 @@ impl Slot {
         Ok(Self { file, map, capacity, path: Mutex::new(path.into()) })
     }
 
-    /// Puts every page in place, so that no store into the slot faults.
+    /// Puts every page in place, so that no store into the slot faults. `go_on` is asked now and
+    /// then; false ends it.
     ///
     /// # Errors
-    /// tmpfs is full.
-    pub fn populate(&self) -> Result<()> {
-        sys::populate(&self.map).at("populate", &self.path())
+    /// tmpfs is full, or [`Error::Fenced`] where `go_on` said no.
+    fn populate(&self, go_on: &dyn Fn() -> bool) -> Result<()> {
+        let piece = usize::try_from(PIECE_BYTES).unwrap_or(usize::MAX);
+        for offset in (0..self.capacity).step_by(piece) {
+            if !go_on() {
+                return Err(Error::Fenced { why: "this Checkpointer was closed".into() });
+            }
+            let len = (self.capacity - offset).min(piece);
+            sys::populate(&self.map, offset, len).at("populate", &self.path())?;
+        }
+        Ok(())
     }
 
     /// First byte of the slot.
@@ -232,6 +241,8 @@ pub struct Arena {
     slots_max: usize,
     budget: Budget,
     held: Mutex<Vec<Held>>,
+    /// No slot is made or populated any more.
+    closed: AtomicBool,
     signal: Arc<Signal>,
 }
 
@@ -274,7 +285,8 @@ impl Arena {
         assert!(slots_max >= 2, "a new snapshot never overwrites the newest complete one");
         let empty = || Held { slot: None, used: Use::Free, populated: false };
         let held = Mutex::new((0..slots_max).map(|_| empty()).collect());
-        Arc::new(Self { tier, root, rank, slots_max, budget, held, signal })
+        let closed = AtomicBool::new(false);
+        Arc::new(Self { tier, root, rank, slots_max, budget, held, closed, signal })
     }
 
     /// Finds the slots that an earlier process of this rank left, maps them and keeps what they
@@ -390,7 +402,7 @@ impl Arena {
                     let slot = slot.clone();
                     place.populated = true;
                     drop(held);
-                    slot.populate()?;
+                    slot.populate(&|| self.is_open())?;
                     continue;
                 }
                 _ => continue,
@@ -431,7 +443,7 @@ impl Arena {
         if let Some(slot) = existing {
             if slot.is_at_its_path() && slot.fit(len)? {
                 if !populated {
-                    slot.populate()?;
+                    slot.populate(&|| self.is_open())?;
                     locked(&self.held)[index].populated = true;
                 }
                 return Ok(slot);
@@ -446,13 +458,23 @@ impl Arena {
             place.populated = false;
         }
         let path = slot_path(&self.root, self.rank);
-        let slot = Arc::new(Slot::create(&path, len, &self.budget)?);
+        let go_on = || self.is_open();
+        let slot = Arc::new(Slot::create(&path, len, &self.budget, &go_on)?);
         slot.fit(len)?;
-        slot.populate()?;
+        slot.populate(&go_on)?;
         let place = &mut locked(&self.held)[index];
         place.slot = Some(slot.clone());
         place.populated = true;
         Ok(slot)
+    }
+
+    fn is_open(&self) -> bool {
+        !self.closed.load(Ordering::Acquire)
+    }
+
+    /// No slot is made or populated from here on: whoever is at it ends within a piece's time.
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::Release);
     }
 
     fn set(&self, index: usize, used: Use) {

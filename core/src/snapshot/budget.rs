@@ -6,6 +6,8 @@
 //! - The files below the root never take more than `bytes_max` together.
 //! - Memory that `grow` granted is there: the pages are allocated before it returns, so a later
 //!   store cannot find tmpfs full (which the kernel reports as SIGBUS).
+//! - The lock is held for the sum, not for the allocation: a file's length reserves what its pages
+//!   will take, and a hundred gigabytes of zeroing keep no other rank waiting.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -58,6 +60,10 @@ impl Budget {
     /// # Errors
     /// The directory did not answer.
     pub fn used(&self) -> Result<u64> {
+        Ok(self.usage()?.used)
+    }
+
+    fn usage(&self) -> Result<Usage> {
         used_below(&self.root, 0).at("count the files below", &self.root)
     }
 
@@ -86,9 +92,10 @@ impl Budget {
     /// # Errors
     /// [`Error::Budget`] with the sum.
     pub fn check(&self, more: u64, what: &str) -> Result<()> {
-        let used = self.used()?;
+        let Usage { used, reserved } = self.usage()?;
         let (limit, from) = self.limit(used)?;
         let free = crate::tier::disk::free_bytes(&self.root).at("stat", &self.root)?;
+        let free = free.saturating_sub(reserved);
         if used.saturating_add(more) > limit {
             return Err(Error::Budget {
                 sum: format!(
@@ -115,32 +122,43 @@ impl Budget {
         Ok(())
     }
 
-    /// Gives `file` at least `len` bytes of memory that exists.
+    /// Gives `file` at least `len` bytes of memory that exists. `go_on` is asked now and then; false
+    /// ends it.
     ///
     /// # Errors
-    /// [`Error::Budget`] with the sum; the file is as before.
-    pub(crate) fn grow(&self, file: &File, path: &Path, len: u64) -> Result<()> {
-        let _guard = self.lock()?;
+    /// [`Error::Budget`] with the sum, or [`Error::Fenced`] where `go_on` said no; the file is as
+    /// before.
+    pub(crate) fn grow(
+        &self,
+        file: &File,
+        path: &Path,
+        len: u64,
+        go_on: &dyn Fn() -> bool,
+    ) -> Result<()> {
         let before = file.metadata().at("stat", path)?;
         let more = len.saturating_sub(before.len().min(before.blocks() * 512));
-        self.check(more, &format!("{} for {}", human(more), path.display()))?;
-        match rustix::fs::fallocate(file, FallocateFlags::empty(), 0, len) {
-            Ok(()) => Ok(()),
-            Err(errno) => {
-                // What was allocated before it failed is given back.
-                file.set_len(before.len()).at("set the length of", path)?;
-                match errno {
-                    rustix::io::Errno::NOSPC => Err(Error::Budget {
-                        sum: format!(
-                            "{} for {}, and the file system is full",
-                            human(more),
-                            path.display()
-                        ),
-                    }),
-                    other => Err(io::Error::from(other)).at("allocate", path),
-                }
+        {
+            let _guard = self.lock()?;
+            self.check(more, &format!("{} for {}", human(more), path.display()))?;
+            if before.len() < len {
+                file.set_len(len).at("set the length of", path)?;
             }
         }
+        let allocated = allocate(file, len, go_on).map_err(|errno| match errno {
+            Some(rustix::io::Errno::NOSPC) => Error::Budget {
+                sum: format!("{} for {}, and the file system is full", human(more), path.display()),
+            },
+            Some(other) => Error::Io {
+                what: format!("allocate {}", path.display()),
+                source: io::Error::from(other),
+            },
+            None => Error::Fenced { why: "this Checkpointer was closed".into() },
+        });
+        if allocated.is_err() {
+            // What was allocated before it failed is given back.
+            file.set_len(before.len()).at("set the length of", path)?;
+        }
+        allocated
     }
 
     /// A POSIX lock for other processes, a mutex for our own threads. Not `flock`: that one belongs
@@ -169,6 +187,27 @@ impl Budget {
     }
 }
 
+/// Page by page, a piece at a time; `None`: told to stop.
+fn allocate(
+    file: &File,
+    len: u64,
+    go_on: &dyn Fn() -> bool,
+) -> Result<(), Option<rustix::io::Errno>> {
+    let mut offset = 0;
+    while offset < len {
+        if !go_on() {
+            return Err(None);
+        }
+        let piece = (len - offset).min(PIECE_BYTES);
+        rustix::fs::fallocate(file, FallocateFlags::empty(), offset, piece).map_err(Some)?;
+        offset += piece;
+    }
+    Ok(())
+}
+
+/// Allocated or mapped in one system call: some tens of milliseconds.
+pub(crate) const PIECE_BYTES: u64 = 256 << 20;
+
 static IN_PROCESS: Mutex<()> = Mutex::new(());
 
 /// Another process counts and allocates for this long at most, unless it is stopped.
@@ -180,30 +219,41 @@ struct Guard {
     _thread: MutexGuard<'static, ()>,
 }
 
-/// Bytes of all files below `dir`: the larger of length and blocks. What vanishes while we count
-/// counts nothing.
-fn used_below(dir: &Path, depth: usize) -> io::Result<u64> {
+/// Bytes of all files below a directory.
+#[derive(Clone, Copy, Debug, Default)]
+struct Usage {
+    /// The larger of length and blocks, each file.
+    used: u64,
+    /// Of these, what has no pages yet.
+    reserved: u64,
+}
+
+/// What vanishes while we count counts nothing.
+fn used_below(dir: &Path, depth: usize) -> io::Result<Usage> {
+    let mut sum = Usage::default();
     // root / run / step / attempt / file: more levels than that are not ours.
     if depth > 6 {
-        return Ok(0);
+        return Ok(sum);
     }
     let gone = |e: &io::Error| e.kind() == io::ErrorKind::NotFound;
     let entries = match fs::read_dir(dir) {
-        Err(e) if gone(&e) => return Ok(0),
+        Err(e) if gone(&e) => return Ok(sum),
         other => other?,
     };
-    let mut sum = 0_u64;
     for entry in entries {
-        let bytes = entry.and_then(|entry| {
+        let part = entry.and_then(|entry| {
             let meta = entry.metadata()?;
             if meta.is_dir() {
-                used_below(&entry.path(), depth + 1)
-            } else {
-                Ok(meta.len().max(meta.blocks() * 512))
+                return used_below(&entry.path(), depth + 1);
             }
+            let blocks = meta.blocks() * 512;
+            Ok(Usage { used: meta.len().max(blocks), reserved: meta.len().saturating_sub(blocks) })
         });
-        match bytes {
-            Ok(bytes) => sum = sum.saturating_add(bytes),
+        match part {
+            Ok(part) => {
+                sum.used = sum.used.saturating_add(part.used);
+                sum.reserved = sum.reserved.saturating_add(part.reserved);
+            }
             Err(e) if gone(&e) => {}
             Err(e) => return Err(e),
         }

@@ -141,7 +141,11 @@ fn a_name_is_given_once(open: &dyn Fn() -> Box<dyn Tier>) {
     let name = payload_name(5);
     tier.put(&name, &Bytes(vec![1; 10])).map(drop).expect("put");
     assert!(tier.put(&name, &Bytes(vec![2; 10])).is_err());
+    assert!(tier.put(&name, &Bytes(vec![1; 11])).is_err());
     assert_eq!(read_record(&*tier, &name).expect("read"), [1; 10]);
+    tier.put(&name, &Bytes(vec![1; 10])).map(drop).expect("a put that meets its own bytes");
+    tier.confirm("a").expect("confirm");
+    tier.confirm("nowhere").expect("what is not there is safe");
     tier.delete(&name).expect("delete");
 }
 

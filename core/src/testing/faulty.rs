@@ -166,6 +166,9 @@ impl Tier for Faulty {
     fn list(&self, dir: &str) -> Result<Vec<Entry>> {
         self.around(|| self.inner.list(dir))
     }
+    fn confirm(&self, dir: &str) -> Result<()> {
+        self.around(|| self.inner.confirm(dir))
+    }
     fn delete(&self, name: &str) -> Result<()> {
         self.around(|| self.inner.delete(name))
     }

@@ -129,17 +129,17 @@ impl Tier for DiskTier {
 
     fn put(&self, name: &str, payload: &dyn Payload) -> Result<Receipt> {
         let dest = self.dir.path(name)?;
+        let receipt = Receipt { tier: TierKind::Disk, name: name.into(), length: payload.len() };
+        if std::fs::symlink_metadata(&dest).is_ok() {
+            return self.dir.put_before(name, payload).map(|()| receipt);
+        }
         let file_name = name.rsplit('/').next().unwrap_or(name);
         let (staged, file, _) = self.stage(file_name)?;
         let put = write_payload(&file, &staged, payload)
             .and_then(|()| publish(Some(file), &staged, &dest, true));
         match put {
-            Ok(Created::New) => {
-                Ok(Receipt { tier: TierKind::Disk, name: name.into(), length: payload.len() })
-            }
-            Ok(Created::Exists) => {
-                Err(Error::invalid(format!("{} is there already", dest.display())))
-            }
+            Ok(Created::New) => Ok(receipt),
+            Ok(Created::Exists) => self.dir.put_before(name, payload).map(|()| receipt),
             Err(e) => {
                 // The error that matters is on its way up; a staged file that stays is swept.
                 let _ = remove(&staged);
@@ -158,6 +158,10 @@ impl Tier for DiskTier {
 
     fn list(&self, dir: &str) -> Result<Vec<Entry>> {
         self.dir.list(dir)
+    }
+
+    fn confirm(&self, dir: &str) -> Result<()> {
+        self.dir.confirm(dir)
     }
 
     fn delete(&self, name: &str) -> Result<()> {

@@ -52,7 +52,7 @@ impl MemoryTier {
         let staged = staging_path(&self.dir.root, "copy");
         let file = create_staged(&staged)?;
         let fill = || {
-            budget.grow(&file, &staged, payload.len())?;
+            budget.grow(&file, &staged, payload.len(), &|| true)?;
             let mut scratch = AlignedBuf::new(1);
             let mut offset = 0;
             while offset < payload.len() {
@@ -90,12 +90,10 @@ impl Tier for MemoryTier {
             Some(slot) => slot.publish(&dest, payload.len())?,
             None => self.put_copy(&dest, payload)?,
         };
-        match created {
-            Created::New => {
-                Ok(Receipt { tier: TierKind::Ram, name: name.into(), length: payload.len() })
-            }
-            Created::Exists => Err(Error::invalid(format!("{} is there already", dest.display()))),
+        if created == Created::Exists {
+            self.dir.put_before(name, payload)?;
         }
+        Ok(Receipt { tier: TierKind::Ram, name: name.into(), length: payload.len() })
     }
 
     fn create(&self, name: &str, bytes: &[u8]) -> Result<Created> {
@@ -108,6 +106,10 @@ impl Tier for MemoryTier {
 
     fn list(&self, dir: &str) -> Result<Vec<Entry>> {
         self.dir.list(dir)
+    }
+
+    fn confirm(&self, dir: &str) -> Result<()> {
+        self.dir.confirm(dir)
     }
 
     fn delete(&self, name: &str) -> Result<()> {

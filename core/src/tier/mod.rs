@@ -17,6 +17,9 @@
 //! - A file that can be seen is whole.
 //! - A name is given once: `create` and `put` never change what is there.
 //! - What `put` returned a receipt for, `open` reads, also after the tier is opened anew.
+//! - A `put` whose answer was lost, done again, meets its own bytes and succeeds.
+//! - What is there when `create` or `confirm` returns is as safe as the tier is named, whoever
+//!   wrote it.
 //! - Deleting what is not there is success.
 
 pub mod buffer;
@@ -121,7 +124,7 @@ pub struct Entry {
 pub enum Created {
     /// It is there now and was not before.
     New,
-    /// Something else has this name; nothing was changed.
+    /// The name was taken; nothing was changed. What has it is as safe as the tier is named.
     Exists,
 }
 
@@ -134,10 +137,12 @@ pub trait Tier: Send + Sync + fmt::Debug {
     fn kind(&self) -> TierKind;
     /// Its address for messages.
     fn address(&self) -> String;
-    /// Makes `payload` appear under `name`, safe as the tier is named.
+    /// Makes `payload` appear under `name`, safe as the tier is named. The same bytes that are there
+    /// already are success.
     ///
     /// # Errors
-    /// Nothing is left under `name`.
+    /// Other bytes have the name; or the tier did not answer: then the payload may be there, whole,
+    /// and the caller asks again.
     fn put(&self, name: &str, payload: &dyn Payload) -> Result<Receipt>;
     /// Makes a small file appear if the name is free, safe as the tier is named.
     ///
@@ -154,6 +159,12 @@ pub trait Tier: Send + Sync + fmt::Debug {
     /// # Errors
     /// The place did not answer: never to be taken for "empty".
     fn list(&self, dir: &str) -> Result<Vec<Entry>>;
+    /// Returns when everything that a listing of `dir` shows is as safe as the tier is named: another
+    /// process may have made a name appear a moment ago and not have synced it.
+    ///
+    /// # Errors
+    /// What is there may not be safe.
+    fn confirm(&self, dir: &str) -> Result<()>;
     /// Removes a file, or an empty directory (one that is not empty stays, without error).
     ///
     /// # Errors

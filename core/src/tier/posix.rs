@@ -14,11 +14,14 @@ use std::{
 use rustix::io::Errno;
 
 use super::{
-    Created, Entry, Source,
-    buffer::ALIGN,
+    Created, Entry, Payload, Source,
+    buffer::{ALIGN, AlignedBuf, padded},
     publish::{create_staged, publish, remove, staging_path},
 };
-use crate::error::{Doing, Error, Result};
+use crate::{
+    chunk::CHUNK_BYTES,
+    error::{Doing, Error, Result},
+};
 
 /// A directory that files appear in.
 #[derive(Debug)]
@@ -44,6 +47,7 @@ impl PosixDir {
         let dest = self.path(name)?;
         // Cheap first look: most calls that lose, lose long after the winner.
         if fs::symlink_metadata(&dest).is_ok() {
+            self.confirm_parent(&dest)?;
             return Ok(Created::Exists);
         }
         let staged = staging_path(&self.root, "record");
@@ -99,6 +103,33 @@ impl PosixDir {
         Ok(entries)
     }
 
+    /// See [`Tier::confirm`](super::Tier::confirm).
+    pub(crate) fn confirm(&self, dir: &str) -> Result<()> {
+        let path = self.path(dir)?;
+        if self.durable { super::publish::sync_dir(&path) } else { Ok(()) }
+    }
+
+    fn confirm_parent(&self, path: &Path) -> Result<()> {
+        let parent = path.parent().unwrap_or(&self.root);
+        if self.durable { super::publish::sync_dir(parent) } else { Ok(()) }
+    }
+
+    /// What to answer to a `put` of `payload` whose name is taken: a `put` whose answer was lost,
+    /// or whose last sync failed, meets its own bytes.
+    ///
+    /// # Errors
+    /// Other bytes lie there.
+    pub(crate) fn put_before(&self, name: &str, payload: &dyn Payload) -> Result<()> {
+        let source = self.open(name)?;
+        if source.len() != payload.len() || !same_bytes(&*source, payload)? {
+            return Err(Error::invalid(format!(
+                "{} is there already",
+                self.root.join(name).display()
+            )));
+        }
+        self.confirm_parent(&self.path(name)?)
+    }
+
     pub(crate) fn delete(&self, name: &str) -> Result<()> {
         let path = self.path(name)?;
         remove(&path)?;
@@ -117,6 +148,21 @@ impl PosixDir {
         }
         Ok(())
     }
+}
+
+fn same_bytes(there: &dyn Source, payload: &dyn Payload) -> Result<bool> {
+    let (mut ours, mut theirs) = (AlignedBuf::new(1), AlignedBuf::new(1));
+    let mut offset = 0;
+    while offset < payload.len() {
+        let len = usize::try_from((payload.len() - offset).min(CHUNK_BYTES)).unwrap_or(0);
+        theirs.ensure(padded(len));
+        there.read_at(offset, &mut theirs[..padded(len)])?;
+        if payload.block(offset, padded(len), &mut ours)?[..len] != theirs[..len] {
+            return Ok(false);
+        }
+        offset += len as u64;
+    }
+    Ok(true)
 }
 
 struct PosixSource {

@@ -78,10 +78,12 @@ pub(crate) fn publish(
             Err(e) => return Err(e).at("publish", dest),
         }
     };
-    match created {
-        Created::New if durable => sync_dir(parent)?,
-        Created::New => {}
-        Created::Exists => remove(staged)?,
+    if created == Created::Exists {
+        remove(staged)?;
+    }
+    if durable {
+        // Also for a name that another process gave a moment ago: the caller counts on it now.
+        sync_dir(parent)?;
     }
     Ok(created)
 }

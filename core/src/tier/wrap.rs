@@ -91,6 +91,9 @@ impl<T: Tier> Tier for Retried<T> {
     fn list(&self, dir: &str) -> Result<Vec<Entry>> {
         self.again(|| self.inner.list(dir))
     }
+    fn confirm(&self, dir: &str) -> Result<()> {
+        self.again(|| self.inner.confirm(dir))
+    }
     fn delete(&self, name: &str) -> Result<()> {
         self.again(|| self.inner.delete(name))
     }
@@ -179,6 +182,9 @@ impl<T: Tier> Tier for Limited<T> {
     fn list(&self, dir: &str) -> Result<Vec<Entry>> {
         self.inner.list(dir)
     }
+    fn confirm(&self, dir: &str) -> Result<()> {
+        self.inner.confirm(dir)
+    }
     fn delete(&self, name: &str) -> Result<()> {
         self.inner.delete(name)
     }
@@ -252,6 +258,9 @@ impl<T: Tier> Tier for Metered<T> {
     }
     fn list(&self, dir: &str) -> Result<Vec<Entry>> {
         self.count(self.inner.list(dir))
+    }
+    fn confirm(&self, dir: &str) -> Result<()> {
+        self.count(self.inner.confirm(dir))
     }
     fn delete(&self, name: &str) -> Result<()> {
         self.count(self.inner.delete(name))

@@ -8,64 +8,48 @@ use std::{
     time::Duration,
 };
 
-use tierkeep::{Error, Result, tier::*};
+use tierkeep::{
+    Error, Result,
+    testing::hooked::{Call, Hooked, Op},
+    tier::{Tier, TierKind},
+};
 
-/// A tier with two switches; they act on disk alone.
-#[derive(Debug)]
+/// Switches; they act on disk alone.
+#[derive(Clone, Debug, Default)]
 pub struct Gate {
-    pub inner: Arc<dyn Tier>,
     /// Nothing answers.
     pub dead: Arc<AtomicBool>,
     /// A `put` waits until it is off.
     pub slow: Arc<AtomicBool>,
+    /// A claim waits until it is off.
+    pub no_claims: Arc<AtomicBool>,
 }
 
 impl Gate {
-    fn ok(&self) -> Result<()> {
-        if self.dead.load(Ordering::SeqCst) && self.kind() == TierKind::Disk {
-            Err(Error::Io { what: "x".into(), source: std::io::Error::other("dead") })
-        } else {
-            Ok(())
+    /// Around a tier: what `open_wrapped` takes.
+    pub fn around(&self, tier: Arc<dyn Tier>) -> Arc<dyn Tier> {
+        let gate = self.clone();
+        Arc::new(Hooked::before(tier, move |call| gate.pass(call)))
+    }
+
+    fn pass(&self, call: Call<'_>) -> Result<()> {
+        if call.kind != TierKind::Disk {
+            return Ok(());
         }
+        if self.dead.load(Ordering::SeqCst) {
+            return Err(broken("dead"));
+        }
+        while call.op == Op::Put && self.slow.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        while call.name.starts_with("_claims") && self.no_claims.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
     }
 }
 
-impl Tier for Gate {
-    fn kind(&self) -> TierKind {
-        self.inner.kind()
-    }
-    fn address(&self) -> String {
-        self.inner.address()
-    }
-    fn put(&self, n: &str, p: &dyn Payload) -> Result<Receipt> {
-        self.ok()?;
-        while self.kind() == TierKind::Disk && self.slow.load(Ordering::SeqCst) {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        self.inner.put(n, p)
-    }
-    fn create(&self, n: &str, b: &[u8]) -> Result<Created> {
-        self.ok()?;
-        self.inner.create(n, b)
-    }
-    fn open(&self, n: &str) -> Result<Box<dyn Source>> {
-        self.ok()?;
-        self.inner.open(n)
-    }
-    fn list(&self, n: &str) -> Result<Vec<Entry>> {
-        self.ok()?;
-        self.inner.list(n)
-    }
-    fn delete(&self, n: &str) -> Result<()> {
-        self.ok()?;
-        self.inner.delete(n)
-    }
-    fn mend(&self, n: &str, o: u64, b: &[u8]) -> Result<()> {
-        self.ok()?;
-        self.inner.mend(n, o, b)
-    }
-    fn retire(&self, n: &str) -> Result<()> {
-        self.ok()?;
-        self.inner.retire(n)
-    }
+/// The operating system's refusal.
+pub fn broken(why: &str) -> Error {
+    Error::Io { what: "x".into(), source: std::io::Error::other(why.to_owned()) }
 }
