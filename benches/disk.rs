@@ -12,6 +12,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     path::{Path, PathBuf},
     process::Command,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -125,12 +126,12 @@ fn saved_run(dir: &Path, bytes: usize) -> (PathBuf, PathBuf) {
     let tensors = (0..pieces).map(|i| {
         let len = bytes / pieces;
         Tensor {
-            spec: TensorSpec {
-                name: format!("t{i:04}"),
+            spec: Arc::new(TensorSpec {
+                name: format!("t{i:04}").into(),
                 dtype: Dtype::U8,
                 shape: vec![len as u64],
                 part_of: None,
-            },
+            }),
             memory: Memory::Contiguous(Address::read_only(data[i * len..].as_ptr())),
             late: false,
         }

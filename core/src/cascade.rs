@@ -34,7 +34,7 @@ use crate::{
     observe::{Observer, locked},
     save::{Level, Save},
     signal::Signal,
-    snapshot::arena::SlotPayload,
+    snapshot::slot::SlotPayload,
     tier::Tier,
 };
 

@@ -43,11 +43,7 @@ use crate::{
     restore::{read::Restorable, survey::ShardCopy},
     save::Save,
     signal::Signal,
-    snapshot::{
-        arena::{Arena, SlotPayload},
-        budget::Budget,
-        layout::Layout,
-    },
+    snapshot::{arena::Arena, budget::Budget, layout::Layout, slot::SlotPayload},
     state::{State, TensorSpec},
     tier::{Tier, TierKind, disk::DiskTier, memory::MemoryTier, wrap::Retried},
 };
@@ -290,7 +286,7 @@ impl Checkpointer {
     ///
     /// # Errors
     /// [`Error::Budget`] with the sum, at once.
-    pub fn prepare(&self, specs: Vec<TensorSpec>) -> Result<()> {
+    pub fn prepare(&self, specs: Vec<Arc<TensorSpec>>) -> Result<()> {
         self.check_open()?;
         let layout = self.layout(specs.iter())?;
         let (arena, observer) = (self.inner.place.arena.clone(), self.inner.place.observer.clone());
@@ -323,7 +319,7 @@ impl Checkpointer {
 
     fn layout<'a>(
         &self,
-        specs: impl ExactSizeIterator<Item = &'a TensorSpec> + Clone,
+        specs: impl ExactSizeIterator<Item = &'a Arc<TensorSpec>> + Clone,
     ) -> Result<Arc<Layout>> {
         let mut kept = locked(&self.inner.layout);
         if let Some(layout) = kept.as_ref().filter(|l| l.fits(specs.clone())) {

@@ -22,6 +22,7 @@ mod walk;
 use std::{
     collections::{HashMap, HashSet},
     hash::{BuildHasherDefault, Hasher},
+    sync::Arc,
 };
 
 use pyo3::{
@@ -109,7 +110,7 @@ pub(crate) struct Walked {
 
 impl Walked {
     /// The names, types and shapes.
-    pub(crate) fn specs(self) -> Vec<TensorSpec> {
+    pub(crate) fn specs(self) -> Vec<Arc<TensorSpec>> {
         self.tensors.into_iter().map(|tensor| tensor.spec).collect()
     }
 }

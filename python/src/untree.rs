@@ -99,7 +99,7 @@ impl<'py> Marks<'py> {
             Value::Path(text) => PyModule::import(py, "pathlib")?.call_method1("Path", (text,))?,
             Value::Object(state) => self.mark("Object", (self.value(state)?,))?,
             Value::Tensor(tensor) => {
-                self.mark("Tensor", (&tensor.name, tensor.lib.name(), tensor.param))?
+                self.mark("Tensor", (&*tensor.name, tensor.lib.name(), tensor.param))?
             }
             Value::Pickle(bytes) => self.mark("Pickle", (PyBytes::new(py, bytes),))?,
         })

@@ -61,4 +61,4 @@ def regression(model: nn.Module, optimizers: list[Any], width: int = 6) -> Calla
 
 
 def mlp(width: int = 6) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(width, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
+    return nn.Sequential(nn.Linear(width, 64), nn.ReLU(), nn.Dropout(0.2), nn.Linear(64, 3))

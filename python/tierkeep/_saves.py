@@ -40,7 +40,6 @@ class Saves:
         with self._lock:
             self._open.append(_Open(save))
             self.newest = save
-        self.settle()
 
     def settle(self) -> None:
         """Looks which saves are over."""

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Checkpointer, Inner, SAVES_KEPT, SaveRequest};
+use super::{Checkpointer, Inner, Interrupted, SAVES_KEPT, SaveRequest};
 use crate::{
     agree::Saving,
     attempt::AttemptRecord,
@@ -22,10 +22,7 @@ use crate::{
     names::{CheckpointKey, Rank, Step},
     observe::{add, locked},
     save::{Level, Save},
-    snapshot::{
-        Snapshot,
-        arena::{Filling, SlotPayload},
-    },
+    snapshot::{Snapshot, arena::Filling, slot::SlotPayload},
 };
 
 /// How often a save that waits asks whether it is to go on.
@@ -113,30 +110,33 @@ impl Checkpointer {
         cascade: &Arc<Cascade>,
     ) -> Result<()> {
         let inner = &self.inner;
-        let layout = self.layout(request.state.tensors.iter().map(|t| &t.spec))?;
-        let snapshot = Snapshot::new(&request.state, layout, inner.place.config.threads)?;
+        let SaveRequest { step, state, mut meta, overlap, skip_if_busy, keep_alive, interrupted } =
+            request;
+        let layout = self.layout(state.tensors.iter().map(|t| &t.spec))?;
+        let snapshot = Snapshot::new(state, layout, inner.place.config.threads)?;
         save.set_bytes(snapshot.len());
-        let Some(filling) = self.slot(save, snapshot.len(), &request, cascade)? else {
+        let Some(filling) =
+            self.slot(save, snapshot.len(), skip_if_busy, interrupted.as_ref(), cascade)?
+        else {
             return Ok(());
         };
         let identity = Identity {
             run_id: record.run_id,
             attempt: record.attempt,
             writer: inner.place.nonce,
-            step: request.step,
+            step,
             rank: inner.place.config.rank,
             savers: inner.place.config.savers.clone(),
         };
-        let mut meta = request.meta;
         meta.saved_unix_ms = inner.place.clock.unix_ms();
         let job =
             Job { snapshot, filling, identity, meta, save: save.clone(), cascade: cascade.clone() };
         let begun = inner.place.clock.monotonic();
-        let overlap = request.overlap && !job.snapshot.is_all_now();
+        let overlap = overlap && !job.snapshot.is_all_now();
         let done = if overlap {
             // SAFETY: the caller's promise.
             unsafe { job.snapshot.begin(job.filling.slot()) };
-            inner.copy_behind(job, request.keep_alive)
+            inner.copy_behind(job, keep_alive)
         } else {
             // SAFETY: the caller's promise.
             let crcs = unsafe { job.snapshot.take(job.filling.slot()) };
@@ -153,14 +153,14 @@ impl Checkpointer {
         &self,
         save: &Save,
         len: u64,
-        request: &SaveRequest,
+        skip_if_busy: bool,
+        interrupted: Option<&Interrupted>,
         cascade: &Arc<Cascade>,
     ) -> Result<Option<Filling>> {
         let place = &self.inner.place;
         let may_go = |key: &CheckpointKey| cascade.release(key);
         let mut filling = place.arena.acquire(len, &may_go)?;
-        let wish =
-            if filling.is_none() && request.skip_if_busy { Saving::Skip } else { Saving::Save };
+        let wish = if filling.is_none() && skip_if_busy { Saving::Skip } else { Saving::Save };
         if cascade.agreements().saving(save.step(), wish)? == Saving::Skip {
             let why = "every slot is in use: the disk is slower than the saves";
             add(&place.observer.counters.saves_skipped, 1);
@@ -182,7 +182,7 @@ impl Checkpointer {
                 break;
             }
             if ask.left(&*place.clock).is_none() {
-                if request.interrupted.as_ref().is_some_and(|interrupted| interrupted()) {
+                if interrupted.is_some_and(|interrupted| interrupted()) {
                     let why = "the wait for a free slot was interrupted".into();
                     return Err(Error::Skipped { step: Step(save.step()), why });
                 }
@@ -285,6 +285,7 @@ impl Inner {
         add(&self.place.observer.counters.captured_bytes, payload.len);
         cascade.confirm(identity.step);
         self.place.arena.hold(filling, key);
+        self.place.arena.tidy();
         Ok(())
     }
 

@@ -22,8 +22,8 @@ use crate::{
     names::{CheckpointKey, Rank, Step},
     observe::{Observer, add, locked},
     snapshot::{
-        arena::Slot,
         copy::{Memory, Piece, Plan, restore, restore_chunk, threads_for},
+        slot::Slot,
     },
     tier::{
         Payload, Source, Tier, TierKind,

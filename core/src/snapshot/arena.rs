@@ -3,18 +3,15 @@
 //! A slot lies in `_slots/` while it is free or being filled, and under its checkpoint's name while
 //! it holds one. The file is the same, the map is the same, only the name moves.
 //!
-//! It owns the files and who uses them. It does not own which checkpoint may be given up for the
-//! next: the caller says so each time (`cascade`).
+//! It owns the slots and who uses them. It does not own one slot's file and map (`slot`), nor which
+//! checkpoint may be given up for the next: the caller says so each time (`cascade`).
 //!
 //! # Invariants
 //!
 //! - A slot that is being filled has no name that a reader can find.
 //! - A slot is taken from a checkpoint only after its manifest is gone.
-//! - A file shrinks only when nobody else has it open or mapped; else it is left to them and a new
-//!   one is made.
 
 use std::{
-    fs::{File, OpenOptions},
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
@@ -22,199 +19,19 @@ use std::{
     },
 };
 
-use memmap2::{Advice, MmapOptions, MmapRaw};
-
-use super::budget::{Budget, PIECE_BYTES, human};
+use super::{
+    budget::{Budget, human},
+    slot::Slot,
+};
 use crate::{
-    error::{Doing, Error, Result},
+    error::Result,
     names::{AttemptDir, CheckpointKey, Rank, parse_payload_name, parse_step_dir},
     observe::locked,
     signal::Signal,
-    sys,
-    tier::{
-        Created, Payload, Tier,
-        buffer::{AlignedBuf, padded},
-        publish::{create_staged, move_file, remove},
-    },
+    tier::{Tier, buffer::padded, publish::remove},
 };
 
 pub(crate) const SLOTS: &str = "_slots";
-
-/// One mapped file.
-#[derive(Debug)]
-pub struct Slot {
-    file: File,
-    map: MmapRaw,
-    /// Bytes of the map that lie inside the file, rounded up to pages.
-    capacity: usize,
-    path: Mutex<PathBuf>,
-}
-
-impl Slot {
-    fn create(path: &Path, len: u64, budget: &Budget, go_on: &dyn Fn() -> bool) -> Result<Self> {
-        let file = create_staged(path)?;
-        let made = budget.grow(&file, path, len, go_on).and_then(|()| Self::map(file, path, len));
-        if made.is_err() {
-            // The error that matters is on its way up.
-            let _ = remove(path);
-        }
-        made
-    }
-
-    fn adopt(path: &Path) -> Result<Self> {
-        let file = OpenOptions::new().read(true).write(true).open(path).at("open", path)?;
-        let len = file.metadata().at("stat", path)?.len();
-        Self::map(file, path, len)
-    }
-
-    fn map(file: File, path: &Path, len: u64) -> Result<Self> {
-        let capacity = padded(usize::try_from(len.max(1)).unwrap_or(usize::MAX));
-        if file.metadata().at("stat", path)?.len() == 0 {
-            file.set_len(1).at("set the length of", path)?; // An empty file cannot be mapped.
-        }
-        let map = MmapOptions::new().len(capacity).map_raw(&file).at("map", path)?;
-        // A fork's child (a data loader) must not get the slots: it would keep their memory.
-        map.advise(Advice::DontFork).at("advise", path)?;
-        // Where the kernel grants huge pages for tmpfs; most do not, and lose nothing by the
-        // asking.
-        let _ = map.advise(Advice::HugePage);
-        Ok(Self { file, map, capacity, path: Mutex::new(path.into()) })
-    }
-
-    /// Puts every page in place, so that no store into the slot faults. `go_on` is asked now and
-    /// then; false ends it.
-    ///
-    /// # Errors
-    /// tmpfs is full, or [`Error::Fenced`] where `go_on` said no.
-    fn populate(&self, go_on: &dyn Fn() -> bool) -> Result<()> {
-        let piece = usize::try_from(PIECE_BYTES).unwrap_or(usize::MAX);
-        for offset in (0..self.capacity).step_by(piece) {
-            if !go_on() {
-                return Err(Error::Fenced { why: "this Checkpointer was closed".into() });
-            }
-            let len = (self.capacity - offset).min(piece);
-            sys::populate(&self.map, offset, len).at("populate", &self.path())?;
-        }
-        Ok(())
-    }
-
-    /// First byte of the slot.
-    #[must_use]
-    pub fn as_mut_ptr(&self) -> *mut u8 {
-        self.map.as_mut_ptr()
-    }
-
-    /// Bytes that may be stored to.
-    #[must_use]
-    pub fn capacity(&self) -> usize {
-        self.capacity
-    }
-
-    /// The file's length now.
-    ///
-    /// # Errors
-    /// The file system did not answer.
-    pub fn file_len(&self) -> Result<u64> {
-        Ok(self.file.metadata().at("stat", &self.path())?.len())
-    }
-
-    /// The file's path now.
-    #[must_use]
-    pub fn path(&self) -> PathBuf {
-        locked(&self.path).clone()
-    }
-
-    /// The first `len` bytes, rounded up to pages.
-    pub(crate) fn bytes(&self, len: usize) -> &[u8] {
-        assert!(padded(len) <= self.capacity, "{len} bytes of {}", self.capacity);
-        // SAFETY: the map has `capacity` bytes inside the file. While a slot holds a checkpoint
-        // nobody stores to it (but for mending, whose bytes are checked by whoever reads them); a
-        // filler reads through its own pointer.
-        unsafe { std::slice::from_raw_parts(self.map.as_ptr(), padded(len)) }
-    }
-
-    /// False where the name has gone or leads to another file: somebody cleaned up around us.
-    fn is_at_its_path(&self) -> bool {
-        use std::os::unix::fs::MetadataExt;
-        let same =
-            |a: std::fs::Metadata, b: std::fs::Metadata| a.dev() == b.dev() && a.ino() == b.ino();
-        match (self.file.metadata(), std::fs::symlink_metadata(self.path())) {
-            (Ok(ours), Ok(there)) => same(ours, there),
-            _ => false,
-        }
-    }
-
-    /// Sets the file to exactly `len` bytes, where that can be done without taking pages from
-    /// somebody who has it mapped. `false`: it cannot; the slot is of no use for this length.
-    fn fit(&self, len: u64) -> Result<bool> {
-        let now = self.file_len()?;
-        if padded(usize::try_from(len).unwrap_or(usize::MAX)) > self.capacity {
-            return Ok(false);
-        }
-        let pages = |n: u64| n.div_ceil(4096);
-        if pages(len) > pages(now) {
-            return Ok(false); // Pages that went when it shrank come back through the budget only.
-        }
-        if now != len {
-            if pages(len) < pages(now) && !sys::nobody_else_has_it_open(&self.file) {
-                return Ok(false);
-            }
-            self.file.set_len(len).at("set the length of", &self.path())?;
-        }
-        Ok(true)
-    }
-
-    /// Gives the slot its name as a payload of exactly `len` bytes.
-    pub(crate) fn publish(&self, dest: &Path, len: u64) -> Result<Created> {
-        if self.file_len()? != len {
-            return Err(Error::Bug(format!("{} has not {len} bytes", self.path().display())));
-        }
-        let mut path = locked(&self.path);
-        let created = match crate::tier::publish::move_file(&path, dest, false) {
-            Ok(()) => Created::New,
-            Err(_) if dest.exists() => Created::Exists,
-            Err(e) => return Err(e),
-        };
-        if created == Created::New {
-            *path = dest.into();
-        }
-        Ok(created)
-    }
-
-    fn take_back(&self, root: &Path, rank: Rank) -> Result<()> {
-        let free = slot_path(root, rank);
-        let mut path = locked(&self.path);
-        move_file(&path, &free, false)?;
-        *path = free;
-        Ok(())
-    }
-}
-
-/// A payload that lies in a slot.
-#[derive(Clone, Debug)]
-pub struct SlotPayload {
-    /// Where.
-    pub slot: Arc<Slot>,
-    /// Its exact length in bytes.
-    pub len: u64,
-}
-
-impl Payload for SlotPayload {
-    fn len(&self) -> u64 {
-        self.len
-    }
-
-    fn block<'a>(&'a self, offset: u64, len: usize, _: &'a mut AlignedBuf) -> Result<&'a [u8]> {
-        let begin = usize::try_from(offset).unwrap_or(usize::MAX);
-        let all = self.slot.bytes(usize::try_from(self.len).unwrap_or(usize::MAX));
-        all.get(begin..begin.saturating_add(len))
-            .ok_or_else(|| Error::Bug(format!("block {offset}+{len} of {} bytes", self.len)))
-    }
-
-    fn slot(&self) -> Option<&Slot> {
-        Some(&self.slot)
-    }
-}
 
 #[derive(Clone, Debug, PartialEq)]
 enum Use {
@@ -241,6 +58,8 @@ pub struct Arena {
     slots_max: usize,
     budget: Budget,
     held: Mutex<Vec<Held>>,
+    /// Whose empty directories are still there: they go behind, not while a save waits.
+    left: Mutex<Vec<CheckpointKey>>,
     /// No slot is made or populated any more.
     closed: AtomicBool,
     signal: Arc<Signal>,
@@ -286,7 +105,8 @@ impl Arena {
         let empty = || Held { slot: None, used: Use::Free, populated: false };
         let held = Mutex::new((0..slots_max).map(|_| empty()).collect());
         let closed = AtomicBool::new(false);
-        Arc::new(Self { tier, root, rank, slots_max, budget, held, closed, signal })
+        let left = Mutex::default();
+        Arc::new(Self { tier, root, rank, slots_max, budget, held, left, closed, signal })
     }
 
     /// Finds the slots that an earlier process of this rank left, maps them and keeps what they
@@ -296,6 +116,7 @@ impl Arena {
     /// tmpfs did not answer.
     pub fn adopt(&self) -> Result<()> {
         let mut found = self.find_own()?;
+        self.tidy();
         found.sort_by_key(|(key, _)| std::cmp::Reverse(key.clone()));
         let mut held = locked(&self.held);
         held.retain(|h| h.slot.is_some());
@@ -304,7 +125,7 @@ impl Arena {
             let used = match key {
                 Some(key) => Use::Holds(key),
                 None => {
-                    slot.take_back(&self.root, self.rank)?;
+                    slot.take_back(&slot_path(&self.root, self.rank))?;
                     Use::Free
                 }
             };
@@ -367,6 +188,10 @@ impl Arena {
                 let Some(dir) = AttemptDir::parse(&attempt.name) else { continue };
                 let key = CheckpointKey { step: number, attempt: dir };
                 let files = self.tier.list(&key.dir())?;
+                if files.is_empty() {
+                    locked(&self.left).push(key);
+                    continue; // Its last file was retired by a process that died then.
+                }
                 // Of several payloads the manifest names one; without a good manifest none is ours.
                 let named = crate::commit::read_manifest(&*self.tier, &key, self.rank, None)
                     .map(|(manifest, _)| manifest.payload.file);
@@ -537,10 +362,21 @@ impl Arena {
         let slot = locked(&self.held)[index].slot.clone();
         self.tier.delete(&key.manifest(self.rank))?;
         if let Some(slot) = slot.filter(|s| s.is_at_its_path()) {
-            slot.take_back(&self.root, self.rank)?;
+            slot.take_back(&slot_path(&self.root, self.rank))?;
         }
-        self.tier.delete(&key.dir())?;
-        self.tier.delete(&crate::names::step_dir(key.step))
+        locked(&self.left).push(key.clone());
+        Ok(())
+    }
+
+    /// Removes what retired checkpoints left: empty directories.
+    pub fn tidy(&self) {
+        for key in std::mem::take(&mut *locked(&self.left)) {
+            for dir in [key.dir(), crate::names::step_dir(key.step)] {
+                if let Err(e) = self.tier.delete(&dir) {
+                    tracing::debug!("{dir} stays: {}", e.chain());
+                }
+            }
+        }
     }
 
     /// The filled slot holds `key` now.

@@ -10,7 +10,7 @@
 //! - The payload is a valid safetensors file.
 //! - The same specs give the same bytes of header, in any order of the specs.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::Arc};
 
 use crate::{
     error::{Error, Result},
@@ -34,7 +34,7 @@ pub struct Layout {
     pub order: Vec<(usize, u64, u64)>,
     /// The JSON array for the manifest.
     pub tensors_json: Vec<u8>,
-    specs: Vec<TensorSpec>,
+    specs: Vec<Arc<TensorSpec>>,
 }
 
 impl Layout {
@@ -42,11 +42,11 @@ impl Layout {
     ///
     /// # Errors
     /// Two tensors have one name, or sizes overflow.
-    pub fn new(specs: Vec<TensorSpec>) -> Result<Self> {
+    pub fn new(specs: Vec<Arc<TensorSpec>>) -> Result<Self> {
         let mut seen = HashMap::with_capacity(specs.len());
         let mut sizes = Vec::with_capacity(specs.len());
         for (index, spec) in specs.iter().enumerate() {
-            if let Some(first) = seen.insert(spec.name.as_str(), index) {
+            if let Some(first) = seen.insert(&*spec.name, index) {
                 return Err(Error::invalid(format!(
                     "two tensors have the path {} (places {first} and {index} of the state)",
                     spec.name
@@ -78,15 +78,16 @@ impl Layout {
     }
 
     /// True where a state with these specs, in this order, has this layout.
-    pub fn fits<'a>(&self, specs: impl ExactSizeIterator<Item = &'a TensorSpec>) -> bool {
-        specs.len() == self.specs.len() && specs.zip(&self.specs).all(|(a, b)| a == b)
+    pub fn fits<'a>(&self, specs: impl ExactSizeIterator<Item = &'a Arc<TensorSpec>>) -> bool {
+        let same = |(a, b): (&Arc<TensorSpec>, &Arc<TensorSpec>)| Arc::ptr_eq(a, b) || a == b;
+        specs.len() == self.specs.len() && specs.zip(&self.specs).all(same)
     }
 }
 
 fn entry(spec: &TensorSpec, begin: u64, end: u64) -> TensorEntry {
     let (global_shape, offset) = spec.part_of.clone().unzip();
     TensorEntry {
-        name: spec.name.clone(),
+        name: spec.name.to_string(),
         dtype: spec.dtype.name().into(),
         shape: spec.shape.clone(),
         global_shape,
@@ -102,7 +103,7 @@ struct HeaderEntry<'a> {
     data_offsets: [u64; 2],
 }
 
-fn header(specs: &[TensorSpec], order: &[usize], sizes: &[u64]) -> Result<Vec<u8>> {
+fn header(specs: &[Arc<TensorSpec>], order: &[usize], sizes: &[u64]) -> Result<Vec<u8>> {
     let bug = |e: serde_json::Error| Error::Bug(format!("safetensors header: {e}"));
     // Readers of the Hugging Face libraries ask for "format".
     let mut json = br#"{"__metadata__":{"format":"pt","tierkeep":"1"}"#.to_vec();
@@ -114,7 +115,7 @@ fn header(specs: &[TensorSpec], order: &[usize], sizes: &[u64]) -> Result<Vec<u8
         let end = at.checked_add(sizes[index]);
         let end = end.ok_or_else(|| Error::invalid("the state has more than 2^64 bytes"))?;
         json.push(b',');
-        serde_json::to_writer(&mut json, &spec.name).map_err(bug)?;
+        serde_json::to_writer(&mut json, &*spec.name).map_err(bug)?;
         json.push(b':');
         let line = HeaderEntry { dtype: dtype.name(), shape: &shape, data_offsets: [at, end] };
         serde_json::to_writer(&mut json, &line).map_err(bug)?;
@@ -141,8 +142,8 @@ mod tests {
     use super::*;
     use crate::state::dtype::Dtype;
 
-    fn spec(name: &str, dtype: Dtype, shape: &[u64]) -> TensorSpec {
-        TensorSpec { name: name.into(), dtype, shape: shape.into(), part_of: None }
+    fn spec(name: &str, dtype: Dtype, shape: &[u64]) -> Arc<TensorSpec> {
+        Arc::new(TensorSpec { name: name.into(), dtype, shape: shape.into(), part_of: None })
     }
 
     #[test]

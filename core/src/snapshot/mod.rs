@@ -7,21 +7,25 @@ pub mod arena;
 pub mod budget;
 pub mod copy;
 pub mod layout;
+pub mod slot;
 pub mod strided;
 
 use std::sync::Arc;
 
 use self::{
-    arena::Slot,
     copy::{Piece, Plan, capture, capture_now, capture_rest, threads_for},
     layout::Layout,
+    slot::Slot,
     strided::Address,
 };
 use crate::{
     chunk::CHUNK_BYTES,
     error::{Error, Result},
     manifest::{Identity, Meta, Parts, PayloadInfo, combine, encode},
-    state::{Memory, State},
+    state::{
+        Memory, State,
+        value::{EncodeError, Value},
+    },
 };
 
 /// A state on its way into a slot: where each byte comes from and goes to.
@@ -29,7 +33,7 @@ use crate::{
 pub struct Snapshot {
     layout: Arc<Layout>,
     plan: Plan,
-    tree_json: Vec<u8>,
+    tree: Value,
     threads: Option<usize>,
 }
 
@@ -38,7 +42,7 @@ impl Snapshot {
     ///
     /// # Errors
     /// The tree cannot be stored, or the state's memory does not fit its shapes.
-    pub fn new(state: &State, layout: Arc<Layout>, threads: Option<usize>) -> Result<Self> {
+    pub fn new(state: State, layout: Arc<Layout>, threads: Option<usize>) -> Result<Self> {
         let size = |n: u64| usize::try_from(n).map_err(|_| Error::Bug("a 32-bit machine".into()));
         let mut pieces = Vec::with_capacity(layout.order.len() + 1);
         pieces.push(Piece {
@@ -68,12 +72,10 @@ impl Snapshot {
             pieces.push(Piece { offset, len, memory, now: !tensor.late });
         }
         let plan = Plan::new(pieces, size(layout.len)?, size(CHUNK_BYTES)?)?;
-        let mut tree_json = Vec::new();
-        state
-            .tree
-            .write_json(&mut tree_json)
-            .map_err(|e| Error::Unstorable { path: e.path.clone(), why: e.problem.to_string() })?;
-        Ok(Self { layout, plan, tree_json, threads })
+        // The JSON is written later, behind the training where the copy is; what it could fail for is
+        // said now.
+        state.tree.check().map_err(unstorable)?;
+        Ok(Self { layout, plan, tree: state.tree, threads })
     }
 
     /// Exact bytes of the payload.
@@ -152,12 +154,18 @@ impl Snapshot {
             crc: combine(&crcs, self.len(), CHUNK_BYTES),
             chunks: crcs,
         };
+        let mut tree_json = Vec::new();
+        self.tree.write_json(&mut tree_json).map_err(unstorable)?;
         encode(&Parts {
             identity,
             payload: &payload,
             tensors_json: &self.layout.tensors_json,
-            tree_json: &self.tree_json,
+            tree_json: &tree_json,
             meta,
         })
     }
+}
+
+fn unstorable(e: EncodeError) -> Error {
+    Error::Unstorable { why: e.problem.to_string(), path: e.path }
 }

@@ -7,6 +7,8 @@ pub mod dtype;
 pub mod path;
 pub mod value;
 
+use std::sync::Arc;
+
 use dtype::Dtype;
 use value::Value;
 
@@ -19,7 +21,7 @@ use crate::{
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct TensorSpec {
     /// The escaped path (`state::path`); boxes of one tensor are `path#n`.
-    pub name: String,
+    pub name: Arc<str>,
     /// Element type.
     pub dtype: Dtype,
     /// Shape of what this rank holds, in elements.
@@ -58,8 +60,8 @@ pub enum Memory {
 /// staged.
 #[derive(Clone, Debug)]
 pub struct Tensor {
-    /// What it is.
-    pub spec: TensorSpec,
+    /// What it is; shared with the layout, so that a form that stayed is seen by its address.
+    pub spec: Arc<TensorSpec>,
     /// Where its bytes are.
     pub memory: Memory,
     /// May be copied after `save` returns: it is owned by a guarded optimizer, which waits.

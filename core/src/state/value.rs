@@ -27,7 +27,7 @@ mod encode;
 #[cfg(test)]
 mod tests;
 
-use std::convert::Infallible;
+use std::{convert::Infallible, sync::Arc};
 
 pub use self::decode::{DecodeError, DecodeProblem};
 pub use self::encode::{EncodeError, EncodeProblem};
@@ -148,7 +148,7 @@ pub enum Value {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct TensorRef {
     /// Key of the manifest's tensor table. Two places may name one tensor (tied weights).
-    pub name: String,
+    pub name: Arc<str>,
     /// What to make of it.
     pub lib: Lib,
     /// It was a `Parameter`.

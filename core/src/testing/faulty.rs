@@ -11,7 +11,7 @@ use std::{
 use crate::{
     clock::SharedClock,
     error::{Error, Result},
-    snapshot::arena::Slot,
+    snapshot::slot::Slot,
     tier::{Created, Entry, Payload, Receipt, Source, Tier, TierKind, buffer::AlignedBuf},
 };
 

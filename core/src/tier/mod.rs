@@ -84,7 +84,7 @@ pub trait Payload: Sync {
         scratch: &'a mut AlignedBuf,
     ) -> Result<&'a [u8]>;
     /// The slot that holds them, if one does: the memory tier then moves it instead of copying.
-    fn slot(&self) -> Option<&crate::snapshot::arena::Slot> {
+    fn slot(&self) -> Option<&crate::snapshot::slot::Slot> {
         None
     }
 }

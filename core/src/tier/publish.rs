@@ -220,10 +220,20 @@ pub(crate) fn sync_dir(path: &Path) -> Result<()> {
 
 /// Removes a file or an empty directory; what is not there, or not empty, is left in peace.
 pub(crate) fn remove(path: &Path) -> Result<()> {
-    let answer = match fs::symlink_metadata(path) {
-        Ok(meta) if meta.is_dir() => fs::remove_dir(path),
-        Ok(_) => fs::remove_file(path),
-        Err(e) => Err(e),
+    let answer = match fs::remove_file(path) {
+        // Linux says EISDIR, POSIX allows EPERM.
+        Err(e)
+            if matches!(
+                e.kind(),
+                io::ErrorKind::IsADirectory | io::ErrorKind::PermissionDenied
+            ) =>
+        {
+            match fs::symlink_metadata(path) {
+                Ok(meta) if meta.is_dir() => fs::remove_dir(path),
+                _ => Err(e),
+            }
+        }
+        other => other,
     };
     match answer {
         Err(e)

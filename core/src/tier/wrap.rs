@@ -157,7 +157,7 @@ impl<T: Tier> Payload for Paced<'_, T> {
         self.limited.pay(len as u64);
         self.payload.block(offset, len, scratch)
     }
-    fn slot(&self) -> Option<&crate::snapshot::arena::Slot> {
+    fn slot(&self) -> Option<&crate::snapshot::slot::Slot> {
         self.payload.slot()
     }
 }

@@ -7,6 +7,7 @@ pub mod gate;
 use std::{
     collections::HashMap,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -114,7 +115,7 @@ impl Model {
         self.tensors == Self::at(self.rank, &sizes, step).tensors
     }
 
-    pub fn specs(&self) -> Vec<TensorSpec> {
+    pub fn specs(&self) -> Vec<Arc<TensorSpec>> {
         self.state(0).tensors.into_iter().map(|t| t.spec).collect()
     }
 
@@ -122,12 +123,12 @@ impl Model {
         let mut entries = Vec::new();
         let mut tensors = Vec::new();
         for (i, tensor) in self.tensors.iter().enumerate() {
-            let name = format!("t{i}");
+            let name: Arc<str> = format!("t{i}").into();
             let leaf = TensorRef { name: name.clone(), lib: Lib::Numpy, param: false };
-            entries.push((Value::Str(name.clone()), Value::Tensor(leaf)));
+            entries.push((Value::Str(name.to_string()), Value::Tensor(leaf)));
             let shape = vec![tensor.len() as u64];
             tensors.push(Tensor {
-                spec: TensorSpec { name, dtype: Dtype::U8, shape, part_of: None },
+                spec: Arc::new(TensorSpec { name, dtype: Dtype::U8, shape, part_of: None }),
                 memory: Memory::Contiguous(Address::read_only(tensor.as_ptr())),
                 late: false,
             });

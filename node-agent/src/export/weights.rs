@@ -3,6 +3,8 @@
 //! Tied tensors are in it once for each name: the format has no other way, and so
 //! `load_state_dict(load_file(path))` finds all it asks for.
 
+use std::sync::Arc;
+
 use tierkeep::{restore::read::Restorable, snapshot::layout::Layout, state::TensorSpec};
 
 use super::{Place, assemble::assemble, plan::Output};
@@ -13,11 +15,9 @@ pub(super) fn write(
     outputs: &[Output],
     place: &Place<'_>,
 ) -> Result<(), Failure> {
-    let spec = |o: &Output| TensorSpec {
-        name: o.name.clone(),
-        dtype: o.dtype,
-        shape: o.shape.clone(),
-        part_of: None,
+    let spec = |o: &Output| {
+        let name = o.name.as_str().into();
+        Arc::new(TensorSpec { name, dtype: o.dtype, shape: o.shape.clone(), part_of: None })
     };
     for o in outputs.iter().filter(|o| o.dtype.stored().0 != o.dtype) {
         let stored = o.dtype.stored().0;

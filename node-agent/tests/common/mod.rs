@@ -193,7 +193,7 @@ fn save(ckpt: &Checkpointer, step: u64, stored: &[Stored]) -> tierkeep::save::Sa
     top.push((Value::Str("step".into()), Value::Int(step.cast_signed())));
     top.push((Value::Str("lr".into()), Value::float(0.001)));
     let tensors = stored.iter().map(|s| Tensor {
-        spec: s.spec.clone(),
+        spec: s.spec.clone().into(),
         memory: Memory::Contiguous(Address::read_only(s.bytes.as_ptr())),
         late: false,
     });

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use pyo3::{buffer::PyUntypedBuffer, intern, prelude::*};
 use tierkeep::{
     snapshot::strided::{Address, Strided},
-    state::{Memory, dtype::Dtype},
+    state::{Memory, TensorSpec, dtype::Dtype},
 };
 
 use super::glance::Seen;
@@ -239,6 +239,8 @@ pub(crate) struct Known {
     /// Its bytes in memory may be other than its values, as those of a conjugate.
     may_be_lazy: bool,
     pub(crate) form: Arc<Form>,
+    /// Where it was found last.
+    pub(crate) spec: Option<Arc<TensorSpec>>,
 }
 
 /// What it was, as torch's C interface says it, or as its methods do.
@@ -274,7 +276,7 @@ impl Known {
             },
             _ => false,
         };
-        Ok(Self { then, may_be_lazy, form })
+        Ok(Self { then, may_be_lazy, form, spec: None })
     }
 
     /// Whether `tensor`, an exact `Tensor` or `Parameter`, is what was learnt. Its identity alone

@@ -27,6 +27,10 @@ use crate::{
 /// this many are already a manifest of a gigabyte.
 const VALUES_MAX: usize = 10_000_000;
 
+/// A tensor that is smaller is copied in less time than it takes to keep its memory alive: an
+/// optimizer has a step counter for each parameter.
+const LATE_BYTES_MIN: u64 = 1024;
+
 /// One walk.
 pub(super) struct Walk<'a, 'py> {
     pub(super) py: Python<'py>,
@@ -370,30 +374,48 @@ impl<'a, 'py> Walk<'a, 'py> {
     }
 
     /// Adds a tensor at the current place; returns its name.
-    fn add(&mut self, tensor: &Bound<'py, PyAny>, form: Arc<Form>) -> PyResult<String> {
-        let name = if self.path.is_empty() { path::join(&[]) } else { self.path.clone() };
+    fn add(&mut self, tensor: &Bound<'py, PyAny>, form: Arc<Form>) -> PyResult<Arc<str>> {
+        let spec = self.spec(tensor, &form);
+        let name = spec.name.clone();
         let index = self.tensors.len();
         let owned = self.wishes.owned.is_some_and(|owned| owned.contains(tensor));
-        let late = owned && form.bytes > 0 && form.device.is_none();
+        let late = owned && form.bytes >= LATE_BYTES_MIN && form.device.is_none();
         if late {
             // The tensor object may be given other memory; this holds the memory that it has now.
             let storage = tensor.call_method0(intern!(self.py, "untyped_storage"))?;
             self.keep.push(storage.unbind());
+        } else {
+            self.hold.push(tensor.clone().unbind());
         }
         if form.device.is_some() {
             self.on_device.push((index, tensor.clone().unbind()));
         }
-        self.hold.push(tensor.clone().unbind());
-        let spec = TensorSpec {
-            name: name.clone(),
-            dtype: form.dtype,
-            shape: form.shape.clone(),
-            part_of: None,
-        };
         self.tensors.push(Tensor { spec, memory: form.memory.clone(), late });
         self.before.push(self.by_start.insert(form.start, index));
         self.forms.push(form);
         Ok(name)
+    }
+
+    /// That of the last walk, where it found the tensor in the same place.
+    fn spec(&mut self, tensor: &Bound<'py, PyAny>, form: &Arc<Form>) -> Arc<TensorSpec> {
+        let known = self.cache.known.get_mut(&(tensor.as_ptr() as usize));
+        let mut known = known.filter(|known| Arc::ptr_eq(&known.form, form));
+        if let Some(spec) = known.as_ref().and_then(|known| known.spec.as_ref())
+            && *spec.name == *self.path
+        {
+            return spec.clone();
+        }
+        let name = if self.path.is_empty() { path::join(&[]) } else { self.path.clone() };
+        let spec = Arc::new(TensorSpec {
+            name: name.into(),
+            dtype: form.dtype,
+            shape: form.shape.clone(),
+            part_of: None,
+        });
+        if let Some(known) = &mut known {
+            known.spec = Some(spec.clone());
+        }
+        spec
     }
 }
 

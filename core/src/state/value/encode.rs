@@ -132,7 +132,7 @@ impl Serialize for TensorRef {
     fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
         let mut object = s.serialize_map(Some(2 + usize::from(self.param)))?;
         object.serialize_entry("lib", self.lib.name())?;
-        object.serialize_entry("name", &self.name)?;
+        object.serialize_entry("name", &*self.name)?;
         if self.param {
             object.serialize_entry("param", &true)?;
         }

@@ -41,7 +41,11 @@ fn leaf() -> impl Strategy<Value = Value> {
         Value::str(wide.chain([0xD800]).flat_map(encode).collect())
     });
     let tensors = (any::<String>(), 0_usize..3, any::<bool>()).prop_map(|(name, lib, param)| {
-        Value::Tensor(TensorRef { name, lib: [Lib::Torch, Lib::Numpy, Lib::Jax][lib], param })
+        Value::Tensor(TensorRef {
+            name: name.into(),
+            lib: [Lib::Torch, Lib::Numpy, Lib::Jax][lib],
+            param,
+        })
     });
     prop_oneof![
         Just(Value::None),
@@ -182,7 +186,7 @@ proptest! {
         });
         let found = value.tensors().unwrap();
         prop_assert_eq!(found.len(), count);
-        prop_assert!(renamed.tensors().unwrap().iter().all(|(_, tensor)| tensor.name == "same"));
+        prop_assert!(renamed.tensors().unwrap().iter().all(|(_, tensor)| &*tensor.name == "same"));
         for (path, tensor) in found {
             prop_assert_eq!(follow(&value, &path, tensor), Some(tensor));
         }
