@@ -22,7 +22,7 @@ use crate::{
     names::{CheckpointKey, Rank, Step},
     observe::{Observer, add, locked},
     snapshot::{
-        copy::{Memory, Piece, Plan, restore, restore_chunk, threads_for},
+        copy::{Memory, Piece, Plan, restore, restore_chunk, restore_passing, threads_for},
         slot::Slot,
     },
     tier::{
@@ -34,8 +34,6 @@ use crate::{
 
 /// Chunks in flight from a file: a disk wants a few requests, and four of 4 MiB are 16 MiB.
 pub(crate) const READERS: usize = 4;
-/// Read from the page cache, then checksummed, at a time: it stays in a second-level cache between.
-const STRAIGHT_BYTES: usize = 256 << 10;
 
 /// Where one shard can be read, nearest first.
 #[derive(Clone, Debug)]
@@ -202,10 +200,10 @@ impl Restorable {
         let work = || {
             let mut buffer = AlignedBuf::new(1);
             while let Some(chunk) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
-                // SAFETY: the caller's promise; each chunk is one thread's.
-                let straight = unsafe { self.read_straight(&*source, plan, index, *chunk) };
-                if let Some(good) = straight {
-                    if !good {
+                let (range, crc) = (plan.chunk(*chunk), payload.chunks[*chunk]);
+                if let Some(bytes) = source.at_hand(range.start as u64, range.len()) {
+                    // SAFETY: the caller's promise; each chunk is one thread's.
+                    if !unsafe { restore_passing(plan, *chunk, bytes, crc) } {
                         locked(&bad).push(*chunk);
                     }
                     continue;
@@ -213,9 +211,7 @@ impl Restorable {
                 match read_chunk(&*source, payload, *chunk, &mut buffer) {
                     Ok(bytes) => {
                         // SAFETY: the caller's promise; each chunk is one thread's.
-                        let good =
-                            unsafe { restore_chunk(plan, *chunk, bytes, payload.chunks[*chunk]) };
-                        if !good {
+                        if !unsafe { restore_chunk(plan, *chunk, bytes, crc) } {
                             locked(&bad).push(*chunk);
                         }
                     }
@@ -230,54 +226,13 @@ impl Restorable {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let cached = chunks.first().is_some_and(|c| {
             let range = plan.chunk(*c);
-            source.is_at_hand(range.start as u64, range.len())
+            source.at_hand(range.start as u64, range.len()).is_some()
         });
         let readers = if cached { READERS.min(cores) } else { READERS };
         run_on(readers.min(chunks.len()), &work);
         let mut bad = std::mem::take(&mut *locked(&bad));
         bad.sort_unstable();
         (bad, locked(&trouble).take())
-    }
-
-    /// A chunk from the page cache into fresh memory without a stop: each piece is read to where it
-    /// belongs and checksummed from the cache. For loaders only, whose targets nobody sees before the
-    /// chunk is known to be good. `None`: not that way.
-    ///
-    /// # Safety
-    /// As [`read`](Self::read); the chunk is this thread's.
-    unsafe fn read_straight(
-        &self,
-        source: &dyn Source,
-        plan: &Plan,
-        copy: usize,
-        chunk: usize,
-    ) -> Option<bool> {
-        let payload = &self.copies[copy].manifest.payload;
-        let range = plan.chunk(chunk);
-        let mut at = range.start as u64;
-        if self.mends || !source.is_at_hand(at, range.len()) {
-            return None;
-        }
-        let runs = plan.runs(chunk)?;
-        let mut hasher = crc32fast::Hasher::new();
-        let mut skipped = Vec::new();
-        for (start, len) in runs {
-            for done in (0..len).step_by(STRAIGHT_BYTES) {
-                let n = (len - done).min(STRAIGHT_BYTES);
-                let into = match start {
-                    // SAFETY: `n` bytes of a target, which is writable and this thread's alone.
-                    Some(start) => unsafe { std::slice::from_raw_parts_mut(start.add(done), n) },
-                    None => {
-                        skipped.resize(n, 0);
-                        &mut skipped[..]
-                    }
-                };
-                source.read_at(at, into).ok()?;
-                hasher.update(into);
-                at += n as u64;
-            }
-        }
-        Some(hasher.finalize() == payload.chunks[chunk])
     }
 
     fn chunks_in_words(&self, copy: usize, bad: &[usize]) -> String {

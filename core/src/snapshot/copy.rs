@@ -209,23 +209,6 @@ impl Plan {
         self.now_bytes
     }
 
-    /// A chunk as the places its bytes go to, in order: `None` where nobody wants them. Nothing where a
-    /// part of it is not one run of memory.
-    pub(crate) fn runs(&self, chunk: usize) -> Option<Vec<(Option<*mut u8>, usize)>> {
-        let range = self.chunk(chunk);
-        let run = |p: &Piece| {
-            let (begin, end) = (p.offset.max(range.start), p.end().min(range.end));
-            match &p.memory {
-                Memory::Bytes(at) => {
-                    Some((Some(at.get().wrapping_add(begin - p.offset)), end - begin))
-                }
-                Memory::Skip => Some((None, end - begin)),
-                Memory::Strided(_) | Memory::InPlace => None,
-            }
-        };
-        self.pieces_in(&range).map(run).collect()
-    }
-
     /// How many chunks the payload has.
     #[must_use]
     pub fn chunks(&self) -> usize {
@@ -364,6 +347,27 @@ pub unsafe fn restore(plan: &Plan, slot: *const u8, crcs: &[u32], threads: usize
     });
     bad.sort_unstable();
     bad
+}
+
+/// [`restore`] of one chunk, whose bytes lie in memory: copied and checked in one pass. False: it is
+/// damaged or not of the right length, and what was copied is rubbish.
+///
+/// # Panics
+///
+/// If there is no such chunk, or a tensor [`overlaps`](Strided::overlaps) itself.
+///
+/// # Safety
+///
+/// As [`restore_chunk`].
+#[must_use]
+pub unsafe fn restore_passing(plan: &Plan, chunk: usize, bytes: &[u8], crc: u32) -> bool {
+    assert!(!plan.overlaps, "a tensor whose elements share memory cannot be restored into");
+    if bytes.len() != plan.chunk(chunk).len() {
+        return false;
+    }
+    let work = Work { to_slot: false, moved: Moved::All, checksum: true };
+    // SAFETY: `bytes` is as long as the chunk and is only read; the rest is promised by the caller.
+    unsafe { pass(plan, chunk, bytes.as_ptr().cast_mut(), work) == crc }
 }
 
 /// Checks one chunk that came from a file or a peer, and only if it is good copies it into the live

@@ -103,10 +103,10 @@ pub trait Source: Send + Sync {
     /// # Errors
     /// The operating system's, and [`Error::Damaged`] for a file shorter than it said.
     fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<()>;
-    /// True where these bytes are in memory already (the page cache): read in small pieces then,
-    /// straight to where they belong.
-    fn is_at_hand(&self, _offset: u64, _len: usize) -> bool {
-        false
+    /// These bytes where they lie in memory already (tmpfs, the page cache), if they do: then they
+    /// need not be copied to be looked at. Others may change them meanwhile, as they may a file.
+    fn at_hand(&self, _offset: u64, _len: usize) -> Option<&[u8]> {
+        None
     }
 }
 

@@ -311,6 +311,15 @@ fn a_damaged_chunk_in_a_buffer_never_reaches_a_tensor() {
             let good = unsafe { restore_chunk(&plan, chunk, &payload[plan.chunk(chunk)], *crc) };
             assert!(good, "seed {seed}");
         }
+        for (chunk, crc) in crcs.iter().enumerate() {
+            let bytes = &payload[plan.chunk(chunk)];
+            // SAFETY: as above.
+            unsafe {
+                assert!(!restore_passing(&plan, chunk, bytes, crc ^ 1), "seed {seed}");
+                assert!(!restore_passing(&plan, chunk, &bytes[1..], *crc), "seed {seed}");
+                assert!(restore_passing(&plan, chunk, bytes, *crc), "seed {seed}");
+            }
+        }
         for (tensor, before) in state.tensors.iter().zip(&before) {
             assert!(
                 tensor.places.iter().all(|at| tensor.memory[*at] == before[*at]),
