@@ -9,15 +9,19 @@ use std::{
     time::Duration,
 };
 
-use common::{Model, Places, SMALL, close, files, resume, train, wait};
+use common::{Model, Places, SIZES, SMALL, close, files, resume, train, wait};
 use tierkeep::{
     Error, ErrorKind,
     checkpointer::Checkpointer,
     config::Config,
     names::{Rank, Step},
     reader::Reader,
-    restore::decide::Wish,
+    restore::{copy_out::copy_out, decide::Wish},
     save::Level,
+    tier::{
+        Payload,
+        buffer::{AlignedBuf, padded},
+    },
 };
 
 /// A run with steps 1 and 2 on disk and nothing in RAM.
@@ -113,6 +117,82 @@ fn a_manifest_that_lies_is_damage() {
         let (step, said) = resumed(&places);
         assert_eq!(step, 1, "{from} -> {to}: {said}");
         assert!(said.contains(why), "{from} -> {to}: {said}");
+    }
+}
+
+/// Gives step 2 the manifest of a build whose chunks have `chunk_bytes`.
+fn rechunk(places: &Places, chunk_bytes: usize) {
+    let payload = std::fs::read(file_of(places, 2, ".safetensors")).unwrap();
+    let text = std::fs::read_to_string(file_of(places, 2, "rank-000000.json")).unwrap();
+    let json: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let crcs = payload.chunks(chunk_bytes).map(|c| format!("{:08x}", crc32fast::hash(c)));
+    let (old, new) = (json["payload"]["chunks"].to_string(), crcs.collect::<String>());
+    let from = format!("\"chunk_bytes\":{}", tierkeep::chunk::CHUNK_BYTES);
+    let between = r#","algorithm":"crc32","codec":"none","crc":"#;
+    let crc = &json["payload"]["crc"];
+    lie(
+        places,
+        &format!("{from}{between}{crc},\"chunks\":{old}"),
+        &format!("\"chunk_bytes\":{chunk_bytes}{between}{crc},\"chunks\":\"{new}\""),
+    );
+}
+
+#[test]
+fn chunks_of_another_size_are_read_verified_copied_and_resumed() {
+    for chunk_bytes in [4096, 3 * 4096, 1 << 20, 4 << 20, 5 << 20, 64 << 20] {
+        let places = Places::new();
+        let ckpt = places.open();
+        resume(&ckpt, &SIZES).unwrap();
+        train(&ckpt, &SIZES, 1..=2);
+        close(&ckpt);
+        drop(ckpt);
+        rechunk(&places, chunk_bytes);
+        let reader = Reader::open(&places.destination(), Some(places.ram())).unwrap();
+        let (key, savers, _) = reader.choose(&Wish::default()).unwrap();
+        assert_eq!(key.step, Step(2));
+        let shard = reader.shard(&key, Rank(0)).unwrap();
+        assert_eq!(shard.manifest().payload.chunk_bytes, chunk_bytes as u64);
+        assert!(shard.verify().is_empty());
+
+        // Blocks of any size, in any order.
+        let whole = std::fs::read(file_of(&places, 2, ".safetensors")).unwrap();
+        let payload = shard.payload();
+        let mut scratch = AlignedBuf::new(1);
+        for block_bytes in [4096, 5 * 4096, 4 << 20, 64 << 20] {
+            for offset in (0..whole.len()).step_by(block_bytes).rev() {
+                let end = whole.len().min(offset + block_bytes);
+                let want = padded(end - offset);
+                let block = payload.block(offset as u64, want, &mut scratch).unwrap();
+                assert!(block.len() == want, "{chunk_bytes}, block {offset}+{block_bytes}");
+                let (bytes, rest) = block.split_at(end - offset);
+                assert!(
+                    bytes == &whole[offset..end],
+                    "{chunk_bytes}, block {offset}+{block_bytes}"
+                );
+                assert!(rest.iter().all(|b| *b == 0));
+            }
+        }
+
+        let copy = Places::new();
+        let to = copy.destination();
+        copy_out(&reader, &key, &savers, &to, Some(copy.ram()), &|_| {}).unwrap();
+        for run in [&places, &copy] {
+            let ckpt = run.open();
+            assert_eq!(resume(&ckpt, &SIZES).unwrap(), 2, "chunks of {chunk_bytes}");
+            train(&ckpt, &SIZES, [3]);
+        }
+
+        // A flipped bit is found in its chunk.
+        let places = copy;
+        let payload = file_of(&places, 2, ".safetensors");
+        common::flip(&payload, 8 * (4 << 20));
+        let reader = Reader::open(&places.destination(), Some(places.ram())).unwrap();
+        let shard = reader.shard(&key, Rank(0)).unwrap();
+        let chunk = format!("chunk {} of", (4 << 20) / chunk_bytes);
+        let found = shard.verify();
+        assert!(found.len() == 1 && found[0].why.contains(&chunk), "{found:?}");
+        let last = shard.payload().block(4 << 20, 4096, &mut scratch).unwrap_err();
+        assert_eq!(last.kind(), ErrorKind::Corrupt, "{last}");
     }
 }
 
