@@ -16,7 +16,7 @@ use crate::{
     checkpointer::{Place, start_lock_path},
     clock::Deadline,
     commit::Listing,
-    error::{Error, Result},
+    error::{Error, Hint, Result},
     names::{AttemptDir, AttemptRef, CheckpointKey, Id, Rank},
     observe::Observer,
     ownership::is_held,
@@ -95,8 +95,8 @@ fn no_record(place: &Place, deadline: &Deadline) -> Error {
             host()
         ),
         format!(
-            "rank {} has not called restore, or does not share this directory (several nodes need a \
-             shared one, and attempt_id=)",
+            "rank {} has not begun, or does not share this directory (several nodes need a shared one, \
+             and the same attempt id on all ranks)",
             config.leader()
         ),
     )
@@ -110,10 +110,10 @@ fn record_decision(place: &Place, how: &Begin, decision: u32) -> Result<AttemptR
     let decided = decide(&tiers, &*place.disk, &attempts, &how.wish)?;
     if how.only_new && decided.has_history {
         return Err(Error::invalid(format!(
-            "{} already has checkpoints or attempts: call restore(state) before the first save, or say \
-             fresh=True to begin anew",
+            "{} already has checkpoints or attempts: a save that follows no restore would begin anew",
             place.config.destination.display()
-        )));
+        ))
+        .with_hint(Hint::RestoreFirst));
     }
     let decided = if how.fresh { Decision { parent: None, ..decided } } else { decided };
     check_world(place, &decided)?;
@@ -252,7 +252,7 @@ pub(crate) fn mark_bad(tier: &dyn Tier, observer: &Observer, key: &CheckpointKey
     let body = format!("{{\"format\":{},\"host\":{:?}}}", record::FORMAT, host());
     let name = bad_mark_name(key, rank);
     if let Err(e) = tier.create(&name, &record::seal(body.as_bytes())) {
-        let text = format!("could not record that {key} is bad for {rank}: {}", e.chain());
+        let text = format!("could not record that this shard of {key} is bad: {}", e.chain());
         observer.error("mark_failed", Some(key.step.0), text);
     }
 }

@@ -11,7 +11,8 @@ use std::{
 
 use common::{Model, Places, SIZES, SMALL, close, files, resume, train, wait};
 use tierkeep::{
-    Error, ErrorKind,
+    Error, ErrorKind, Hint,
+    begin::Begin,
     checkpointer::Checkpointer,
     config::Config,
     names::{Rank, Step},
@@ -377,11 +378,66 @@ fn a_wished_step_that_is_not_there_is_named() {
 }
 
 #[test]
+fn a_wished_step_that_is_broken_names_its_checkpoint_and_rank() {
+    let places = Places::new();
+    let ranks = [0, 1].map(|rank| Checkpointer::open(places.config_of(rank, 2)).unwrap());
+    for ckpt in &ranks {
+        resume(ckpt, &SMALL).unwrap();
+    }
+    for step in 1..=2 {
+        let saves = [0, 1]
+            .map(|rank| Model::at(rank, &SMALL, step).save(&ranks[rank as usize], step).unwrap());
+        saves.iter().for_each(|s| wait(s, Level::Disk));
+    }
+    ranks.iter().for_each(close);
+    drop(ranks);
+    let choose = |step: Option<u64>, attempt| {
+        let reader = Reader::open(&places.destination(), Some(places.ram())).unwrap();
+        reader.choose(&Wish { step: step.map(Step), attempt, accept_older: false }).unwrap_err()
+    };
+    std::fs::remove_file(file_of(&places, 2, "rank-000001.json")).unwrap();
+    let gone = "rank 1: its shard is missing in every tier";
+    let broken = format!("step 2 of attempt 1 cannot be restored: {gone}");
+    for attempt in [None, Some(1)] {
+        let error = choose(Some(2), attempt);
+        assert_eq!((error.to_string(), error.kind()), (broken.clone(), ErrorKind::Corrupt));
+    }
+    std::fs::remove_file(file_of(&places, 1, "rank-000001.json")).unwrap();
+    assert_eq!(
+        choose(None, Some(1)).to_string(),
+        format!(
+            "what attempt 1 saved cannot be restored: step 2 of attempt 1: {gone}; step 1 of attempt \
+             1: {gone}"
+        )
+    );
+    assert_eq!(choose(None, Some(7)).to_string(), "a checkpoint of attempt 7 was not found");
+}
+
+#[test]
+fn a_wished_step_of_an_abandoned_branch_is_found_by_its_attempt() {
+    let places = two_steps();
+    let ckpt = places.open();
+    let wish = Wish { step: Some(Step(1)), ..Wish::default() };
+    ckpt.begin(&Begin { wish, rollback: true, ..Begin::default() }).unwrap();
+    let reader = Reader::open(&places.destination(), Some(places.ram())).unwrap();
+    let mut wish = Wish { step: Some(Step(2)), ..Wish::default() };
+    let error = reader.choose(&wish).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "step 2 (attempt 1 has it, on an abandoned branch) was not found"
+    );
+    assert_eq!(error.hint(), Some(Hint::NameAttempt(1)));
+    wish.attempt = Some(1);
+    assert_eq!(reader.choose(&wish).unwrap().0.step, Step(2));
+}
+
+#[test]
 fn a_save_before_restore_on_a_run_with_history_is_refused() {
     let places = two_steps();
     let ckpt = places.open();
     let error = Model::at(0, &SMALL, 3).save(&ckpt, 3).unwrap_err();
-    assert!(error.to_string().contains("call restore(state) before the first save"), "{error}");
+    assert!(error.to_string().contains("already has checkpoints or attempts"), "{error}");
+    assert_eq!((error.kind(), error.hint()), (ErrorKind::Invalid, Some(Hint::RestoreFirst)));
 }
 
 #[test]
@@ -394,4 +450,5 @@ fn steps_rise() {
     assert!(first.poll(Level::Disk, false, Duration::ZERO).unwrap(), "not the same save");
     let error = Model::at(0, &SMALL, 4).save(&ckpt, 4).unwrap_err();
     assert!(error.to_string().contains("step 4 is older than step 5"), "{error}");
+    assert_eq!((error.kind(), error.hint()), (ErrorKind::Invalid, Some(Hint::Rollback)));
 }

@@ -161,7 +161,7 @@ def test_a_second_save_of_a_step_returns_the_first(run: Path) -> None:
         ckpt.restore(STATE)
         ckpt.save(3, STATE)
         assert ckpt.save(3, {"x": torch.ones(1)}).step == 3
-        with pytest.raises(tierkeep.InvalidError, match="step 2 is older than step 3"):
+        with pytest.raises(tierkeep.InvalidError, match=r"older than step 3.*rollback=True"):
             ckpt.save(2, STATE)
         with pytest.raises(tierkeep.InvalidError, match="step = -1"):
             ckpt.save(-1, STATE)
@@ -171,7 +171,7 @@ def test_a_second_save_of_a_step_returns_the_first(run: Path) -> None:
 def test_the_first_save_without_restore_needs_a_new_run(run: Path) -> None:
     with tierkeep.Checkpointer(run) as ckpt:
         ckpt.save(1, STATE)
-    with tierkeep.Checkpointer(run) as ckpt, pytest.raises(tierkeep.InvalidError, match="fresh"):
+    with tierkeep.Checkpointer(run) as ckpt, pytest.raises(tierkeep.InvalidError, match="fresh=True"):
         ckpt.save(2, STATE)
     with tierkeep.Checkpointer(run, fresh=True) as ckpt:
         ckpt.save(1, STATE)
@@ -195,7 +195,7 @@ def test_rollback_goes_back_and_stays_there(run: Path) -> None:
     with tierkeep.Checkpointer(run) as ckpt:
         assert ckpt.latest_step() == 1
         assert ckpt.restore(live).step == 1  # type: ignore[union-attr]
-        with pytest.raises(tierkeep.CheckpointNotFoundError, match="attempt"):
+        with pytest.raises(tierkeep.CheckpointNotFoundError, match=r"abandoned.*\(attempt=1 takes"):
             ckpt.restore(live, step=3, read_only=True)
         assert ckpt.restore(live, step=3, attempt=1, read_only=True).step == 3  # type: ignore[union-attr]
 

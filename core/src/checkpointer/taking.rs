@@ -17,7 +17,7 @@ use crate::{
     cascade::{Cascade, Shard},
     clock::Deadline,
     commit::publish_shard,
-    error::{Error, ErrorKind, Result},
+    error::{Error, ErrorKind, Hint, Result},
     manifest::{Identity, Meta},
     names::{CheckpointKey, Rank, Step},
     observe::{add, locked},
@@ -93,9 +93,9 @@ impl Checkpointer {
         }
         if let Some((newest, _)) = saves.last_key_value().filter(|(s, _)| **s > step) {
             return Err(Error::invalid(format!(
-                "step {step} is older than step {newest}, which this attempt has saved: steps rise \
-                 (to go back, restore with rollback=True)"
-            )));
+                "step {step} is older than step {newest}, which this attempt has saved: steps rise"
+            ))
+            .with_hint(Hint::Rollback));
         }
         while saves.len() >= SAVES_KEPT {
             saves.pop_first();

@@ -301,7 +301,7 @@ impl Restorable {
             self.observer.warn(
                 "damaged_copy",
                 Some(self.key.step.0),
-                format!("{}, {}: {why}; another copy was used", self.key.step, self.rank),
+                format!("{}: {why}; another copy was used", self.key.step),
             );
         }
     }
@@ -325,19 +325,14 @@ impl Restorable {
         match mended {
             Ok(()) => {
                 add(&self.observer.counters.repairs, 1);
-                let text = format!(
-                    "{}, {}: the copy in the {} tier was mended",
-                    self.key.step,
-                    self.rank,
-                    tier.kind()
-                );
+                let text =
+                    format!("{}: the copy in the {} tier was mended", self.key.step, tier.kind());
                 self.observer.info("repaired", step, text);
             }
             Err(e) => {
                 let text = format!(
-                    "{}, {}: the copy in the {} tier could not be mended: {}",
+                    "{}: the copy in the {} tier could not be mended: {}",
                     self.key.step,
-                    self.rank,
                     tier.kind(),
                     e.chain()
                 );
