@@ -10,6 +10,7 @@
 //!   is told.
 //! - In a fork's child every call is refused and nothing is touched.
 
+mod stopping;
 mod taking;
 
 use std::{
@@ -130,6 +131,7 @@ struct Inner {
     decisions: Mutex<u32>,
     saves: Mutex<BTreeMap<u64, Save>>,
     layout: Mutex<Option<Arc<Layout>>>,
+    stopping: Mutex<stopping::Stopping>,
     /// Copies that are being taken behind: tensors must not change.
     copying: AtomicUsize,
     /// Saves that are not published yet, copies included.
@@ -224,6 +226,7 @@ impl Checkpointer {
             decisions: Mutex::new(0),
             saves: Mutex::new(BTreeMap::new()),
             layout: Mutex::new(None),
+            stopping: Mutex::default(),
             copying: AtomicUsize::new(0),
             publishing: AtomicUsize::new(0),
             closed: AtomicBool::new(false),

@@ -58,6 +58,7 @@ impl Checkpointer {
             )));
         }
         let save = Save::new(request.step);
+        cascade.mark_due(&save);
         locked(&self.inner.saves).insert(request.step, save.clone());
         // SAFETY: the caller's promise.
         match unsafe { self.take(&save, request, &record, &cascade) } {
@@ -159,8 +160,8 @@ impl Checkpointer {
         let place = &self.inner.place;
         let may_go = |key: &CheckpointKey| cascade.release(key);
         let mut filling = place.arena.acquire(len, &may_go)?;
-        let wish =
-            if filling.is_none() && request.skip_if_busy { Saving::Skip } else { Saving::Save };
+        let may_skip = request.skip_if_busy && !cascade.is_last(save.step());
+        let wish = if filling.is_none() && may_skip { Saving::Skip } else { Saving::Save };
         if cascade.agreements().saving(save.step(), wish)? == Saving::Skip {
             let why = "every slot is in use: the disk is slower than the saves";
             add(&place.observer.counters.saves_skipped, 1);
