@@ -22,6 +22,9 @@ use crate::{
     tier::publish::{make_dirs, remove},
 };
 
+/// The name of the decision where the job stops.
+const STOP: &str = "stop";
+
 /// The decisions of one attempt.
 #[derive(Debug)]
 pub struct Agreements {
@@ -108,7 +111,25 @@ impl Agreements {
         Ok(found.map(|text| text.trim_start_matches('!').to_owned()))
     }
 
-    /// Forgets decisions about steps before `step`.
+    /// The step after which all ranks stop: as recorded, else `wish`. It stays for as long as the
+    /// attempt.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn stop(&self, wish: Option<u64>) -> Result<Option<u64>> {
+        let Some(dir) = &self.dir else { return Ok(wish) };
+        let said = match wish {
+            Some(step) => self.record(STOP, &step.to_string())?,
+            None => read(&dir.join(STOP))?,
+        };
+        let step = |text: String| {
+            let step = text.parse();
+            step.map_err(|_| Error::damaged("a decision", format!("it says {text:?}")))
+        };
+        said.map(step).transpose()
+    }
+
+    /// Forgets decisions about steps before `step`; where the job stops is not among them.
     ///
     /// # Errors
     /// The directory did not answer.

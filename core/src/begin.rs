@@ -19,13 +19,13 @@ use crate::{
     checkpointer::{Place, start_lock_path},
     clock::Deadline,
     commit::Listing,
-    error::{Error, Result},
+    error::{Error, Hint, Result},
     names::{AttemptDir, AttemptRef, CheckpointKey, Id, Rank},
     observe::Observer,
     ownership::is_held,
     record,
     restore::{
-        decide::{Decision, Wish, decide},
+        decide::{Decision, Wish, answering, decide},
         read::Restorable,
         survey::{Found, bad_mark_name, copies},
     },
@@ -101,8 +101,8 @@ fn no_record(place: &Place, deadline: &Deadline) -> Error {
             host()
         ),
         format!(
-            "rank {} has not called restore, or does not share this directory (several nodes need a \
-             shared one, and attempt_id=)",
+            "rank {} has not begun, or does not share this directory (several nodes need a shared one, \
+             and the same attempt id on all ranks)",
             config.leader()
         ),
     )
@@ -112,14 +112,14 @@ fn no_record(place: &Place, deadline: &Deadline) -> Error {
 fn record_decision(place: &Place, how: &Begin, decision: u32) -> Result<AttemptRecord> {
     let tiers: [&dyn Tier; 2] = [&*place.ram, &*place.disk];
     let durable_first: [&dyn Tier; 2] = [&*place.disk, &*place.ram];
-    let attempts = Attempts::load(&durable_first)?;
+    let attempts = Attempts::load(&answering(&durable_first, &how.wish, &mut Vec::new())?)?;
     let decided = decide(&tiers, &*place.disk, &attempts, &how.wish)?;
     if how.only_new && decided.has_history {
         return Err(Error::invalid(format!(
-            "{} already has checkpoints or attempts: call restore(state) before the first save, or say \
-             fresh=True to begin anew",
+            "{} already has checkpoints or attempts: a save that follows no restore would begin anew",
             place.config.destination.display()
-        )));
+        ))
+        .with_hint(Hint::RestoreFirst));
     }
     let chosen = how.wish.step.is_some() || how.wish.attempt.is_some();
     if chosen && !how.rollback {
@@ -180,11 +180,11 @@ fn check_newest(
     let newest = decide(tiers, &*place.disk, attempts, &Wish::default())?.parent;
     match (newest, decided.parent) {
         (Some(newest), Some(chosen)) if newest != chosen => Err(Error::invalid(format!(
-            "{} is not where this run would resume, {} is: say rollback=True to abandon what is newer, \
-             or read_only=True to look only",
+            "{} is not where this run resumes, {} is: to go back is to abandon what is newer",
             chosen.key(),
             newest.key()
-        ))),
+        ))
+        .with_hint(Hint::Rollback)),
         _ => Ok(()),
     }
 }
@@ -257,16 +257,33 @@ fn find_shard(
     key: &CheckpointKey,
     rank: Rank,
 ) -> Result<Restorable> {
-    let tiers = vec![place.ram.clone(), place.disk.clone()];
+    let (mut tiers, mut listings, mut silent) = (Vec::new(), Vec::new(), None);
+    for tier in [&place.ram, &place.disk] {
+        match Listing::of(&**tier, key) {
+            Ok(listing) => {
+                tiers.push(tier.clone());
+                listings.push(listing);
+            }
+            // The step is decided: one good copy elsewhere is enough.
+            Err(e) => silent = Some(e),
+        }
+    }
     let borrowed: Vec<&dyn Tier> = tiers.iter().map(|t| &**t).collect();
-    let listings: Result<Vec<Listing>> = borrowed.iter().map(|t| Listing::of(*t, key)).collect();
-    let found = Found { key: key.clone(), listings: listings? };
-    if found.deleted() || found.listings.iter().all(Listing::is_empty) {
+    let found = Found { key: key.clone(), listings };
+    let gone = found.deleted() || found.listings.iter().all(Listing::is_empty);
+    let (good, bad) = if gone {
+        (vec![], vec![])
+    } else {
+        copies(&borrowed, &found, rank, Some(&record.run_id))?
+    };
+    if let (true, Some(e)) = (good.is_empty(), silent) {
+        return Err(e); // It may have a good one: nothing is marked bad.
+    }
+    if gone {
         return Err(Error::NotFound {
             what: format!("{key}, which {} resumes from,", record.attempt),
         });
     }
-    let (good, bad) = copies(&borrowed, &found, rank, Some(&record.run_id))?;
     if good.is_empty() {
         let why = if bad.is_empty() {
             "neither has it".into()
@@ -293,7 +310,7 @@ pub(crate) fn mark_bad(tier: &dyn Tier, observer: &Observer, key: &CheckpointKey
     let body = format!("{{\"format\":{},\"host\":{:?}}}", record::FORMAT, host());
     let name = bad_mark_name(key, rank);
     if let Err(e) = tier.create(&name, &record::seal(body.as_bytes())) {
-        let text = format!("could not record that {key} is bad for {rank}: {}", e.chain());
+        let text = format!("could not record that this shard of {key} is bad: {}", e.chain());
         observer.error("mark_failed", Some(key.step.0), text);
     }
 }

@@ -18,7 +18,10 @@ mod to_disk;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -84,6 +87,8 @@ struct Work {
     /// A shard came since the last look for a newer attempt.
     unchecked: bool,
     fenced: bool,
+    /// The newer attempt is this process start's own: a rollback that another rank was quicker with.
+    fenced_by_us: bool,
     /// The disk tier did not answer at the last turn: nothing is kept for it.
     trouble: bool,
     stop: bool,
@@ -105,6 +110,8 @@ pub(crate) struct Parts {
 pub(crate) struct Cascade {
     parts: Parts,
     work: Mutex<Work>,
+    /// The job stops after this step; `u64::MAX` while nobody has asked.
+    last: AtomicU64,
 }
 
 impl std::fmt::Debug for Cascade {
@@ -122,16 +129,40 @@ impl Cascade {
         if let Some(shard) = resumed {
             work.shards.insert(shard.key.step.0, shard);
         }
-        Arc::new(Self { parts, work: Mutex::new(work) })
+        Arc::new(Self { parts, work: Mutex::new(work), last: AtomicU64::new(u64::MAX) })
     }
 
     pub(crate) fn agreements(&self) -> &Agreements {
         &self.parts.agreements
     }
 
+    /// The job stops after `step`, by a decision that all ranks know or will: that step and what may
+    /// follow goes to disk.
+    pub(crate) fn stop_after(&self, step: u64) {
+        if self.last.fetch_min(step, Ordering::AcqRel) <= step {
+            return; // Known.
+        }
+        locked(&self.work).shards.values().for_each(|shard| self.mark_due(&shard.save));
+        self.parts.signal.notify();
+    }
+
+    /// True for the step that the job stops after, and what may follow.
+    pub(crate) fn is_last(&self, step: u64) -> bool {
+        step >= self.last.load(Ordering::Acquire)
+    }
+
+    /// Says in `save` that it goes to disk, where it does.
+    pub(crate) fn mark_due(&self, save: &Save) {
+        if self.is_due(save.step()) {
+            save.set_due_for_disk();
+        }
+    }
+
     /// A shard is about to be published in RAM: known here before anybody can see its manifest.
     pub(crate) fn announce(&self, shard: Shard) {
-        locked(&self.work).shards.insert(shard.key.step.0, shard);
+        let mut work = locked(&self.work);
+        self.mark_due(&shard.save);
+        work.shards.insert(shard.key.step.0, shard);
     }
 
     /// The announced shard is in RAM.
@@ -225,7 +256,9 @@ impl Cascade {
     }
 
     fn is_due(&self, step: u64) -> bool {
-        step.is_multiple_of(self.parts.config.disk_every) || self.is_parent(step)
+        step.is_multiple_of(self.parts.config.disk_every)
+            || self.is_parent(step)
+            || self.is_last(step)
     }
 
     fn is_parent(&self, step: u64) -> bool {
@@ -275,6 +308,10 @@ impl Cascade {
         }
         drop(work);
         self.parts.signal.notify();
+    }
+
+    pub(crate) fn is_fenced_by_us(&self) -> bool {
+        locked(&self.work).fenced_by_us
     }
 
     pub(crate) fn is_fenced(&self) -> bool {

@@ -11,6 +11,7 @@
 //! - In a fork's child every call is refused and nothing is touched.
 
 mod ending;
+mod stopping;
 mod taking;
 
 use std::{
@@ -105,6 +106,7 @@ struct Inner {
     decisions: Mutex<u32>,
     saves: Mutex<BTreeMap<u64, Save>>,
     layout: Mutex<Option<Arc<Layout>>>,
+    stopping: Mutex<stopping::Stopping>,
     /// Copies that are being taken behind: tensors must not change.
     copying: AtomicUsize,
     /// Saves that are not published yet, copies included.
@@ -200,6 +202,7 @@ impl Checkpointer {
             decisions: Mutex::new(0),
             saves: Mutex::new(BTreeMap::new()),
             layout: Mutex::new(None),
+            stopping: Mutex::default(),
             copying: AtomicUsize::new(0),
             publishing: AtomicUsize::new(0),
             preparing: Mutex::new(None),
@@ -217,7 +220,7 @@ impl Checkpointer {
     /// A tier did not answer, rank 0's record did not come, the rank is claimed, or the shard of
     /// the decided step has no good copy here.
     pub fn begin(&self, how: &Begin) -> Result<Option<Restorable>> {
-        self.check_open()?;
+        self.check_open(true)?;
         let mut decisions = locked(&self.inner.decisions);
         let place = &self.inner.place;
         // Until the new decision is recorded the old attempt goes on.
@@ -287,7 +290,7 @@ impl Checkpointer {
     /// # Errors
     /// [`Error::Budget`] with the sum, at once.
     pub fn prepare(&self, specs: Vec<Arc<TensorSpec>>) -> Result<()> {
-        self.check_open()?;
+        self.check_open(false)?;
         let layout = self.layout(specs.iter())?;
         let (arena, observer) = (self.inner.place.arena.clone(), self.inner.place.observer.clone());
         arena.check_budget(layout.len)?;
@@ -357,10 +360,13 @@ impl Checkpointer {
         self.running()
     }
 
-    fn check_open(&self) -> Result<()> {
+    /// `begins`: a new attempt, which may have been recorded by a rank that was quicker.
+    fn check_open(&self, begins: bool) -> Result<()> {
         self.inner.check_pid()?;
         let superseded = !self.inner.ownership.is_current();
-        let fenced = locked(&self.inner.running).as_ref().is_some_and(|r| r.cascade.is_fenced());
+        let fenced = locked(&self.inner.running)
+            .as_ref()
+            .is_some_and(|r| r.cascade.is_fenced() && !(begins && r.cascade.is_fenced_by_us()));
         if superseded || fenced {
             let who =
                 if superseded { "a newer Checkpointer of this process" } else { "a newer attempt" };
@@ -404,7 +410,7 @@ impl Checkpointer {
     /// # Errors
     /// No such complete checkpoint, or the tier did not answer.
     pub fn pin(&self, step: u64, pinned: bool) -> Result<()> {
-        self.check_open()?;
+        self.check_open(false)?;
         crate::reader::Reader::of(self.tiers()).pin(Step(step), None, pinned)
     }
 }

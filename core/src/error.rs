@@ -74,6 +74,14 @@ pub enum Error {
         /// What each tier answered.
         why: String,
     },
+    /// What was wished for is there, and no tier, or no set of them, has all of it.
+    #[error("{what} cannot be restored: {why}")]
+    Broken {
+        /// `step 30 of attempt 1`, or all that was wished for.
+        what: String,
+        /// Which ranks' shards are bad, and where.
+        why: String,
+    },
     /// The budget is too small; `sum` shows the addition.
     #[error("the memory budget is too small: {sum}")]
     Budget {
@@ -121,6 +129,9 @@ pub enum Error {
         /// Its type and what to do.
         why: String,
     },
+    /// A failure that the caller can get around by asking otherwise.
+    #[error(transparent)]
+    Hinted(Hinted),
     /// An invariant of tierkeep does not hold.
     #[error("this is a bug in tierkeep: {0}")]
     Bug(String),
@@ -132,6 +143,39 @@ pub enum Error {
         /// The whole chain of the first telling.
         message: String,
     },
+}
+
+/// What the caller could ask for instead. The core does not say how: in Python that is a keyword
+/// argument, in the command a flag.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hint {
+    /// Go on without the tier that does not answer.
+    AcceptOlder,
+    /// Name this attempt, whose branch the run has abandoned.
+    NameAttempt(u32),
+    /// Restore before the first save, or begin anew on purpose.
+    RestoreFirst,
+    /// Restore an older step by a rollback.
+    Rollback,
+}
+
+/// An error, which stays what it is, and a hint.
+#[derive(Debug)]
+pub struct Hinted {
+    error: Box<Error>,
+    hint: Hint,
+}
+
+impl std::fmt::Display for Hinted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl std::error::Error for Hinted {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.error.source()
+    }
 }
 
 fn differences(list: &[String]) -> String {
@@ -153,7 +197,7 @@ impl Error {
                 | io::ErrorKind::ReadOnlyFilesystem => ErrorKind::Invalid,
                 _ => ErrorKind::Unavailable,
             },
-            Self::Damaged { .. } | Self::Lost { .. } => ErrorKind::Corrupt,
+            Self::Damaged { .. } | Self::Lost { .. } | Self::Broken { .. } => ErrorKind::Corrupt,
             Self::NotFound { .. } => ErrorKind::NotFound,
             Self::Fenced { .. } => ErrorKind::Fenced,
             Self::Deadline { .. } | Self::Skipped { .. } => ErrorKind::Unavailable,
@@ -163,6 +207,7 @@ impl Error {
             | Self::Mismatch(_)
             | Self::Unstorable { .. } => ErrorKind::Invalid,
             Self::Bug(_) => ErrorKind::Bug,
+            Self::Hinted(hinted) => hinted.error.kind(),
             Self::Shared { kind, .. } => *kind,
         }
     }
@@ -178,6 +223,19 @@ impl Error {
             cause = next.source();
         }
         text
+    }
+
+    /// What the caller could ask for instead, if there is such a thing.
+    #[must_use]
+    pub fn hint(&self) -> Option<Hint> {
+        match self {
+            Self::Hinted(hinted) => Some(hinted.hint),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn with_hint(self, hint: Hint) -> Self {
+        Self::Hinted(Hinted { error: Box::new(self), hint })
     }
 
     /// A copy for another waiter: same kind, the whole chain as its message.
@@ -214,5 +272,22 @@ impl<T, E: Into<io::Error>> Doing<T> for std::result::Result<T, E> {
 
     fn at(self, verb: &str, path: &std::path::Path) -> Result<T> {
         self.doing(|| format!("{verb} {}", PathBuf::from(path).display()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hint_changes_neither_message_nor_kind_nor_cause() {
+        let full = || io::Error::from(io::ErrorKind::StorageFull);
+        let plain = || Error::Io { what: "write x".into(), source: full() };
+        let hinted = plain().with_hint(Hint::AcceptOlder);
+        assert_eq!(hinted.to_string(), "could not write x");
+        assert_eq!(hinted.chain(), plain().chain());
+        assert_eq!(hinted.chain(), format!("could not write x: {}", full()));
+        assert_eq!(hinted.kind(), plain().kind());
+        assert_eq!((hinted.hint(), plain().hint()), (Some(Hint::AcceptOlder), None));
     }
 }

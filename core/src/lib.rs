@@ -39,4 +39,4 @@ pub mod error;
 mod sys;
 pub mod testing;
 
-pub use error::{Error, ErrorKind, Result};
+pub use error::{Error, ErrorKind, Hint, Result};

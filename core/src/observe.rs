@@ -30,7 +30,8 @@ pub struct Event {
     pub severity: Severity,
     /// A fixed word for programs: `restored`, `repaired`, `save_failed`, `skipped`, ...
     pub kind: &'static str,
-    /// One sentence for people.
+    /// One sentence for people. It does not name the rank that it happened to: that is the rank of
+    /// the handle, and whoever pulls from several says it once.
     pub text: String,
     /// The step it is about.
     pub step: Option<u64>,

@@ -6,7 +6,10 @@
 //! - When a wait returns true, the checkpoint has that level.
 
 use std::{
-    sync::{Arc, Condvar, Mutex},
+    sync::{
+        Arc, Condvar, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -93,6 +96,7 @@ pub struct Progress {
 #[derive(Debug)]
 struct Shared {
     step: u64,
+    due_for_disk: AtomicBool,
     stages: Mutex<Stages>,
     changed: Condvar,
 }
@@ -105,7 +109,12 @@ pub struct Save {
 
 impl Save {
     pub(crate) fn new(step: u64) -> Self {
-        let shared = Shared { step, stages: Mutex::default(), changed: Condvar::new() };
+        let shared = Shared {
+            step,
+            due_for_disk: AtomicBool::new(false),
+            stages: Mutex::default(),
+            changed: Condvar::new(),
+        };
         Self { shared: Arc::new(shared) }
     }
 
@@ -113,6 +122,17 @@ impl Save {
     #[must_use]
     pub fn step(&self) -> u64 {
         self.shared.step
+    }
+
+    /// True where its step is one that goes to disk. The last step of a job that was asked to stop
+    /// may become one.
+    #[must_use]
+    pub fn is_due_for_disk(&self) -> bool {
+        self.shared.due_for_disk.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn set_due_for_disk(&self) {
+        self.shared.due_for_disk.store(true, Ordering::Release);
     }
 
     /// Waits up to `timeout` for a level; of this rank's shard alone where `own` says so. False:

@@ -9,15 +9,20 @@ use std::{
     time::Duration,
 };
 
-use common::{Model, Places, SMALL, close, files, resume, train, wait};
+use common::{Model, Places, SIZES, SMALL, close, files, resume, train, wait};
 use tierkeep::{
-    Error, ErrorKind,
+    Error, ErrorKind, Hint,
+    begin::Begin,
     checkpointer::Checkpointer,
     config::Config,
     names::{Rank, Step},
     reader::Reader,
-    restore::decide::Wish,
+    restore::{copy_out::copy_out, decide::Wish},
     save::Level,
+    tier::{
+        Payload,
+        buffer::{AlignedBuf, padded},
+    },
 };
 
 /// A run with steps 1 and 2 on disk and nothing in RAM.
@@ -113,6 +118,82 @@ fn a_manifest_that_lies_is_damage() {
         let (step, said) = resumed(&places);
         assert_eq!(step, 1, "{from} -> {to}: {said}");
         assert!(said.contains(why), "{from} -> {to}: {said}");
+    }
+}
+
+/// Gives step 2 the manifest of a build whose chunks have `chunk_bytes`.
+fn rechunk(places: &Places, chunk_bytes: usize) {
+    let payload = std::fs::read(file_of(places, 2, ".safetensors")).unwrap();
+    let text = std::fs::read_to_string(file_of(places, 2, "rank-000000.json")).unwrap();
+    let json: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let crcs = payload.chunks(chunk_bytes).map(|c| format!("{:08x}", crc32fast::hash(c)));
+    let (old, new) = (json["payload"]["chunks"].to_string(), crcs.collect::<String>());
+    let from = format!("\"chunk_bytes\":{}", tierkeep::chunk::CHUNK_BYTES);
+    let between = r#","algorithm":"crc32","codec":"none","crc":"#;
+    let crc = &json["payload"]["crc"];
+    lie(
+        places,
+        &format!("{from}{between}{crc},\"chunks\":{old}"),
+        &format!("\"chunk_bytes\":{chunk_bytes}{between}{crc},\"chunks\":\"{new}\""),
+    );
+}
+
+#[test]
+fn chunks_of_another_size_are_read_verified_copied_and_resumed() {
+    for chunk_bytes in [4096, 3 * 4096, 1 << 20, 4 << 20, 5 << 20, 64 << 20] {
+        let places = Places::new();
+        let ckpt = places.open();
+        resume(&ckpt, &SIZES).unwrap();
+        train(&ckpt, &SIZES, 1..=2);
+        close(&ckpt);
+        drop(ckpt);
+        rechunk(&places, chunk_bytes);
+        let reader = Reader::open(&places.destination(), Some(places.ram())).unwrap();
+        let (key, savers, _) = reader.choose(&Wish::default()).unwrap();
+        assert_eq!(key.step, Step(2));
+        let shard = reader.shard(&key, Rank(0)).unwrap();
+        assert_eq!(shard.manifest().payload.chunk_bytes, chunk_bytes as u64);
+        assert!(shard.verify().is_empty());
+
+        // Blocks of any size, in any order.
+        let whole = std::fs::read(file_of(&places, 2, ".safetensors")).unwrap();
+        let payload = shard.payload();
+        let mut scratch = AlignedBuf::new(1);
+        for block_bytes in [4096, 5 * 4096, 4 << 20, 64 << 20] {
+            for offset in (0..whole.len()).step_by(block_bytes).rev() {
+                let end = whole.len().min(offset + block_bytes);
+                let want = padded(end - offset);
+                let block = payload.block(offset as u64, want, &mut scratch).unwrap();
+                assert!(block.len() == want, "{chunk_bytes}, block {offset}+{block_bytes}");
+                let (bytes, rest) = block.split_at(end - offset);
+                assert!(
+                    bytes == &whole[offset..end],
+                    "{chunk_bytes}, block {offset}+{block_bytes}"
+                );
+                assert!(rest.iter().all(|b| *b == 0));
+            }
+        }
+
+        let copy = Places::new();
+        let to = copy.destination();
+        copy_out(&reader, &key, &savers, &to, Some(copy.ram()), &|_| {}).unwrap();
+        for run in [&places, &copy] {
+            let ckpt = run.open();
+            assert_eq!(resume(&ckpt, &SIZES).unwrap(), 2, "chunks of {chunk_bytes}");
+            train(&ckpt, &SIZES, [3]);
+        }
+
+        // A flipped bit is found in its chunk.
+        let places = copy;
+        let payload = file_of(&places, 2, ".safetensors");
+        common::flip(&payload, 8 * (4 << 20));
+        let reader = Reader::open(&places.destination(), Some(places.ram())).unwrap();
+        let shard = reader.shard(&key, Rank(0)).unwrap();
+        let chunk = format!("chunk {} of", (4 << 20) / chunk_bytes);
+        let found = shard.verify();
+        assert!(found.len() == 1 && found[0].why.contains(&chunk), "{found:?}");
+        let last = shard.payload().block(4 << 20, 4096, &mut scratch).unwrap_err();
+        assert_eq!(last.kind(), ErrorKind::Corrupt, "{last}");
     }
 }
 
@@ -297,11 +378,66 @@ fn a_wished_step_that_is_not_there_is_named() {
 }
 
 #[test]
+fn a_wished_step_that_is_broken_names_its_checkpoint_and_rank() {
+    let places = Places::new();
+    let ranks = [0, 1].map(|rank| Checkpointer::open(places.config_of(rank, 2)).unwrap());
+    for ckpt in &ranks {
+        resume(ckpt, &SMALL).unwrap();
+    }
+    for step in 1..=2 {
+        let saves = [0, 1]
+            .map(|rank| Model::at(rank, &SMALL, step).save(&ranks[rank as usize], step).unwrap());
+        saves.iter().for_each(|s| wait(s, Level::Disk));
+    }
+    ranks.iter().for_each(close);
+    drop(ranks);
+    let choose = |step: Option<u64>, attempt| {
+        let reader = Reader::open(&places.destination(), Some(places.ram())).unwrap();
+        reader.choose(&Wish { step: step.map(Step), attempt, accept_older: false }).unwrap_err()
+    };
+    std::fs::remove_file(file_of(&places, 2, "rank-000001.json")).unwrap();
+    let gone = "rank 1: its shard is missing in every tier";
+    let broken = format!("step 2 of attempt 1 cannot be restored: {gone}");
+    for attempt in [None, Some(1)] {
+        let error = choose(Some(2), attempt);
+        assert_eq!((error.to_string(), error.kind()), (broken.clone(), ErrorKind::Corrupt));
+    }
+    std::fs::remove_file(file_of(&places, 1, "rank-000001.json")).unwrap();
+    assert_eq!(
+        choose(None, Some(1)).to_string(),
+        format!(
+            "what attempt 1 saved cannot be restored: step 2 of attempt 1: {gone}; step 1 of attempt \
+             1: {gone}"
+        )
+    );
+    assert_eq!(choose(None, Some(7)).to_string(), "a checkpoint of attempt 7 was not found");
+}
+
+#[test]
+fn a_wished_step_of_an_abandoned_branch_is_found_by_its_attempt() {
+    let places = two_steps();
+    let ckpt = places.open();
+    let wish = Wish { step: Some(Step(1)), ..Wish::default() };
+    ckpt.begin(&Begin { wish, rollback: true, ..Begin::default() }).unwrap();
+    let reader = Reader::open(&places.destination(), Some(places.ram())).unwrap();
+    let mut wish = Wish { step: Some(Step(2)), ..Wish::default() };
+    let error = reader.choose(&wish).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "step 2 (attempt 1 has it, on an abandoned branch) was not found"
+    );
+    assert_eq!(error.hint(), Some(Hint::NameAttempt(1)));
+    wish.attempt = Some(1);
+    assert_eq!(reader.choose(&wish).unwrap().0.step, Step(2));
+}
+
+#[test]
 fn a_save_before_restore_on_a_run_with_history_is_refused() {
     let places = two_steps();
     let ckpt = places.open();
     let error = Model::at(0, &SMALL, 3).save(&ckpt, 3).unwrap_err();
-    assert!(error.to_string().contains("call restore(state) before the first save"), "{error}");
+    assert!(error.to_string().contains("already has checkpoints or attempts"), "{error}");
+    assert_eq!((error.kind(), error.hint()), (ErrorKind::Invalid, Some(Hint::RestoreFirst)));
 }
 
 #[test]
@@ -314,4 +450,5 @@ fn steps_rise() {
     assert!(first.poll(Level::Disk, false, Duration::ZERO).unwrap(), "not the same save");
     let error = Model::at(0, &SMALL, 4).save(&ckpt, 4).unwrap_err();
     assert!(error.to_string().contains("step 4 is older than step 5"), "{error}");
+    assert_eq!((error.kind(), error.hint()), (ErrorKind::Invalid, Some(Hint::Rollback)));
 }

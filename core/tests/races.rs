@@ -2,16 +2,28 @@
 #![allow(clippy::unwrap_used, clippy::disallowed_methods, clippy::print_stdout)] // Tests.
 
 mod common;
-use common::{gate::Gate, *};
-use std::{sync::atomic::Ordering, time::Duration};
+use common::{
+    gate::{Gate, broken},
+    *,
+};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 use tierkeep::{
     begin::Begin,
     checkpointer::{Checkpointer, SaveRequest},
+    error::Hint,
     manifest::Meta,
     names::*,
     reader::Reader,
     restore::decide::Wish,
     save::Level,
+    testing::hooked::Hooked,
+    tier::TierKind,
 };
 
 #[test]
@@ -450,10 +462,60 @@ fn an_older_step_is_resumed_from_only_by_a_rollback() {
     let c = p.open();
     let wish = |step| Wish { step: Some(Step(step)), ..Wish::default() };
     let error = c.begin(&Begin { wish: wish(1), ..Begin::default() }).unwrap_err();
-    assert!(error.to_string().contains("rollback"), "{error}");
+    assert_eq!(error.hint(), Some(Hint::Rollback), "{error}");
     assert!(c.attempt().is_none(), "nothing was begun");
     let newest = c.begin(&Begin { wish: wish(2), ..Begin::default() }).unwrap().unwrap();
     assert_eq!(newest.step(), Step(2));
     let back = Begin { wish: wish(1), rollback: true, ..Begin::default() };
     assert_eq!(c.begin(&back).unwrap().unwrap().step(), Step(1));
+}
+
+#[test]
+fn a_rank_that_saw_the_rollback_before_it_was_told_follows_it() {
+    let p = Places::new();
+    let two = [0, 1].map(|rank| Checkpointer::open(p.config_of(rank, 2)).unwrap());
+    two.iter().for_each(|c| drop(resume(c, &SMALL).unwrap()));
+    for step in 1..=2 {
+        let saves: Vec<_> = (0..)
+            .zip(&two)
+            .map(|(rank, c)| Model::at(rank, &SMALL, step).save(c, step).unwrap())
+            .collect();
+        saves.iter().for_each(|s| wait(s, Level::Disk));
+    }
+    let wish = Wish { step: Some(Step(1)), ..Wish::default() };
+    let back = Begin { wish, rollback: true, ..Begin::default() };
+    two[0].begin(&back).unwrap();
+    let late = Model::at(1, &SMALL, 3).save(&two[1], 3).unwrap();
+    let error = late.poll(Level::Ram, false, Duration::from_secs(10)).unwrap_err();
+    assert!(error.to_string().contains("attempt 2"), "{error}");
+    assert_eq!(two[1].begin(&back).unwrap().unwrap().step(), Step(1));
+    assert_eq!(two[1].attempt(), two[0].attempt());
+}
+
+#[test]
+fn a_tier_that_does_not_answer_is_gone_without_only_when_told() {
+    let p = Places::new();
+    let c = p.open();
+    resume(&c, &SMALL).unwrap();
+    train(&c, &SMALL, 1..=2);
+    drop(c);
+    let silent = Arc::new(AtomicBool::new(false));
+    let switch = silent.clone();
+    let c = Checkpointer::open_wrapped(p.config(), &move |tier| {
+        let silent = switch.clone();
+        Arc::new(Hooked::before(tier, move |call| {
+            let fails = call.kind == TierKind::Ram && silent.load(Ordering::SeqCst);
+            if fails { Err(broken("ram is away")) } else { Ok(()) }
+        }))
+    })
+    .unwrap();
+    silent.store(true, Ordering::SeqCst);
+    let error = c.begin(&Begin::default()).unwrap_err();
+    assert_eq!(error.hint(), Some(Hint::AcceptOlder), "{error}");
+    let wish = Wish { accept_older: true, ..Wish::default() };
+    let found = c.begin(&Begin { wish, ..Begin::default() }).unwrap().unwrap();
+    assert_eq!(found.step(), Step(2));
+    let mut model = Model::new(0, &SMALL);
+    model.read(&found).unwrap();
+    assert!(model.is_at(2));
 }

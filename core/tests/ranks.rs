@@ -3,9 +3,13 @@
 
 mod common;
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
-use common::{Model, Places, SMALL, files, resume, train, wait};
+use common::{Model, Places, SMALL, close, files, gate::Gate, resume, train, wait};
 use tierkeep::{
     ErrorKind,
     begin::Begin,
@@ -15,26 +19,29 @@ use tierkeep::{
     names::{Rank, Step},
     reader::Reader,
     restore::decide::Wish,
-    save::Level,
+    save::{Level, Save},
     testing::faulty::{Fault, Faulty},
     tier::{Tier, TierKind},
 };
 
+fn save_or_skip(ckpt: &Checkpointer, model: &Model, step: u64) -> Save {
+    let request = SaveRequest {
+        step,
+        state: model.state(step),
+        meta: Meta::default(),
+        overlap: false,
+        skip_if_busy: true,
+        keep_alive: Box::new(()),
+        interrupted: None,
+    };
+    // SAFETY: "now": the memory is read only during the call.
+    unsafe { ckpt.save(request) }.unwrap()
+}
+
 fn saved_or_skipped(ckpt: &Checkpointer, rank: u32, steps: u64) -> BTreeSet<u64> {
     let mut saved = BTreeSet::new();
     for step in 1..=steps {
-        let model = Model::at(rank, &SMALL, step);
-        let request = SaveRequest {
-            step,
-            state: model.state(step),
-            meta: Meta::default(),
-            overlap: false,
-            skip_if_busy: true,
-            keep_alive: Box::new(()),
-            interrupted: None,
-        };
-        // SAFETY: "now": the memory is read only during the call.
-        let save = unsafe { ckpt.save(request) }.unwrap();
+        let save = save_or_skip(ckpt, &Model::at(rank, &SMALL, step), step);
         if save.progress().skipped.is_none() {
             saved.insert(step);
         }
@@ -164,6 +171,104 @@ fn a_rollback_in_a_running_process_begins_a_new_attempt_on_every_rank() {
         .map(|(rank, ckpt)| Model::at(rank, &SMALL, 3).save(ckpt, 3).unwrap())
         .collect();
     saves.iter().for_each(|s| wait(s, Level::Disk));
+}
+
+#[test]
+fn a_job_that_was_asked_to_stop_saves_its_last_step_to_disk_on_every_rank() {
+    let places = Places::new();
+    let open = |rank| {
+        let mut config = places.config_of(rank, 2);
+        config.disk_every = 1000;
+        Checkpointer::open(config).unwrap()
+    };
+    let ranks = [open(0), open(1)];
+    assert!(!ranks[1].stop_requested(0, 2, true), "nobody has begun");
+    for ckpt in &ranks {
+        resume(ckpt, &SMALL).unwrap();
+    }
+    let mut saves = Vec::new();
+    for step in 1..=8 {
+        for (rank, ckpt) in (0..).zip(&ranks) {
+            if step % 2 == 0 {
+                let save = Model::at(rank, &SMALL, step).save(ckpt, step).unwrap();
+                wait(&save, Level::Staged);
+                saves.push(save);
+            }
+            // Rank 1 gets the signal in step 3.
+            let stops = ckpt.stop_requested(step, 2, rank == 1 && step >= 3);
+            assert_eq!(stops, step >= 8, "rank {rank}, step {step}");
+        }
+    }
+    // Step 8 is not a multiple of `disk_every`, and goes to disk all the same.
+    let (others, last) = saves.split_at(saves.len() - 2);
+    last.iter().for_each(|save| wait(save, Level::Disk));
+    assert!(last.iter().all(Save::is_due_for_disk));
+    assert!(!others.iter().any(Save::is_due_for_disk));
+    ranks.iter().for_each(close);
+    drop(ranks);
+
+    let ranks = [open(0), open(1)];
+    for ckpt in &ranks {
+        assert_eq!(resume(ckpt, &SMALL).unwrap(), 8);
+    }
+    for step in 9..=20 {
+        assert!(
+            ranks.iter().all(|ckpt| !ckpt.stop_requested(step, 2, false)),
+            "of the old attempt"
+        );
+    }
+    let decisions = places.destination().join("_decisions");
+    assert!(files(&decisions).iter().all(|p| !p.ends_with("stop")), "{:?}", files(&decisions));
+}
+
+#[test]
+fn the_last_step_of_a_job_is_not_skipped_though_every_slot_is_in_use() {
+    let places = Places::new();
+    let gate = Gate::default();
+    gate.slow.store(true, Ordering::SeqCst);
+    let ckpt = Checkpointer::open_wrapped(places.config(), &|tier| gate.around(tier)).unwrap();
+    resume(&ckpt, &SMALL).unwrap();
+    let save = |step| save_or_skip(&ckpt, &Model::at(0, &SMALL, step), step);
+    // One slot has the newest checkpoint, the other one is on its way to a disk that stands still.
+    let mut step = 1;
+    while save(step).progress().skipped.is_none() {
+        step += 1;
+        assert!(step < 1000, "the disk does not stand still");
+    }
+    assert!(ckpt.stop_requested(step, 1, true));
+    std::thread::scope(|scope| {
+        let last = scope.spawn(|| save(step + 1));
+        std::thread::sleep(Duration::from_millis(50)); // It waits now, most likely.
+        gate.slow.store(false, Ordering::SeqCst);
+        let last = last.join().unwrap();
+        assert_eq!(last.progress().skipped, None);
+        wait(&last, Level::Disk);
+    });
+}
+
+#[test]
+fn a_stop_is_over_with_a_rollback() {
+    let places = Places::new();
+    let open = |rank| Checkpointer::open(places.config_of(rank, 2)).unwrap();
+    let ranks = [open(0), open(1)];
+    for ckpt in &ranks {
+        resume(ckpt, &SMALL).unwrap();
+    }
+    for step in 1..=4 {
+        let saves: Vec<_> = (0..)
+            .zip(&ranks)
+            .map(|(rank, ckpt)| Model::at(rank, &SMALL, step).save(ckpt, step).unwrap())
+            .collect();
+        saves.iter().for_each(|s| wait(s, Level::Disk));
+        for (rank, ckpt) in (0..).zip(&ranks) {
+            assert_eq!(ckpt.stop_requested(step, 1, rank == 0), step >= 3);
+        }
+    }
+    let wish = Wish { step: Some(Step(4)), ..Wish::default() };
+    for ckpt in &ranks {
+        ckpt.begin(&Begin { wish: wish.clone(), rollback: true, ..Begin::default() }).unwrap();
+    }
+    assert!((5..20).all(|step| ranks.iter().all(|ckpt| !ckpt.stop_requested(step, 1, false))));
 }
 
 #[test]

@@ -108,7 +108,8 @@ class Ranks:
 
     def logged(self, level: str, rank: int) -> list[str]:
         lines = self.logs[rank].read_text(errors="replace").splitlines()
-        return [line.split(": ", 1)[-1] for line in lines if line.startswith(f"{level} tierkeep")]
+        ours = [line.split(": ", 1)[-1] for line in lines if line.startswith(f"{level} tierkeep")]
+        return [line.removeprefix(f"rank {rank}: ") for line in ours]
 
     def tail(self, rank: int) -> str:
         lines = self.logs[rank].read_text(errors="replace").splitlines()[-15:]

@@ -5,7 +5,7 @@ use std::{
     path::Path,
 };
 
-use tierkeep::{Error, ErrorKind, config, tier::TierKind};
+use tierkeep::{Error, ErrorKind, Hint, config, tier::TierKind};
 
 use crate::show::safe;
 
@@ -83,13 +83,29 @@ pub(crate) fn code_of(kind: ErrorKind) -> i32 {
     }
 }
 
+/// The core's hint in the command's words; `None` for those that only a job gets.
+fn in_flags(hint: Hint) -> Option<String> {
+    match hint {
+        Hint::AcceptOlder => Some(
+            "to leave the ram tier out, give `--ram-dir` an empty directory; to leave the disk out, \
+             give the run's directory in the ram tier"
+                .into(),
+        ),
+        Hint::NameAttempt(number) => Some(format!("`--attempt {number}` takes it all the same")),
+        Hint::RestoreFirst | Hint::Rollback => None,
+    }
+}
+
 /// The next step.
 pub(crate) fn hint_for(error: &Error, dest: &Path, ram_dir: Option<&Path>) -> Option<String> {
+    if let Some(hint) = error.hint().and_then(in_flags) {
+        return Some(hint);
+    }
     let shown = dest.display();
     let denied = |e: &io::Error| e.kind() == io::ErrorKind::PermissionDenied;
     match error {
         Error::NewerFormat { .. } => Some("`pip install --upgrade tierkeep`".into()),
-        Error::Lost { .. } | Error::Damaged { .. } => {
+        Error::Lost { .. } | Error::Broken { .. } | Error::Damaged { .. } => {
             Some(format!("`tierkeep verify {shown}` reads every copy and names what is damaged"))
         }
         Error::Io { source, .. } if denied(source) => {

@@ -75,7 +75,7 @@ fn short(value: &Value) -> String {
         Value::None => "None".into(),
         Value::Bool(x) => if *x { "True" } else { "False" }.into(),
         Value::Int(x) => x.to_string(),
-        Value::BigInt(x) => x.digits().to_owned(),
+        Value::BigInt(x) => x.text().to_owned(),
         Value::Float(bits) => format!("{:?}", f64::from_bits(*bits)),
         Value::Complex(re, im) => {
             format!("({:?}, {:?}j)", f64::from_bits(*re), f64::from_bits(*im))

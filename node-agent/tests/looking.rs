@@ -5,7 +5,7 @@ mod common;
 use std::process::{Command, Stdio};
 
 use common::{Place, flip, forge, model, replace};
-use tierkeep::begin::Begin;
+use tierkeep::{begin::Begin, names::Step, restore::decide::Wish};
 
 fn two_ranks() -> Place {
     let place = Place::new();
@@ -93,6 +93,17 @@ fn wrong_places_are_said_in_words() {
         ran.says("Exit codes:").says("damage was found").says("--json");
     }
     place.tierkeep(&["--version"]).ok().says(concat!("tierkeep ", env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn a_step_on_an_abandoned_branch_is_found_with_the_flag_of_the_hint() {
+    let place = two_ranks();
+    let wish = Wish { step: Some(Step(10)), ..Wish::default() };
+    place.train(2, &[11], &Begin { wish, rollback: true, ..Begin::default() }, model);
+    let ran = place.on("pin", &["30"]).fails(3, "attempt 1 has it, on an abandoned branch");
+    let ran = ran.hints("`--attempt 1` takes it");
+    assert!(!ran.err.contains("attempt="), "{ran:?}");
+    place.on("pin", &["30", "--attempt", "1"]).ok().says("step 30 of attempt 1 is pinned");
 }
 
 #[test]

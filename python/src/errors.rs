@@ -5,7 +5,7 @@
 //! `tierkeep/errors.py` and looked up by name.
 
 use pyo3::{prelude::*, types::PyModule};
-use tierkeep::{Error, ErrorKind};
+use tierkeep::{Error, ErrorKind, Hint};
 
 /// The result of the core, as Python wants it.
 pub(crate) trait Raise<T> {
@@ -42,10 +42,24 @@ pub(crate) fn exception(py: Python<'_>, error: &Error) -> PyErr {
         let class = PyModule::import(py, "tierkeep.errors")?.getattr(class_of(error))?;
         match error {
             Error::Mismatch(differences) => class.call1((error.to_string(), differences.clone())),
-            _ => class.call1((error.chain(),)),
+            _ => class.call1((in_words(error),)),
         }
     };
     make().map_or_else(|failure| failure, PyErr::from_value)
+}
+
+/// What a person reads, with the core's hint in Python's words.
+fn in_words(error: &Error) -> String {
+    let hint = match error.hint() {
+        None => return error.chain(),
+        Some(Hint::AcceptOlder) => "restore(accept_older=True) goes on without it".into(),
+        Some(Hint::NameAttempt(number)) => format!("attempt={number} takes it all the same"),
+        Some(Hint::RestoreFirst) => {
+            "call restore(state) before the first save, or say fresh=True to begin anew".into()
+        }
+        Some(Hint::Rollback) => "to go back, restore with rollback=True".to_owned(),
+    };
+    format!("{} ({hint})", error.chain())
 }
 
 /// The caller asked for something that cannot be done as asked.

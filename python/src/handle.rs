@@ -285,6 +285,12 @@ impl Handle {
         wait::poll(py, timeout, |slice| core.fence(slice))
     }
 
+    /// Whether the job stops after `step`, the newest completed one; `asked`: this process is to.
+    fn stop_requested(&self, py: Python<'_>, step: u64, every: u64, asked: bool) -> bool {
+        let core = self.core();
+        py.detach(move || core.stop_requested(step, every, asked))
+    }
+
     /// Closes, once what is on its way has arrived (`now`: without waiting for disk); false: not
     /// within `timeout_s` seconds, and it is still open.
     fn close(&self, py: Python<'_>, timeout_s: f64, now: bool) -> PyResult<bool> {

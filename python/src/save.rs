@@ -128,7 +128,7 @@ impl Save {
     /// Its step is one of those that go to disk.
     #[getter]
     fn is_due_for_disk(&self) -> bool {
-        self.core.step().is_multiple_of(self.disk_every)
+        self.core.is_due_for_disk()
     }
 
     /// Waits until the copy is taken: from then on the state may be changed in place.

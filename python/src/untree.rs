@@ -6,11 +6,11 @@
 use pyo3::{
     prelude::*,
     sync::PyOnceLock,
-    types::{PyBytes, PyComplex, PyDict, PyFloat, PyList, PyModule, PyTuple},
+    types::{PyBytes, PyComplex, PyDict, PyFloat, PyInt, PyList, PyModule, PyTuple},
 };
 use tierkeep::state::value::Value;
 
-use crate::errors::{exception, invalid};
+use crate::errors::exception;
 
 static MARKS: PyOnceLock<Py<PyModule>> = PyOnceLock::new();
 
@@ -58,11 +58,7 @@ impl<'py> Marks<'py> {
             Value::None => py.None().into_bound(py),
             Value::Bool(x) => x.into_pyobject(py)?.to_owned().into_any(),
             Value::Int(x) => x.into_pyobject(py)?.into_any(),
-            Value::BigInt(x) => {
-                let big: Result<num_bigint::BigInt, _> = x.digits().parse();
-                let big = big.map_err(|e| invalid(py, e.to_string()))?;
-                big.into_pyobject(py)?.into_any()
-            }
+            Value::BigInt(x) => py.get_type::<PyInt>().call1((x.text(), 16))?,
             Value::Float(bits) => PyFloat::new(py, f64::from_bits(*bits)).into_any(),
             Value::Complex(re, im) => {
                 PyComplex::from_doubles(py, f64::from_bits(*re), f64::from_bits(*im)).into_any()

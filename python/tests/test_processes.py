@@ -256,6 +256,45 @@ def test_a_script_that_does_not_close_gets_its_last_save_to_disk(run: Path) -> N
     assert any(run.glob("*/*/CHECKPOINT.json"))
 
 
+# -- asked to stop ---------------------------------------------------------------------------
+
+
+def test_a_second_sigterm_after_a_while_ends_the_process(run: Path) -> None:
+    script = """
+        import os, signal, sys, time, tierkeep
+        from tierkeep import _stop
+        _stop._ONE_REQUEST_SECONDS = 0.05
+        ckpt = tierkeep.Checkpointer(sys.argv[1])
+        assert not ckpt.stop_requested()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ckpt.stop_requested()
+        time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    """
+    code, out, err = ended(python(script, run))
+    assert (code, out) == (-signal.SIGTERM, ""), err
+
+
+def test_a_forked_child_dies_of_sigterm_as_ever(run: Path) -> None:
+    script = """
+        import os, signal, sys, time, tierkeep
+        ckpt = tierkeep.Checkpointer(sys.argv[1])
+        ckpt.stop_requested()
+        ours, theirs = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.write(theirs, b"no" if not ckpt.stop_requested() else b"yes")
+            time.sleep(60)
+            os._exit(0)
+        assert os.read(ours, 3) == b"no"
+        os.kill(child, signal.SIGTERM)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), ckpt.stop_requested())
+    """
+    code, out, err = ended(python(script, run))
+    assert (code, out) == (0, "-15 False\n"), err
+
+
 # -- interrupted -----------------------------------------------------------------------------
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +51,23 @@ JOB = """
 """
 
 
-def job(run: Path, stop: int, group: bool) -> list[dict[str, object]]:
+def start(world: int, script: str, *arguments: object) -> list[subprocess.Popen[str]]:
+    """One process a rank, with torchrun's environment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    ranks = [
+    return [
         python(
-            JOB, run, stop, "group" if group else "alone",
-            RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+            script, *arguments,
+            RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
             GLOO_SOCKET_IFNAME="lo",
         )
-        for rank in range(2)
+        for rank in range(world)
     ]  # fmt: skip
+
+
+def job(run: Path, stop: int, group: bool) -> list[dict[str, object]]:
+    ranks = start(2, JOB, run, stop, "group" if group else "alone")
     results = [ended(rank) for rank in ranks]
     if stop:
         assert [code for code, *_ in results] == [-signal.SIGKILL] * 2, results
@@ -83,6 +91,65 @@ def test_two_ranks_are_killed_and_resumed_together(run: Path, tmp_path: Path, gr
         tierkeep.load(run)
     loaded: dict[str, Any] = tierkeep.load(run, rank=1)
     assert loaded["model"]["weight"].tolist() == whole[1]["model"][0]
+
+
+STOPPED = """
+    import json, sys
+    import torch
+    import torch.distributed as dist
+    import tierkeep
+
+    run, every = sys.argv[1], int(sys.argv[2])
+    dist.init_process_group("gloo")
+    state = {"x": torch.zeros(1000), "n": 0}
+    with tierkeep.Checkpointer(run, every=every, disk_every=10**6, keep_last=1) as ckpt:
+        found = ckpt.restore(state)
+        begin = found.step if found else 0
+        assert not ckpt.stop_requested()
+        dist.barrier()
+        print("training", flush=True)
+        for step in range(begin, begin + 100_000):
+            dist.all_reduce(state["x"])
+            state["n"] = step + 1
+            ckpt.step(step + 1, state)
+            if ckpt.stop_requested():
+                last = ckpt.save(step + 1, state)
+                break
+    print(json.dumps({"begin": begin, "end": step + 1, "disk": last.progress().disk}))
+"""
+
+
+def stopped(run: Path, every: int, asked: list[int], delays: list[float]) -> tuple[int, int]:
+    """A job of three ranks, some of which get SIGTERM; the steps where it begins and ends."""
+    ranks = start(3, STOPPED, run, every)
+    for rank in ranks:
+        assert rank.stdout is not None
+        assert rank.stdout.readline() == "training\n", ended(rank)
+    for rank_number, delay in zip(asked, delays, strict=True):
+        time.sleep(delay)
+        ranks[rank_number].send_signal(signal.SIGTERM)
+    results = [ended(rank) for rank in ranks]
+    assert [code for code, *_ in results] == [0] * 3, results
+    ends = [json.loads(out) for _, out, _ in results]
+    assert ends == [ends[0]] * 3
+    assert ends[0]["disk"]
+    return ends[0]["begin"], ends[0]["end"]
+
+
+def test_ranks_that_are_asked_to_stop_end_at_the_same_saved_step(run: Path) -> None:
+    seed = random.randrange(1_000_000)
+    chance = random.Random(seed)
+    every = chance.randint(1, 7)
+    # One rank gets the signal; then, as from torchrun and Slurm, all do, each a little later.
+    one = stopped(run, every, [chance.randrange(3)], [chance.uniform(0, 0.3)])
+    every_rank = chance.sample(range(3), 3)
+    delays = [chance.uniform(0, 0.3), chance.uniform(0, 0.01), chance.uniform(0, 0.01)]
+    all_of_them = stopped(run, every, every_rank, delays)
+    assert one[0] == 0 < one[1] == all_of_them[0] < all_of_them[1], seed
+    assert one[1] % every == all_of_them[1] % every == 0, seed
+    for rank in range(3):
+        # Of the last step, and whole on disk.
+        assert tierkeep.load(run, rank=rank)["n"] == all_of_them[1], seed
 
 
 ENVIRONMENTS = {

@@ -135,6 +135,8 @@ class Checkpointer:
         self._handle = Handle(path, settings, self._allow_pickle)
         self._pid = os.getpid()
         self._begun = False
+        # The newest step that this rank was called with.
+        self._newest = 0
         self._closed = False
         self._stage = Stager()
         self._guarded: list[weakref.ref[Any]] = []
@@ -190,9 +192,10 @@ class Checkpointer:
         tags: Iterable[str] = (),
     ) -> Save | None:
         """Saves `state` if `step` is divisible by `every`; else returns None at once."""
-        if operator.index(step) % self.every:
+        number = self._completed(step)
+        if number % self.every:
             return None
-        return self.save(step, state, metrics=metrics, tags=tags)
+        return self.save(number, state, metrics=metrics, tags=tags)
 
     def save(
         self,
@@ -221,9 +224,7 @@ class Checkpointer:
             FencedError: a newer attempt has taken over, or this is a forked child.
             TierkeepError: the last `max_failures` saves have failed.
         """
-        number = operator.index(step)
-        if number < 0:
-            raise InvalidError(f"step = {number}: a number of completed training steps")
+        number = self._completed(step)
         self._raise_if_failing()
         self._begin_if_new()
         said = ({k: float(v) for k, v in (metrics or {}).items()}, words("tags", tags))
@@ -367,6 +368,7 @@ class Checkpointer:
             how = "fresh"
         found = self._handle.begin(how, step, attempt)
         self._begun, self._fresh = True, False
+        self._newest = found.step if found else 0
         return found
 
     def _begin_if_new(self) -> None:
@@ -416,20 +418,30 @@ class Checkpointer:
         self._saves.wait_all(one_of("level", level, ("ram", "disk")), timeout_s)
 
     def stop_requested(self) -> bool:
-        """Whether this job was asked to stop (SIGTERM). Call it each step; if true, save and leave.
+        """Whether to leave the loop now, because the job was asked to stop (SIGTERM).
 
-        The first call installs the handler; a second SIGTERM ends the process at once.
+            ckpt.step(step + 1, state)
+            if ckpt.stop_requested():
+                ckpt.save(step + 1, state)  # only the first save of a step does anything
+                break
 
-        Raises:
-            NotImplementedError: several ranks must agree on the step to stop at; that comes with
-                the agent.
+        Ask after each step. Alone, the answer is the signal. Several ranks stop after one and the
+        same step, and none waits for another: a rank with the signal proposes, at the next step
+        that is divisible by `every`, the one two times `every` later; the first proposal holds,
+        also if its rank dies, and the others find it at such a step. So it takes up to three times
+        `every` steps, and the last step is one that `step` saves. It goes to disk whatever
+        `disk_every` says, and is not skipped.
+
+        Ranks that drift apart by `every` steps or more (no collective holds them together) may
+        learn of it too late: they stop at once, and a warning names both steps. Where the directory
+        does not answer, that is logged and the training goes on; nothing is raised. Before
+        `restore` or the first save there is nobody to agree with: False.
+
+        The first call installs the handler, on the main thread; the script's own handler is called
+        too. A second SIGTERM, more than a second later, ends the process at once.
         """
-        if self.world_size > 1:
-            raise NotImplementedError(
-                "stop_requested() for several ranks needs a step that they agree on: it comes with "
-                "the agent of a later version"
-            )
-        return _stop.requested()
+        asked = _stop.requested()
+        return self._handle.stop_requested(self._newest, self.every, asked)
 
     def on_event(self, callback: Callback) -> Callback:
         """Calls `callback` with each `Event`, on a thread of tierkeep's. Can be a decorator."""
@@ -509,6 +521,13 @@ class Checkpointer:
 
     def _live_guarded(self) -> list[Any]:
         return [optimizer for one in self._guarded if (optimizer := one()) is not None]
+
+    def _completed(self, step: int) -> int:
+        number = operator.index(step)
+        if number < 0:
+            raise InvalidError(f"step = {number}: a number of completed training steps")
+        self._newest = max(self._newest, number)
+        return number
 
     def _raise_if_failing(self) -> None:
         self._saves.settle()

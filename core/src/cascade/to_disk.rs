@@ -105,6 +105,7 @@ impl Cascade {
         };
         let mut work = locked(&self.work);
         work.fenced = true;
+        work.fenced_by_us = by_us;
         work.carry = None;
         for shard in work.shards.values() {
             shard.save.fail(if shard.complete { Level::Disk } else { Level::Ram }, &error);

@@ -17,7 +17,7 @@ use crate::{
     cascade::{Cascade, Shard},
     clock::Deadline,
     commit::publish_shard,
-    error::{Error, ErrorKind, Result},
+    error::{Error, ErrorKind, Hint, Result},
     manifest::{Identity, Meta},
     names::{CheckpointKey, Rank, Step},
     observe::{add, locked},
@@ -42,7 +42,7 @@ impl Checkpointer {
     /// The memory that the state points to is readable until the save is staged, and nobody writes
     /// to it meanwhile.
     pub unsafe fn save(&self, request: SaveRequest) -> Result<Save> {
-        self.check_open()?;
+        self.check_open(false)?;
         let (record, cascade) = self.running()?;
         if let Some(save) = self.earlier(request.step)? {
             return Ok(save);
@@ -55,6 +55,7 @@ impl Checkpointer {
             )));
         }
         let save = Save::new(request.step);
+        cascade.mark_due(&save);
         locked(&self.inner.saves).insert(request.step, save.clone());
         // SAFETY: the caller's promise.
         match unsafe { self.take(&save, request, &record, &cascade) } {
@@ -90,9 +91,9 @@ impl Checkpointer {
         }
         if let Some((newest, _)) = saves.last_key_value().filter(|(s, _)| **s > step) {
             return Err(Error::invalid(format!(
-                "step {step} is older than step {newest}, which this attempt has saved: steps rise \
-                 (to go back, restore with rollback=True)"
-            )));
+                "step {step} is older than step {newest}, which this attempt has saved: steps rise"
+            ))
+            .with_hint(Hint::Rollback));
         }
         while saves.len() >= SAVES_KEPT {
             saves.pop_first();
@@ -160,7 +161,8 @@ impl Checkpointer {
         let place = &self.inner.place;
         let may_go = |key: &CheckpointKey| cascade.release(key);
         let mut filling = place.arena.acquire(len, &may_go)?;
-        let wish = if filling.is_none() && skip_if_busy { Saving::Skip } else { Saving::Save };
+        let may_skip = skip_if_busy && !cascade.is_last(save.step());
+        let wish = if filling.is_none() && may_skip { Saving::Skip } else { Saving::Save };
         if cascade.agreements().saving(save.step(), wish)? == Saving::Skip {
             let why = "every slot is in use: the disk is slower than the saves";
             add(&place.observer.counters.saves_skipped, 1);

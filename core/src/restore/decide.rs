@@ -10,8 +10,8 @@
 
 use crate::{
     attempt::{Attempts, Lineage, Parent},
-    error::{Error, Result},
-    names::{CheckpointKey, Rank, Step},
+    error::{Error, Hint, Result},
+    names::{CheckpointKey, Step},
     tier::Tier,
 };
 
@@ -53,7 +53,7 @@ pub fn decide(
 ) -> Result<Decision> {
     let mut decision =
         Decision { parent: None, savers: vec![], passed_over: vec![], has_history: false };
-    let answering = answering(tiers, wish, &mut decision)?;
+    let answering = answering(tiers, wish, &mut decision.passed_over)?;
     let found = survey(&answering)?;
     let bad = bad_marks(marks)?;
     decision.has_history = !found.is_empty() || attempts.newest().is_some();
@@ -66,15 +66,19 @@ pub fn decide(
                 && number.map_or_else(|| lineage.contains(&f.key), |n| f.key.attempt.number == n)
         }
     };
+    let mut broken = Vec::new();
     // Newest: the highest step; of one step, the newest attempt's.
     for found in found.iter().rev().filter(wished) {
-        let pass = |why: &str| format!("{}: {why}", found.key);
+        let mut pass = |why: String| {
+            decision.passed_over.push(format!("{}: {why}", found.key));
+            broken.push((found.key.clone(), why));
+        };
         if let Some((.., rank)) =
             bad.iter().find(|(s, n, _)| *s == found.key.step && *n == found.key.attempt.number)
         {
-            decision.passed_over.push(pass(&format!(
+            pass(format!(
                 "{rank} found no good copy of its shard (`tierkeep verify` clears the mark)"
-            )));
+            ));
             continue;
         }
         match reach(&answering, found, run_id.as_ref())? {
@@ -83,43 +87,42 @@ pub fn decide(
                 decision.savers = savers;
                 break;
             }
-            Reach::Broken(why) => decision.passed_over.push(pass(&why.join("; "))),
+            Reach::Broken(why) => pass(why.join("; ")),
             Reach::Unfinished(missing) => tracing::debug!("{} lacks ranks {missing:?}", found.key),
             Reach::Deleted => {}
         }
     }
     if decision.parent.is_none() && (wish.step.is_some() || wish.attempt.is_some()) {
-        return Err(not_there(wish, &decision, &found, &lineage));
+        return Err(not_there(wish, &broken, &decision, &found, &lineage));
     }
     Ok(decision)
 }
 
 /// Tiers that answer. One that does not may have a newer checkpoint: an error, unless the caller
 /// takes an older one.
-fn answering<'a>(
+pub(crate) fn answering<'a>(
     tiers: &[&'a dyn Tier],
     wish: &Wish,
-    decision: &mut Decision,
+    passed_over: &mut Vec<String>,
 ) -> Result<Vec<&'a dyn Tier>> {
     let mut good = Vec::new();
     for tier in tiers {
         match tier.list("") {
             Ok(_) => good.push(*tier),
-            Err(e) if wish.accept_older => decision.passed_over.push(format!(
-                "the {} tier does not answer: {}",
-                tier.kind(),
-                e.chain()
-            )),
+            Err(e) if wish.accept_older => {
+                passed_over.push(format!("the {} tier does not answer: {}", tier.kind(), e.chain()))
+            }
             Err(e) => {
-                return Err(Error::Io {
+                let silent = Error::Io {
                     what: format!(
                         "look for checkpoints in the {} tier at {}; it may hold a newer one than the \
-                         others (accept_older=True goes on without it)",
+                         others",
                         tier.kind(),
                         tier.address()
                     ),
                     source: std::io::Error::other(e.chain()),
-                });
+                };
+                return Err(silent.with_hint(Hint::AcceptOlder));
             }
         }
     }
@@ -161,31 +164,40 @@ fn parent_of(attempts: &Attempts, key: &CheckpointKey) -> Result<Parent> {
     Ok(Parent { attempt: record.attempt, step: key.step.0 })
 }
 
-fn not_there(wish: &Wish, decision: &Decision, found: &[Found], lineage: &Lineage) -> Error {
-    let mut what = match wish.step {
-        Some(step) => format!("{step}"),
-        None => "a checkpoint".into(),
+/// Why the wish cannot be granted. `broken` is what there is of it.
+fn not_there(
+    wish: &Wish,
+    broken: &[(CheckpointKey, String)],
+    decision: &Decision,
+    found: &[Found],
+    lineage: &Lineage,
+) -> Error {
+    let wished = match (wish.step, wish.attempt) {
+        (Some(step), None) => step.to_string(),
+        (Some(step), Some(attempt)) => format!("{step} of attempt {attempt}"),
+        (None, Some(attempt)) => format!("a checkpoint of attempt {attempt}"),
+        (None, None) => "a checkpoint".into(),
     };
-    if let Some(attempt) = wish.attempt {
-        what.push_str(&format!(" of attempt {attempt}"));
+    match broken {
+        [] => {}
+        [(key, why)] => return Error::Broken { what: key.to_string(), why: why.clone() },
+        several => {
+            let why: Vec<String> = several.iter().map(|(k, why)| format!("{k}: {why}")).collect();
+            let what = wish.attempt.map_or(wished, |n| format!("what attempt {n} saved"));
+            return Error::Broken { what, why: why.join("; ") };
+        }
     }
-    if !decision.passed_over.is_empty() {
-        return Error::Lost {
-            step: wish.step.unwrap_or(Step(0)),
-            rank: Rank(0),
-            why: decision.passed_over.join("; "),
-        };
-    }
-    let elsewhere: Vec<String> = found
+    // Tiers that do not answer, where the caller goes on without them.
+    let mut notes = decision.passed_over.clone();
+    let mut elsewhere = found
         .iter()
         .filter(|f| Some(f.key.step) == wish.step && !lineage.contains(&f.key))
-        .map(|f| f.key.attempt.number.to_string())
-        .collect();
-    if !elsewhere.is_empty() {
-        what.push_str(&format!(
-            " (attempt {} has it, but the run has abandoned that branch: name it with attempt=)",
-            elsewhere.join(", ")
-        ));
+        .map(|f| f.key.attempt.number);
+    notes.extend(elsewhere.clone().map(|n| format!("attempt {n} has it, on an abandoned branch")));
+    let notes = if notes.is_empty() { String::new() } else { format!(" ({})", notes.join("; ")) };
+    let error = Error::NotFound { what: wished + &notes };
+    match elsewhere.next_back() {
+        Some(newest) => error.with_hint(Hint::NameAttempt(newest)),
+        None => error,
     }
-    Error::NotFound { what }
 }

@@ -256,7 +256,7 @@ impl Restorable {
             self.observer.warn(
                 "damaged_copy",
                 Some(self.key.step.0),
-                format!("{}, {}: {why}; another copy was used", self.key.step, self.rank),
+                format!("{}: {why}; another copy was used", self.key.step),
             );
         }
     }
@@ -280,19 +280,14 @@ impl Restorable {
         match mended {
             Ok(()) => {
                 add(&self.observer.counters.repairs, 1);
-                let text = format!(
-                    "{}, {}: the copy in the {} tier was mended",
-                    self.key.step,
-                    self.rank,
-                    tier.kind()
-                );
+                let text =
+                    format!("{}: the copy in the {} tier was mended", self.key.step, tier.kind());
                 self.observer.info("repaired", step, text);
             }
             Err(e) => {
                 let text = format!(
-                    "{}, {}: the copy in the {} tier could not be mended: {}",
+                    "{}: the copy in the {} tier could not be mended: {}",
                     self.key.step,
-                    self.rank,
                     tier.kind(),
                     e.chain()
                 );
@@ -316,10 +311,16 @@ impl Restorable {
         chunk: usize,
         buffer: &'a mut AlignedBuf,
     ) -> Result<&'a [u8]> {
-        let mut len = None;
+        let (mut len, mut trouble) = (None, None);
         for index in (0..self.copies.len()).filter(|i| *i != not) {
             let payload = &self.copies[index].manifest.payload;
-            let source = self.tier(index).open(&self.key.file(&payload.file))?;
+            let source = match self.tier(index).open(&self.key.file(&payload.file)) {
+                Ok(source) => source,
+                Err(e) => {
+                    trouble = Some(e);
+                    continue;
+                }
+            };
             if read_chunk(&*source, payload, chunk, buffer)
                 .is_ok_and(|bytes| crc32fast::hash(bytes) == payload.chunks[chunk])
             {
@@ -329,7 +330,9 @@ impl Restorable {
         }
         match len {
             Some(len) => Ok(&buffer[..len]),
-            None => Err(self.lost(&[format!("chunk {chunk} is good nowhere else")])),
+            None => Err(trouble.unwrap_or_else(|| {
+                self.lost(&[format!("chunk {chunk} is good in no other copy")])
+            })),
         }
     }
 
@@ -367,7 +370,7 @@ impl Restorable {
             None if tier.kind() == TierKind::Ram => Ok(()),
             None => {
                 tier.delete(&name)?;
-                let receipt = tier.put(&name, &CheckedPayload { shard: self })?;
+                let receipt = tier.put(&name, &self.payload())?;
                 crate::commit::publish_shard(tier, &manifest.identity, bytes, receipt)
             }
         }
@@ -376,7 +379,7 @@ impl Restorable {
     /// The shard as a payload that checks each block: for copying it elsewhere.
     #[must_use]
     pub fn payload(&self) -> impl Payload + '_ {
-        CheckedPayload { shard: self }
+        CheckedPayload { shard: self, kept: Mutex::new((None, AlignedBuf::new(1))) }
     }
 
     /// Reads every byte of every copy and says what is wrong with each: the whole of `verify`.
@@ -424,6 +427,9 @@ impl Restorable {
 /// A shard read from whichever copy is good, block by block.
 struct CheckedPayload<'a> {
     shard: &'a Restorable,
+    /// The chunk that was checked last, where blocks are not chunks: several blocks of a large one
+    /// are read once.
+    kept: Mutex<(Option<usize>, AlignedBuf)>,
 }
 
 impl Payload for CheckedPayload<'_> {
@@ -437,16 +443,46 @@ impl Payload for CheckedPayload<'_> {
         len: usize,
         scratch: &'a mut AlignedBuf,
     ) -> Result<&'a [u8]> {
-        let chunk_bytes = self.shard.manifest().payload.chunk_bytes;
-        let chunk = usize::try_from(offset / chunk_bytes).unwrap_or(usize::MAX);
-        if !offset.is_multiple_of(chunk_bytes) || len as u64 > chunk_bytes {
-            return Err(Error::invalid(format!(
-                "chunks of {chunk_bytes} bytes cannot be written in blocks of {len}"
-            )));
+        let payload = &self.shard.manifest().payload;
+        let chunk = usize::try_from(offset / payload.chunk_bytes).unwrap_or(usize::MAX);
+        let len = padded(len);
+        scratch.ensure(len);
+        if offset.is_multiple_of(payload.chunk_bytes)
+            && len == padded(usize::try_from(payload.chunk_len(chunk)).unwrap_or(0))
+        {
+            let good = self.shard.good_chunk(usize::MAX, chunk, scratch)?.len();
+            scratch[good..].fill(0);
+        } else {
+            self.gather(offset, &mut scratch[..len])?;
         }
-        let good = self.shard.good_chunk(usize::MAX, chunk, scratch)?.len();
-        scratch[good..].fill(0);
-        Ok(&scratch[..len.min(scratch.len())])
+        Ok(&scratch[..len])
+    }
+}
+
+impl CheckedPayload<'_> {
+    /// Fills `into` from `offset` out of chunks of another size, each checked; what lies past the
+    /// payload's end is zeros.
+    fn gather(&self, offset: u64, into: &mut [u8]) -> Result<()> {
+        let payload = &self.shard.manifest().payload;
+        let mut kept = locked(&self.kept);
+        let (known, buffer) = &mut *kept;
+        let mut done = 0;
+        while done < into.len() && offset + (done as u64) < payload.length {
+            let at = offset + done as u64;
+            let chunk = usize::try_from(at / payload.chunk_bytes).unwrap_or(usize::MAX);
+            if *known != Some(chunk) {
+                *known = None;
+                self.shard.good_chunk(usize::MAX, chunk, buffer)?;
+                *known = Some(chunk);
+            }
+            let end = usize::try_from(payload.chunk_len(chunk)).unwrap_or(0);
+            let from = usize::try_from(at % payload.chunk_bytes).unwrap_or(end);
+            let n = (end - from).min(into.len() - done);
+            into[done..done + n].copy_from_slice(&buffer[from..from + n]);
+            done += n;
+        }
+        into[done..].fill(0);
+        Ok(())
     }
 }
 

@@ -13,7 +13,8 @@
 //! # Invariants
 //!
 //! - What was encoded decodes to the same value, to the last bit of a NaN.
-//! - A value deeper than [`VALUE_DEPTH_MAX`] is refused, both ways.
+//! - A value deeper than [`VALUE_DEPTH_MAX`] is refused, both ways; one that is longer than
+//!   [`VALUE_BYTES_MAX`] is refused by name.
 //! - At the limit, the JSON can be parsed with the manifest around it.
 //! - No tensor lies in a key or in a set: it would have no place with a name that is the same in
 //!   every process.
@@ -45,9 +46,8 @@ pub const JSON_LEVELS_AROUND_MAX: usize = 7;
 
 const _: () = assert!((VALUE_DEPTH_MAX - 1) * 3 + 3 + JSON_LEVELS_AROUND_MAX == 127);
 
-/// Decimal digits of an int. 100,000 are 40 KiB of integer. Turning digits into an int takes time
-/// that grows with their square; here it is still far below a second.
-pub const INT_DIGITS_MAX: usize = 100_000;
+/// Bytes of JSON that a tree may have: those of the manifest that it is a part of.
+pub const VALUE_BYTES_MAX: u64 = crate::record::RECORD_BYTES_MAX;
 
 /// A value of the state tree.
 ///
@@ -184,15 +184,22 @@ impl Lib {
     }
 }
 
-/// An int beyond 64 bits, as decimal digits. Made by [`Value::int`] only.
+/// An int beyond 64 bits, as hex digits: to and from them an int goes in time that grows with its
+/// length, to and from decimal ones with its square. Made by [`Value::int`] only.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct BigInt(String);
 
 impl BigInt {
-    /// The digits, after a `-` where it is negative.
+    /// `0x` and the digits, after a `-` where it is negative: `format(x, "#x")` in Python.
     #[must_use]
-    pub fn digits(&self) -> &str {
+    pub fn text(&self) -> &str {
         &self.0
+    }
+
+    /// The number, where it is a `u64`.
+    #[must_use]
+    pub fn as_u64(&self) -> Option<u64> {
+        u64::from_str_radix(self.0.strip_prefix("0x")?, 16).ok()
     }
 }
 
@@ -233,17 +240,20 @@ impl Place<'_> {
 }
 
 impl Value {
-    /// The int with these decimal digits. `None` where they are not canonical (`-0`, `007`, `+1`)
-    /// or more than [`INT_DIGITS_MAX`].
+    /// The int that this text spells: decimal in 64 bits, `-0x1f` beyond. `None` where it is not
+    /// the one spelling of its number (`-0`, `007`, `+1`, `0x1`).
     #[must_use]
     pub fn int(text: &str) -> Option<Self> {
         let digits = text.strip_prefix('-').unwrap_or(text);
+        if let Some(hex) = digits.strip_prefix("0x") {
+            let canonical =
+                !hex.starts_with('0') && !hex.is_empty() && hex.bytes().all(is_hex_digit);
+            return (canonical && !fits(text.starts_with('-'), hex))
+                .then(|| Self::BigInt(BigInt(text.into())));
+        }
         let leading_zero = digits.starts_with('0') && text != "0";
         let only_digits = !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit());
-        if leading_zero || !only_digits || digits.len() > INT_DIGITS_MAX {
-            return None;
-        }
-        Some(text.parse().map_or_else(|_| Self::BigInt(BigInt(text.into())), Self::Int))
+        text.parse().ok().filter(|_| only_digits && !leading_zero).map(Self::Int)
     }
 
     /// The float `x`.
@@ -339,9 +349,39 @@ impl Value {
     /// the culprit early calls it itself.
     ///
     /// # Errors
-    /// It is deeper than [`VALUE_DEPTH_MAX`], or a tensor lies in a key or a set.
+    /// It is deeper than [`VALUE_DEPTH_MAX`], a tensor lies in a key or a set, or a leaf alone is
+    /// longer than [`VALUE_BYTES_MAX`].
     pub fn check(&self) -> Result<(), EncodeError> {
         self.check_at(1, false).map_err(Trail::error)
+    }
+
+    /// The leaf with the longest text, and about how many bytes of JSON that is.
+    fn longest(&self, path: &mut Vec<Key>, found: &mut (u64, Vec<Key>)) {
+        let bytes = self.text_bytes();
+        if bytes > found.0 {
+            *found = (bytes, path.clone());
+        }
+        let Ok(()) = self.each_child::<Infallible>(&mut |place, child| {
+            let depth = path.len();
+            path.extend(place.key());
+            child.longest(path, found);
+            path.truncate(depth);
+            Ok(())
+        });
+    }
+
+    /// About the bytes of JSON of a leaf that may be long; 0 for all else.
+    fn text_bytes(&self) -> u64 {
+        let bytes = match self {
+            Self::BigInt(x) => x.0.len(),
+            Self::Str(text) | Self::Path(text) => text.len(),
+            Self::SurrogateStr(text) => text.0.len().saturating_mul(2),
+            Self::Bytes(bytes) | Self::Pickle(bytes) | Self::NumpyScalar { bytes, .. } => {
+                bytes.len().saturating_mul(2)
+            }
+            _ => 0,
+        };
+        bytes as u64
     }
 
     fn check_at(&self, depth: usize, hashed: bool) -> Result<(), Trail> {
@@ -350,6 +390,10 @@ impl Value {
         }
         if hashed && matches!(self, Self::Tensor(_)) {
             return Err(Trail { keys: Vec::new(), problem: EncodeProblem::TensorInKey });
+        }
+        if self.text_bytes() > VALUE_BYTES_MAX {
+            let problem = EncodeProblem::TooLong(self.text_bytes(), VALUE_BYTES_MAX);
+            return Err(Trail { keys: Vec::new(), problem });
         }
         self.each_child(&mut |place, child| {
             let hashed = hashed || matches!(place, Place::Hashed);
@@ -411,6 +455,16 @@ impl Value {
             | Self::Pickle(_) => Ok(()),
         }
     }
+}
+
+fn is_hex_digit(b: u8) -> bool {
+    b.is_ascii_digit() || (b'a'..=b'f').contains(&b)
+}
+
+/// True where the int with these hex digits has 64 bits: it is written in decimal.
+fn fits(negative: bool, hex: &str) -> bool {
+    let magnitude = u64::from_str_radix(hex, 16).ok().map(i128::from);
+    magnitude.is_some_and(|x| i64::try_from(if negative { -x } else { x }).is_ok())
 }
 
 /// The way from a problem up to the root, gathered while returning.

@@ -1,17 +1,13 @@
 //! Values without children: Python's own, and those of enum, pathlib, numpy and torch.
 
-use num_bigint::BigInt;
 use pyo3::{
     PyTypeInfo, intern,
     prelude::*,
     types::{PyBool, PyBytes, PyComplex, PyComplexMethods, PyFloat, PyInt, PyString, PyType},
 };
-use tierkeep::state::value::{INT_DIGITS_MAX, Value};
+use tierkeep::state::value::Value;
 
 use super::walk::Walk;
-
-/// Bits of the largest int: log2(10) digits, rounded down.
-const INT_BITS_MAX: usize = INT_DIGITS_MAX / 1000 * 3321;
 
 /// A leaf of one of Python's own types, exactly; `None` for all else. The error says why it cannot be
 /// stored.
@@ -55,17 +51,10 @@ fn int(x: &Bound<'_, PyInt>) -> Result<Value, String> {
     if let Ok(small) = x.extract::<i64>() {
         return Ok(Value::Int(small));
     }
-    let too_long = || format!("an int of more than {INT_DIGITS_MAX} digits");
-    // Looked at first: digits cost time that grows with their square.
-    let bits: usize = x
-        .call_method0(intern!(x.py(), "bit_length"))
-        .and_then(|bits| bits.extract())
-        .map_err(|e| e.to_string())?;
-    if bits > INT_BITS_MAX {
-        return Err(too_long());
-    }
-    let big: BigInt = x.extract().map_err(|e: PyErr| e.to_string())?;
-    Value::int(&big.to_string()).ok_or_else(too_long)
+    // Hex: decimal digits cost time that grows with their square, and Python refuses many of them.
+    let text = x.call_method1(intern!(x.py(), "__format__"), (intern!(x.py(), "#x"),));
+    let text: String = text.and_then(|text| text.extract()).map_err(|e| e.to_string())?;
+    Value::int(&text).ok_or_else(|| format!("an int that is written {text}"))
 }
 
 /// The name of a type, as the manifest has it: `module:QualName`.

@@ -3,7 +3,7 @@
 //!
 //! | tag | body |
 //! |---|---|
-//! | `int` | `"-?digits"`; below 2^53 it is a plain number instead |
+//! | `int` | `"-?digits"`, beyond 64 bits `"-?0x` hex digits`"`; below 2^53 it is a plain number |
 //! | `float` | `"0.1"`, `"inf"`, `"-inf"`, `"nan:` 16 hex digits`"` |
 //! | `complex` | `[float's body, float's body]` |
 //! | `wtf8`, `bytes`, `pickle` | `"hex"` |
@@ -22,7 +22,7 @@
 use serde::de::{Deserialize, Deserializer, Error as _};
 use serde_json::Value as Json;
 
-use super::{Lib, TensorRef, VALUE_DEPTH_MAX, Value};
+use super::{Lib, TensorRef, VALUE_DEPTH_MAX, Value, is_hex_digit};
 
 /// JSON that is not an encoded value.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -278,7 +278,7 @@ fn int64(json: &Json) -> Result<i64> {
 fn length(json: &Json) -> Result<u64> {
     let length = match int(json)? {
         Value::Int(x) => u64::try_from(x).ok(),
-        Value::BigInt(x) => x.digits().parse().ok(),
+        Value::BigInt(x) => x.as_u64(),
         _ => None,
     };
     length.ok_or_else(|| not("a length"))
@@ -296,10 +296,6 @@ fn float(json: &Json) -> Result<u64> {
         text.parse::<f64>().ok().filter(|x| !x.is_nan()).map(f64::to_bits)
     };
     bits.ok_or_else(|| not("a float"))
-}
-
-fn is_hex_digit(b: u8) -> bool {
-    b.is_ascii_digit() || (b'a'..=b'f').contains(&b)
 }
 
 fn hex(json: &Json) -> Result<Vec<u8>> {

@@ -7,8 +7,8 @@ use std::fmt;
 
 use serde::ser::{Error as _, Serialize, SerializeMap as _, SerializeSeq as _, Serializer};
 
-use super::{TensorRef, VALUE_DEPTH_MAX, Value};
-use crate::state::path::Key;
+use super::{TensorRef, VALUE_BYTES_MAX, VALUE_DEPTH_MAX, Value};
+use crate::state::path::{Key, join};
 
 /// A value that cannot be stored.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -30,6 +30,9 @@ pub enum EncodeProblem {
     /// A tensor has no place there.
     #[error("a tensor cannot be stored in a key of a dict or in a set")]
     TensorInKey,
+    /// So many bytes of JSON, and how many there may be.
+    #[error("it takes {0} bytes of the manifest, which has at most {1}: put it into an array")]
+    TooLong(u64, u64),
     /// The writer failed, which a `Vec` does not.
     #[error("could not write JSON: {0}")]
     Json(String),
@@ -39,15 +42,32 @@ impl Value {
     /// Appends the JSON of this value to `out`; on an error, `out` is as it was.
     ///
     /// # Errors
-    /// As [`check`](Value::check).
+    /// As [`check`](Value::check), and where all of it is longer than [`VALUE_BYTES_MAX`]; the error
+    /// then names the longest leaf.
     pub fn write_json(&self, out: &mut Vec<u8>) -> Result<(), EncodeError> {
         self.check()?;
+        self.write_at_most(out, VALUE_BYTES_MAX)
+    }
+
+    pub(super) fn write_at_most(&self, out: &mut Vec<u8>, max: u64) -> Result<(), EncodeError> {
         let start = out.len();
-        serde_json::to_writer(&mut *out, &Checked(self)).map_err(|error| {
-            out.truncate(start);
-            let problem = EncodeProblem::Json(error.to_string());
-            EncodeError { path: crate::state::path::join(&[]), problem }
-        })
+        let written = serde_json::to_writer(&mut *out, &Checked(self));
+        let bytes = (out.len() - start) as u64;
+        let error = match written {
+            Err(e) => {
+                let problem = EncodeProblem::Json(e.to_string());
+                EncodeError { path: join(&[]), problem }
+            }
+            Ok(()) if bytes > max => {
+                let mut longest = (0, Vec::new());
+                self.longest(&mut Vec::new(), &mut longest);
+                let (of_it, keys) = longest;
+                EncodeError { path: join(&keys), problem: EncodeProblem::TooLong(of_it, max) }
+            }
+            Ok(()) => return Ok(()),
+        };
+        out.truncate(start);
+        Err(error)
     }
 }
 
@@ -77,7 +97,7 @@ impl Serialize for Checked<'_> {
             Value::None => s.serialize_unit(),
             Value::Bool(x) => s.serialize_bool(*x),
             Value::Int(x) => Number(i128::from(*x)).serialize(s),
-            Value::BigInt(x) => tagged(s, "int", x.digits()),
+            Value::BigInt(x) => tagged(s, "int", x.text()),
             Value::Float(bits) => tagged(s, "float", &Float(*bits)),
             Value::Complex(re, im) => tagged(s, "complex", &(Float(*re), Float(*im))),
             Value::Str(text) => s.serialize_str(text),
@@ -179,14 +199,19 @@ impl<H: Serialize> Serialize for Rows<'_, H> {
     }
 }
 
-/// A JSON number below 2^53, where every reader of JSON is exact; `{"int": "..."}` from there.
+/// A JSON number below 2^53, where every reader of JSON is exact; `{"int": "..."}` from there,
+/// decimal in 64 bits, hex beyond.
 struct Number(i128);
 
 impl Serialize for Number {
     fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
         match i64::try_from(self.0) {
             Ok(small) if small.unsigned_abs() < 1 << 53 => s.serialize_i64(small),
-            _ => tagged(s, "int", &self.0.to_string()),
+            Ok(wide) => tagged(s, "int", &wide.to_string()),
+            Err(_) => {
+                let sign = if self.0 < 0 { "-" } else { "" };
+                tagged(s, "int", &format!("{sign}{:#x}", self.0.unsigned_abs()))
+            }
         }
     }
 }

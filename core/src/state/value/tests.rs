@@ -51,7 +51,8 @@ fn leaf() -> impl Strategy<Value = Value> {
         Just(Value::None),
         any::<bool>().prop_map(Value::Bool),
         ints().prop_map(Value::Int),
-        "-?[1-9][0-9]{18,60}".prop_map(|digits| Value::int(&digits).unwrap()),
+        "-?0x[1-9a-f][0-9a-f]{16,60}".prop_map(|text| Value::int(&text).unwrap()),
+        "-?0x[8-9a-f][0-9a-f]{15}".prop_filter_map("i64::MIN has 64 bits", |t| Value::int(&t)),
         bits().prop_map(Value::Float),
         (bits(), bits()).prop_map(|(re, im)| Value::Complex(re, im)),
         any::<String>().prop_map(Value::Str),
@@ -139,7 +140,7 @@ fn garbage() -> impl Strategy<Value = Json> {
         any::<i64>().prop_map(Json::from),
         any::<u64>().prop_map(Json::from),
         any::<f64>().prop_map(Json::from),
-        "torch|nan:7ff8000000000000|nan:0{16}|inf|-?[0-9]{0,30}|([0-9a-f]{2}){0,6}|eda080"
+        "torch|nan:7ff8000000000000|nan:0{16}|inf|-?[0-9]{0,30}|-?0x[0-9a-f]{0,20}|([0-9a-f]{2}){0,6}|eda080"
             .prop_map(Json::from),
         any::<String>().prop_map(Json::from),
     ];
@@ -345,7 +346,9 @@ fn json_is_as_a_person_reads_it() {
         (Value::Bool(true), "true"),
         (Value::Int((1 << 53) - 1), "9007199254740991"),
         (Value::Int(-(1 << 53)), r#"{"int":"-9007199254740992"}"#),
-        (Value::int("18446744073709551616").unwrap(), r#"{"int":"18446744073709551616"}"#),
+        (Value::Int(i64::MIN), r#"{"int":"-9223372036854775808"}"#),
+        (Value::int("0x8000000000000000").unwrap(), r#"{"int":"0x8000000000000000"}"#),
+        (Value::int("-0x8000000000000001").unwrap(), r#"{"int":"-0x8000000000000001"}"#),
         (float(0.1), r#"{"float":"0.1"}"#),
         (float(3.0), r#"{"float":"3.0"}"#),
         (float(1e300), r#"{"float":"1e300"}"#),
@@ -370,6 +373,10 @@ fn json_is_as_a_person_reads_it() {
         (Value::DefaultDict { factory: None, entries: vec![] }, r#"{"defaultdict":[null]}"#),
         (Value::Deque { maxlen: Some(9), items: items() }, r#"{"deque":[9,1,"a"]}"#),
         (Value::Deque { maxlen: None, items: items() }, r#"{"deque":[null,1,"a"]}"#),
+        (
+            Value::Deque { maxlen: Some(u64::MAX), items: vec![] },
+            r#"{"deque":[{"int":"0xffffffffffffffff"}]}"#,
+        ),
         (
             Value::NamedTuple { type_name: type_name.clone(), fields: fields() },
             r#"{"namedtuple":["m:T",["x",1]]}"#,
@@ -448,13 +455,33 @@ fn errors_say_where_and_what() {
 #[test]
 fn ints_and_strs_have_one_form() {
     assert_eq!(Value::int("-9223372036854775808"), Some(Value::Int(i64::MIN)));
-    assert!(matches!(Value::int("9223372036854775808"), Some(Value::BigInt(_))));
+    assert_eq!(Value::int("9223372036854775807"), Some(Value::Int(i64::MAX)));
     assert_eq!(Value::int("0"), Some(Value::Int(0)));
-    for wrong in ["", "-", "-0", "+1", "01", "-01", "1 ", "0x1", "1_0", "١"] {
+    for big in ["0x8000000000000000", "-0x8000000000000001", "-0xffffffffffffffff0"] {
+        assert!(matches!(Value::int(big), Some(Value::BigInt(x)) if x.text() == big), "{big}");
+    }
+    for wrong in ["", "-", "-0", "+1", "01", "-01", "1 ", "1_0", "١"] {
         assert_eq!(Value::int(wrong), None, "{wrong}");
     }
-    assert!(Value::int(&"9".repeat(INT_DIGITS_MAX)).is_some());
-    assert_eq!(Value::int(&"9".repeat(INT_DIGITS_MAX + 1)), None);
+    // Each number has one spelling: hex from where decimal ends, and no other hex.
+    for wrong in [
+        "9223372036854775808",
+        "-9223372036854775809",
+        "0x7fffffffffffffff",
+        "-0x8000000000000000",
+        "0x08000000000000000",
+        "0xFFFFFFFFFFFFFFFF",
+        "0x",
+        "-0x",
+        "0x1",
+        "0x0",
+        "0x-ffffffffffffffff",
+        "0x+ffffffffffffffff",
+        "+0xffffffffffffffff",
+        "0xfffffffffffffffg",
+    ] {
+        assert_eq!(Value::int(wrong), None, "{wrong}");
+    }
 
     assert_eq!(Value::str("a🦀".into()), Some(str("a🦀")));
     // Two surrogates that would be one character are still two surrogates in Python.
@@ -463,6 +490,36 @@ fn ints_and_strs_have_one_form() {
     for wrong in [&b"\xff"[..], b"\xed\xa0", b"\xed\xa0\x80\xff", b"\xc0\x80", b"\xa0\x80"] {
         assert_eq!(Value::str(wrong.to_vec()), None, "{wrong:?}");
     }
+}
+
+#[test]
+fn an_int_of_millions_of_digits_is_a_value_like_any_other() {
+    // As decimal digits it would take minutes.
+    let big = Value::int(&format!("-0x{}", "9".repeat(20_000_000))).unwrap();
+    assert_eq!(Value::decode(&encode(&big)), Ok(big));
+}
+
+#[test]
+fn what_is_too_long_for_a_manifest_is_refused_by_name() {
+    let size = usize::try_from(VALUE_BYTES_MAX / 2 + 1).unwrap();
+    let state = |leaf| Value::Dict(vec![(str("a"), Value::List(vec![Value::None, leaf]))]);
+    // Untouched zeros take no memory, and nothing is written of them.
+    let error = state(Value::Bytes(vec![0; size])).write_json(&mut Vec::new()).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "a/1: it takes 1073741826 bytes of the manifest, which has at most 1073741824: put it into \
+         an array"
+    );
+
+    // Together too long: the longest is named.
+    let mut out = b"before".to_vec();
+    let long = state(Value::int(&format!("0x1{}", "0".repeat(90))).unwrap());
+    let both = Value::List(vec![Value::Str("x".repeat(80)), long]);
+    assert_eq!(both.write_at_most(&mut out, 250), Ok(()));
+    out.truncate(6);
+    let error = both.write_at_most(&mut out, 200).unwrap_err();
+    assert_eq!((error.path.as_str(), error.problem), ("1/a/1", EncodeProblem::TooLong(93, 200)));
+    assert_eq!(out, b"before");
 }
 
 #[test]
