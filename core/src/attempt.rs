@@ -100,6 +100,11 @@ pub struct Attempts {
 }
 
 impl Attempts {
+    #[cfg(test)]
+    pub(crate) fn of(records: Vec<AttemptRecord>) -> Self {
+        Self { records, joined: vec![], damaged: vec![] }
+    }
+
     /// Reads them from the first of `tiers` that has a good copy of each: records are small, and a
     /// run without them could not tell its lineage.
     ///
@@ -333,14 +338,14 @@ fn claim_name(attempt: &AttemptRef, rank: Rank) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn attempt(number: u32) -> AttemptRef {
+    pub(crate) fn attempt(number: u32) -> AttemptRef {
         AttemptRef { number, id: Id([u8::try_from(number).unwrap(); 16]) }
     }
 
-    fn record(number: u32, parent: Option<(u32, u64)>, rollback: bool) -> AttemptRecord {
+    pub(crate) fn record(number: u32, parent: Option<(u32, u64)>, rollback: bool) -> AttemptRecord {
         AttemptRecord {
             format: 1,
             required_features: vec![],

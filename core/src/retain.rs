@@ -234,3 +234,114 @@ pub fn drop_shard(tier: &dyn Tier, key: &CheckpointKey, rank: Rank) -> Result<()
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{
+        attempt::tests::{attempt, record},
+        names::Step,
+    };
+
+    fn key(number: u32, step: u64) -> CheckpointKey {
+        CheckpointKey::new(Step(step), &attempt(number))
+    }
+
+    /// One checkpoint: of attempt 1 up to step 10, of attempt 2, or of attempt 1 beyond (abandoned).
+    #[derive(Clone, Copy, Debug)]
+    struct One {
+        sealed: bool,
+        deleted: bool,
+        pinned: bool,
+        in_flight: bool,
+        given_up: bool,
+    }
+
+    fn one() -> impl Strategy<Value = One> {
+        (any::<bool>(), prop::bool::weighted(0.1), prop::bool::weighted(0.2), any::<(u8, u8)>())
+            .prop_map(|(sealed, deleted, pinned, (a, b))| One {
+                sealed,
+                deleted,
+                pinned,
+                in_flight: !sealed && a < 64,
+                given_up: !sealed && b < 64,
+            })
+    }
+
+    proptest! {
+        #[test]
+        fn what_must_stay_stays_and_what_may_go_goes(
+            first in prop::collection::vec(one(), 20),
+            second in prop::collection::vec(one(), 10),
+            keep_last in 1_usize..5,
+            keep_every in prop::option::of(1_u64..6),
+            abandoned in any::<bool>(),
+        ) {
+            let all: Vec<(CheckpointKey, One)> = (1..)
+                .zip(first)
+                .map(|(step, one)| (key(1, step), one))
+                .chain((11..).zip(second).map(|(step, one)| (key(2, step), one)))
+                .collect();
+            let mut found: Vec<Found> = all
+                .iter()
+                .map(|(key, one)| Found {
+                    key: key.clone(),
+                    listings: vec![Listing {
+                        sealed: one.sealed,
+                        deleted: one.deleted,
+                        manifests: vec![Rank(0)],
+                        ..Listing::default()
+                    }],
+                })
+                .collect();
+            found.sort_by(|a, b| a.key.cmp(&b.key));
+            let attempts =
+                Attempts::of(vec![record(1, None, false), record(2, Some((1, 10)), true)]);
+            let lineage = attempts.lineage(&[]);
+            let that = |is: fn(&One) -> bool| -> BTreeSet<CheckpointKey> {
+                all.iter().filter(|(_, one)| is(one)).map(|(key, _)| key.clone()).collect()
+            };
+            let (pins, in_flight) = (that(|o| o.pinned), that(|o| o.in_flight));
+            let given_up = that(|o| o.given_up);
+            let known = Known {
+                found: &found,
+                lineage: &lineage,
+                attempts: &attempts,
+                pins: &pins,
+                in_flight: &in_flight,
+                given_up: &given_up,
+            };
+            let policy = Policy { keep_last, keep_every, abandoned };
+            let gone: BTreeSet<CheckpointKey> =
+                plan(&policy, &known).into_iter().map(|v| v.key).collect();
+
+            let whole = that(|o| o.sealed && !o.deleted);
+            let mut line: Vec<&CheckpointKey> =
+                whole.iter().filter(|k| lineage.contains(k)).collect();
+            line.sort_by_key(|k| std::cmp::Reverse(k.step));
+            let own_complete = line.iter().any(|k| k.attempt.number == 2);
+            for (place, kept) in line.iter().enumerate() {
+                let every = keep_every.is_some_and(|n| kept.step.0.is_multiple_of(n));
+                let parent = **kept == key(1, 10) && !own_complete;
+                let stays =
+                    place < keep_last || every || pins.contains(kept) || parent;
+                prop_assert_eq!(!gone.contains(kept), stays, "{:?}", kept);
+            }
+            prop_assert!(gone.is_disjoint(&pins) && gone.is_disjoint(&in_flight));
+            prop_assert!(own_complete || !gone.contains(&key(1, 10)), "the parent");
+            for key in gone.iter().filter(|k| !lineage.contains(k)) {
+                let begun = !abandoned || line.is_empty();
+                let rubbish = that(|o| o.deleted || o.given_up);
+                prop_assert!(!begun || rubbish.contains(key), "an abandoned branch: {key:?}");
+            }
+            // A newer one that is not complete yet may become so.
+            for key in gone.iter().filter(|k| lineage.contains(k)) {
+                let newer = line.first().is_none_or(|newest| key.step >= newest.step);
+                let rubbish = that(|o| o.deleted || o.given_up);
+                prop_assert!(!newer || rubbish.contains(key), "{key:?}");
+            }
+        }
+    }
+}
