@@ -452,3 +452,46 @@ fn steps_rise() {
     assert!(error.to_string().contains("step 4 is older than step 5"), "{error}");
     assert_eq!((error.kind(), error.hint()), (ErrorKind::Invalid, Some(Hint::Rollback)));
 }
+
+#[test]
+fn a_payload_whose_header_says_2_to_the_63_costs_that_step_alone() {
+    let places = two_steps();
+    let payload = file_of(&places, 2, ".safetensors");
+    let mut bytes = std::fs::read(&payload).unwrap();
+    bytes[..8].copy_from_slice(&(1_u64 << 63).to_le_bytes());
+    write(&payload, &bytes);
+    let reader = Reader::open(&places.destination(), Some(places.ram())).unwrap();
+    let newest = reader.steps().unwrap().pop().unwrap().key;
+    let said: Vec<String> =
+        reader.shard(&newest, Rank(0)).unwrap().verify().into_iter().map(|b| b.why).collect();
+    assert!(said.len() == 1 && said[0].contains("is damaged: chunk 0 of 1"), "{said:?}");
+    let ckpt = places.open();
+    let error = resume(&ckpt, &SMALL).unwrap_err();
+    assert!(error.to_string().contains("step 2, rank 0: no tier has a good copy"), "{error}");
+    drop(ckpt);
+    let (step, said) = resumed(&places);
+    assert_eq!(step, 1, "{said}");
+}
+
+#[test]
+fn a_tmpfs_that_others_fill_up_costs_the_save_that_needs_more() {
+    let places = Places::new();
+    let Some(mount) = Mount::new(&places.destination().join("shm"), "size=8m") else { return };
+    let mut config = common::config(&places.destination().join("run"), &mount.0.join("ram"), 0, 1);
+    config.ram_bytes_max = Some(1 << 30); // The budget would allow it; the medium does not.
+    let ckpt = Checkpointer::open(config).unwrap();
+    resume(&ckpt, &SMALL).unwrap();
+    train(&ckpt, &SMALL, 1..=3);
+    let others = vec![0; 64 << 20];
+    let filled = std::fs::write(mount.0.join("others"), others).unwrap_err();
+    assert_eq!(filled.raw_os_error(), Some(28));
+    // What has its pages goes on; a larger state is told that there is no room.
+    let save = Model::new(0, &[4 << 20]).save(&ckpt, 4).unwrap();
+    let error = save.poll(Level::Ram, false, Duration::from_secs(5)).unwrap_err();
+    assert!(error.to_string().contains("the memory budget is too small"), "{error}");
+    std::fs::remove_file(mount.0.join("others")).unwrap();
+    train(&ckpt, &SMALL, 5..=6);
+    drop(ckpt);
+    let again = common::config(&places.destination().join("run"), &mount.0.join("ram"), 0, 1);
+    assert_eq!(resume(&Checkpointer::open(again).unwrap(), &SMALL).unwrap(), 6);
+}
