@@ -24,6 +24,9 @@ use crate::{
 
 /// The name of the decision where the job stops.
 const STOP: &str = "stop";
+/// What is said of a step that may go to disk.
+const CARRY: &str = "carry";
+const PASS: &str = "pass";
 
 /// The decisions of one attempt.
 #[derive(Debug)]
@@ -75,12 +78,38 @@ impl Agreements {
         Ok(said.map_or(whole, |word| word == "whole"))
     }
 
-    /// The leader: `step` is the next one that goes to disk.
+    /// Whether some rank saw `step` complete in RAM, its slots be used again or not.
     ///
     /// # Errors
     /// The directory did not answer.
-    pub fn carry(&self, step: u64) -> Result<()> {
-        self.record(&format!("carry-{step:020}"), "carry").map(drop)
+    pub fn was_in_ram(&self, step: u64) -> Result<bool> {
+        self.says("ram-", step, "whole")
+    }
+
+    /// The leader: `step` is the next one that goes to disk. False: a rank passed it over before.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn carry(&self, step: u64) -> Result<bool> {
+        let said = self.record(&format!("carry-{step:020}"), CARRY)?;
+        Ok(said.is_none_or(|word| word == CARRY))
+    }
+
+    /// Any rank: `step` goes to no disk, its slot is wanted. False: the leader chose it before.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn pass_over(&self, step: u64) -> Result<bool> {
+        let said = self.record(&format!("carry-{step:020}"), PASS)?;
+        Ok(said.is_none_or(|word| word == PASS))
+    }
+
+    /// Whether some rank passed `step` over.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn was_passed_over(&self, step: u64) -> Result<bool> {
+        self.says("carry-", step, PASS)
     }
 
     /// The newest step that goes to disk, as recorded.
@@ -88,7 +117,14 @@ impl Agreements {
     /// # Errors
     /// The directory did not answer.
     pub fn carried(&self) -> Result<Option<u64>> {
-        Ok(self.steps("carry-")?.into_iter().max())
+        let mut steps = self.steps("carry-")?;
+        steps.sort_unstable();
+        for step in steps.into_iter().rev() {
+            if self.says("carry-", step, CARRY)? {
+                return Ok(Some(step));
+            }
+        }
+        Ok(None)
     }
 
     /// Gives `step` up for the disk tier, for all ranks.
@@ -141,6 +177,11 @@ impl Agreements {
             }
         }
         Ok(())
+    }
+
+    fn says(&self, prefix: &str, step: u64, word: &str) -> Result<bool> {
+        let Some(dir) = &self.dir else { return Ok(false) };
+        Ok(read(&dir.join(format!("{prefix}{step:020}")))?.as_deref() == Some(word))
     }
 
     fn steps(&self, prefix: &str) -> Result<Vec<u64>> {

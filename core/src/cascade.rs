@@ -11,7 +11,9 @@
 //!
 //! - A slot is never taken from the newest complete checkpoint, nor from one that is on its way to
 //!   disk, nor from one that the leader is about to choose.
-//! - A step is carried by all ranks or given up by all; no rank drops it alone.
+//! - A step is carried by all ranks or given up by all; no rank drops it alone: a rank that wants the
+//!   slot of a step that the leader may choose says so first, and the first word counts.
+//! - A step that was complete in RAM is told as such on every rank, also on one that looks late.
 //! - A newer attempt's record ends this cascade: a late writer completes nothing.
 
 mod to_disk;
@@ -199,30 +201,48 @@ impl Cascade {
         };
         let newest = work.newest.as_ref().map_or(0, |k| k.step.0);
         let step = key.step.0;
-        // The leader may choose it at this moment.
-        let next = work.carry.is_none()
-            && shard.complete
-            && self.is_due(step)
-            && work.chosen.is_none_or(|c| step > c)
-            && !work.fenced
-            && !work.trouble;
-        if step >= newest || next {
+        if step >= newest {
             return false;
         }
-        if let Some(shard) = work.shards.remove(&step) {
+        let complete = shard.complete || matches!(self.not_in_ram(key), Ok(None));
+        // The leader may choose it at this moment.
+        let may_go = !complete || !self.may_be_chosen(&work, step) || self.passed(&work, step);
+        if may_go && let Some(shard) = work.shards.remove(&step) {
             self.drop_shard(&shard, newest);
         }
-        true
+        may_go
+    }
+
+    fn may_be_chosen(&self, work: &Work, step: u64) -> bool {
+        self.is_due(step) && work.chosen.is_none_or(|c| step > c) && !work.fenced
+    }
+
+    /// Whether all ranks know that a step which the leader may choose will not go to disk. While
+    /// another step is on its way this rank may say so itself: the disk is slower than the saves.
+    fn passed(&self, work: &Work, step: u64) -> bool {
+        let agreements = &self.parts.agreements;
+        if work.trouble {
+            let _ = agreements.pass_over(step);
+            return true; // Nothing is kept for a disk that does not answer.
+        }
+        let passed = match work.carry {
+            Some(_) => agreements.pass_over(step),
+            None => agreements.was_passed_over(step),
+        };
+        passed.unwrap_or(false)
     }
 
     /// Tells the waiters of a shard that is dropped what will not come any more.
     fn drop_shard(&self, shard: &Shard, newer: u64) {
         if !shard.complete {
-            let missing = self.missing_in_ram(&shard.key).unwrap_or_default();
-            let why = format!("{} did not save it, step {newer} is complete", ranks(&missing));
-            let error = Error::Skipped { step: shard.key.step, why };
-            self.parts.observer.error("incomplete", Some(shard.key.step.0), error.to_string());
-            shard.save.fail(Level::Ram, &error);
+            match self.not_in_ram(&shard.key) {
+                Ok(None) => shard.save.reach(Level::Ram, false),
+                missing => {
+                    let who = whom(&missing.ok().flatten().unwrap_or_default());
+                    let why = format!("{who} did not save it, step {newer} is complete");
+                    self.tell_incomplete(shard, why);
+                }
+            }
         }
         self.pass_over(shard, newer);
     }
@@ -237,22 +257,24 @@ impl Cascade {
         };
         let Some(shard) = found else { return Ok(false) };
         let step = shard.key.step.0;
-        let missing = self.missing_in_ram(&shard.key)?;
+        let Some(missing) = self.not_in_ram(&shard.key)? else { return Ok(false) };
         if missing.is_empty() || self.parts.agreements.in_ram(step, false)? {
-            return Ok(false); // Another rank saw it whole: so shall we, at the next turn.
+            return Ok(false); // Another rank has decided: so shall we, at the next turn.
         }
         self.fail_incomplete(&shard, &missing);
         Ok(true)
     }
 
     fn fail_incomplete(&self, shard: &Shard, missing: &[u32]) {
-        let who = if missing.is_empty() { "another rank".into() } else { ranks(missing) };
-        let why = format!("{who} did not save it in time");
+        self.tell_incomplete(shard, format!("{} did not save it in time", whom(missing)));
+        locked(&self.work).shards.remove(&shard.key.step.0);
+        self.parts.signal.notify();
+    }
+
+    fn tell_incomplete(&self, shard: &Shard, why: String) {
         let error = Error::Skipped { step: shard.key.step, why };
         self.parts.observer.error("incomplete", Some(shard.key.step.0), error.to_string());
         shard.save.fail(Level::Ram, &error);
-        locked(&self.work).shards.remove(&shard.key.step.0);
-        self.parts.signal.notify();
     }
 
     fn is_due(&self, step: u64) -> bool {
@@ -267,6 +289,21 @@ impl Cascade {
 
     fn missing_in_ram(&self, key: &CheckpointKey) -> Result<Vec<u32>> {
         Ok(Listing::of(&*self.parts.ram, key)?.missing(&self.parts.config.savers))
+    }
+
+    /// Who lacks a shard of it in RAM (nobody: a rank gave it up); `None` where all had theirs at one
+    /// time. Ranks that are ahead use their slots again, but only after they asked this, and a "whole"
+    /// is recorded.
+    fn not_in_ram(&self, key: &CheckpointKey) -> Result<Option<Vec<u32>>> {
+        let (step, agreements) = (key.step.0, &self.parts.agreements);
+        let missing = self.missing_in_ram(key)?;
+        let whole = self.is_parent(step)
+            || if missing.is_empty() {
+                agreements.in_ram(step, true)?
+            } else {
+                agreements.was_in_ram(step)?
+            };
+        Ok((!whole).then_some(missing))
     }
 
     fn completed(&self, work: &mut Work, step: u64) {
@@ -290,10 +327,7 @@ impl Cascade {
         if work.fenced {
             return false;
         }
-        let waits = |s: &Shard| {
-            !s.complete
-                || (self.is_due(s.key.step.0) && work.chosen.is_none_or(|c| s.key.step.0 > c))
-        };
+        let waits = |s: &Shard| !s.complete || self.may_be_chosen(&work, s.key.step.0);
         work.carry.is_some() || work.shards.values().any(waits)
     }
 
@@ -375,6 +409,7 @@ impl Cascade {
             self.watch_ram(),
             self.join(),
             self.watch_disk(),
+            self.watch_passed(),
             self.choose(),
             self.carry(),
             self.watch_disk(),
@@ -406,20 +441,20 @@ impl Cascade {
             locked(&self.work).shards.values().filter(|s| !s.complete).cloned().collect();
         let mut moved = false;
         for shard in open {
-            let step = shard.key.step.0;
-            let missing = self.missing_in_ram(&shard.key)?;
-            if self.is_parent(step)
-                || (missing.is_empty() && self.parts.agreements.in_ram(step, true)?)
-            {
-                self.completed(&mut locked(&self.work), step);
-                moved = true;
-            } else if missing.is_empty() {
-                self.fail_incomplete(&shard, &missing); // Given up by a rank, so by all.
-                moved = true;
-            } else {
-                shard.save.set_waiting_for(ranks(&missing));
-                // Whoever is missing may have gone on to a newer attempt.
-                self.check_fence()?;
+            match self.not_in_ram(&shard.key)? {
+                None => {
+                    self.completed(&mut locked(&self.work), shard.key.step.0);
+                    moved = true;
+                }
+                Some(missing) if missing.is_empty() => {
+                    self.fail_incomplete(&shard, &missing); // Given up by a rank, so by all.
+                    moved = true;
+                }
+                Some(missing) => {
+                    shard.save.set_waiting_for(ranks(&missing));
+                    // Whoever is missing may have gone on to a newer attempt.
+                    self.check_fence()?;
+                }
             }
         }
         if moved {
@@ -442,6 +477,10 @@ impl Cascade {
         }
         Ok(due)
     }
+}
+
+fn whom(list: &[u32]) -> String {
+    if list.is_empty() { "another rank".into() } else { ranks(list) }
 }
 
 /// `rank 3`, `ranks 3, 5 and 2 more`

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use common::{Model, Places, SMALL, close, files, gate::Gate, resume, train, wait};
+use common::{Model, Places, SMALL, close, events, files, gate::Gate, resume, train, wait};
 use tierkeep::{
     ErrorKind,
     begin::Begin,
@@ -86,6 +86,36 @@ fn what_is_saved_or_skipped_is_the_same_on_every_rank() {
             info.ranks.iter().filter(|(_, r)| !r.is_empty()).map(|(_, r)| r.len()).collect();
         assert_eq!(ranks, BTreeSet::from([3]), "a step of some ranks: {info:?}");
     }
+}
+
+#[test]
+fn ranks_that_drift_apart_agree_on_what_was_complete_and_what_goes_to_disk() {
+    let places = Places::new();
+    let of_ranks: Vec<BTreeSet<u64>> = std::thread::scope(|scope| {
+        let ranks: Vec<_> = (0..3)
+            .map(|rank| {
+                let mut config = places.config_of(rank, 3);
+                (config.slots, config.disk_every) = (4, 4);
+                scope.spawn(move || {
+                    let ckpt = Checkpointer::open(config).unwrap();
+                    resume(&ckpt, &SMALL).unwrap();
+                    let save = |step| Model::at(rank, &SMALL, step).save(&ckpt, step).unwrap();
+                    let saves: Vec<_> = (1..=150).map(save).collect();
+                    let closed = ckpt.close(Duration::from_secs(20), false).unwrap();
+                    assert!(closed, "rank {rank} waits for a step that no rank writes");
+                    assert_eq!(events(&ckpt), [""; 0], "rank {rank}");
+                    let has = |level| {
+                        let has = |s: &&Save| s.poll(level, false, Duration::ZERO).is_ok_and(|r| r);
+                        saves.iter().filter(has).map(Save::step).collect::<BTreeSet<_>>()
+                    };
+                    assert_eq!(has(Level::Ram), (1..=150).collect(), "rank {rank}");
+                    has(Level::Disk)
+                })
+            })
+            .collect();
+        ranks.into_iter().map(|r| r.join().unwrap()).collect()
+    });
+    assert!(of_ranks[0].len() > 1 && of_ranks.iter().all(|s| *s == of_ranks[0]), "{of_ranks:?}");
 }
 
 #[test]

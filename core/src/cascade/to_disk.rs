@@ -42,8 +42,9 @@ impl Cascade {
         if self.is_fenced() {
             return Ok(false);
         }
-        if self.parts.config.leads() {
-            self.parts.agreements.carry(step)?;
+        if self.parts.config.leads() && !self.parts.agreements.carry(step)? {
+            self.passed_by_another(step);
+            return Ok(true);
         }
         let mut work = locked(&self.work);
         // The leader chooses what is complete; a follower may not have seen it yet.
@@ -74,11 +75,42 @@ impl Cascade {
         Ok(true)
     }
 
+    /// Looks for steps that wait here to be chosen and whose slot another rank has used again.
+    pub(super) fn watch_passed(&self) -> Result<bool> {
+        let waiting: Vec<u64> = {
+            let work = locked(&self.work);
+            let newest = work.newest.as_ref().map_or(0, |k| k.step.0);
+            let complete = work.shards.values().filter(|s| s.complete).map(|s| s.key.step.0);
+            complete.filter(|s| *s < newest && self.may_be_chosen(&work, *s)).collect()
+        };
+        let mut moved = false;
+        for step in waiting {
+            if self.parts.agreements.was_passed_over(step)? {
+                self.passed_by_another(step);
+                moved = true;
+            }
+        }
+        Ok(moved)
+    }
+
+    fn passed_by_another(&self, step: u64) {
+        let mut work = locked(&self.work);
+        if self.is_parent(step) {
+            work.parent_waits = false;
+        }
+        let newest = work.newest.as_ref().map_or(0, |k| k.step.0);
+        if let Some(shard) = work.shards.remove(&step) {
+            self.pass_over(&shard, newest);
+        }
+        drop(work);
+        self.parts.signal.notify();
+    }
+
     pub(super) fn pass_over(&self, shard: &Shard, for_step: u64) {
         let why = if self.is_due(shard.key.step.0) {
             add(&self.parts.observer.counters.disk_passed_over, 1);
             format!(
-                "it was passed over for disk: the disk is slower than the saves, step {for_step} goes next"
+                "it was passed over for disk: the disk is slower than the saves, step {for_step} is newer"
             )
         } else {
             format!("it is not due for disk: every {} steps", self.parts.config.disk_every)
@@ -250,21 +282,26 @@ impl Cascade {
     }
 
     pub(super) fn sealed_on_disk(&self, step: u64, key: &CheckpointKey) -> Result<()> {
-        {
+        let before = {
             let mut work = locked(&self.work);
             if let Some(shard) = work.shards.get(&step) {
                 shard.save.set_waiting_for(String::new());
                 shard.save.reach(Level::Disk, false);
             }
             work.carry.take_if(|c| c.step == step);
-            work.sealed = Some(step);
+            let before = work.sealed.replace(step);
             self.forget_old(&mut work);
-        }
+            before.filter(|before| *before < step)
+        };
         add(&self.parts.observer.counters.disk_sealed, 1);
         tracing::info!("{key} is sealed on disk");
         self.parts.signal.notify();
         if self.parts.config.leads() {
-            self.parts.agreements.forget_before(step.saturating_sub(1))?;
+            // One seal late: a rank that wrote its shard of this step may not have looked yet for
+            // what became of those before it. Of the step before, all have.
+            if let Some(before) = before {
+                self.parts.agreements.forget_before(before)?;
+            }
             self.retain()?;
         }
         Ok(())
