@@ -15,7 +15,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
 };
 
@@ -28,7 +28,11 @@ use crate::{
     names::{AttemptDir, CheckpointKey, Rank, parse_payload_name, parse_step_dir},
     observe::locked,
     signal::Signal,
-    tier::{Tier, buffer::padded, publish::remove},
+    tier::{
+        Tier,
+        buffer::padded,
+        publish::{own_word, remove},
+    },
 };
 
 pub(crate) const SLOTS: &str = "_slots";
@@ -418,7 +422,5 @@ impl Arena {
 }
 
 fn slot_path(root: &Path, rank: Rank) -> PathBuf {
-    static COUNT: AtomicU64 = AtomicU64::new(0);
-    let n = COUNT.fetch_add(1, Ordering::Relaxed);
-    root.join(SLOTS).join(format!("rank-{:06}-{}-{n}.slot", rank.0, std::process::id()))
+    root.join(SLOTS).join(format!("rank-{:06}-{}.slot", rank.0, own_word()))
 }

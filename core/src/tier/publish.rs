@@ -5,13 +5,17 @@
 //! - A name that appears has all its bytes, and on a durable tier they are on the medium before the
 //!   name is.
 //! - A name that is taken is never given again.
+//! - Two processes never write under one staging name, also where both have the same number.
 
 use std::{
     fs::{self, File, OpenOptions},
     io,
     os::fd::IntoRawFd,
     path::{Path, PathBuf},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        LazyLock,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -23,11 +27,25 @@ use crate::error::{Doing, Error, Result};
 /// Where files are written before they appear; below a tier's root.
 pub(crate) const STAGING: &str = "_staging";
 
+/// A word for a file's name that nobody else uses, now or later: `<pid>-<8 hex>-<count>`.
+///
+/// The number of a process tells it from no other where containers share a directory: there each
+/// may be number 1, and is again after a restart.
+pub(crate) fn own_word() -> String {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    static PROCESS: LazyLock<u32> = LazyLock::new(|| {
+        let mut bytes = [0; 4];
+        // Without randomness no handle opens (`Id::random`), and nobody writes.
+        let _ = getrandom::fill(&mut bytes);
+        u32::from_ne_bytes(bytes)
+    });
+    let n = COUNT.fetch_add(1, Ordering::Relaxed);
+    format!("{}-{:08x}-{n}", std::process::id(), *PROCESS)
+}
+
 /// A name in the staging directory that nobody else uses.
 pub(crate) fn staging_path(root: &Path, label: &str) -> PathBuf {
-    static COUNT: AtomicU64 = AtomicU64::new(0);
-    let n = COUNT.fetch_add(1, Ordering::Relaxed);
-    root.join(STAGING).join(format!("{label}.{}-{n}.part", std::process::id()))
+    root.join(STAGING).join(format!("{label}.{}.part", own_word()))
 }
 
 /// Opens a new staging file, making the directory where it is missing.
@@ -110,7 +128,7 @@ impl Staged {
         let Some(name) = dest.file_name() else {
             return Err(Error::invalid(format!("{} is not the name of a file", dest.display())));
         };
-        let name = format!(".{}.{}.part", name.to_string_lossy(), std::process::id());
+        let name = format!(".{}.{}.part", name.to_string_lossy(), own_word());
         let path = dest.with_file_name(name);
         let open = OpenOptions::new().read(true).write(true).create_new(true).open(&path);
         Ok(Self { file: Some(open.at("create", &path)?), path, dest })
@@ -274,4 +292,19 @@ pub(crate) fn sweep_dead(root: &Path, age: Duration) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_word_tells_this_process_from_a_later_one_of_the_same_number() {
+        let words = [own_word(), own_word()];
+        assert_ne!(words[0], words[1]);
+        let drawn = |word: &str| word.split('-').nth(1).map(str::to_owned);
+        assert_eq!(drawn(&words[0]), drawn(&words[1]));
+        assert!(drawn(&words[0]).is_some_and(|hex| hex.len() == 8 && hex != "00000000"));
+        assert!(words[0].starts_with(&format!("{}-", std::process::id())), "`sweep_dead` reads it");
+    }
 }
