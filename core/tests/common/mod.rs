@@ -104,10 +104,14 @@ impl Model {
     }
 
     pub fn train_to(&mut self, step: u64) {
-        for (i, tensor) in self.tensors.iter_mut().enumerate() {
-            let seed = step * 1_000_003 + u64::from(self.rank) * 1009 + i as u64;
-            *tensor = pattern(tensor.len(), seed);
-        }
+        (0..self.tensors.len()).for_each(|i| self.train_tensor(i, step));
+    }
+
+    /// In place, as an optimizer does: who copies it meanwhile has a mix.
+    pub fn train_tensor(&mut self, i: usize, step: u64) {
+        let seed = step * 1_000_003 + u64::from(self.rank) * 1009 + i as u64;
+        let trained = pattern(self.tensors[i].len(), seed);
+        self.tensors[i].copy_from_slice(&trained);
     }
 
     pub fn is_at(&self, step: u64) -> bool {
@@ -137,9 +141,9 @@ impl Model {
         State { tree: Value::Dict(entries), tensors }
     }
 
-    /// Saves this state; the caller keeps the model until it is staged.
-    pub fn save(&self, ckpt: &Checkpointer, step: u64) -> tierkeep::Result<Save> {
-        let request = SaveRequest {
+    /// A save of this state as it is now, copied before the call returns.
+    pub fn request(&self, step: u64) -> SaveRequest {
+        SaveRequest {
             step,
             state: self.state(step),
             meta: Meta::default(),
@@ -147,9 +151,13 @@ impl Model {
             skip_if_busy: false,
             keep_alive: Box::new(()),
             interrupted: None,
-        };
+        }
+    }
+
+    /// Saves this state; the caller keeps the model until it is staged.
+    pub fn save(&self, ckpt: &Checkpointer, step: u64) -> tierkeep::Result<Save> {
         // SAFETY: "now": the memory is read only during the call.
-        unsafe { ckpt.save(request) }
+        unsafe { ckpt.save(self.request(step)) }
     }
 
     pub fn read(&mut self, found: &Restorable) -> tierkeep::Result<ReadReport> {
@@ -167,14 +175,19 @@ impl Model {
 /// Begins; the step that is resumed from, with its bits checked.
 pub fn resume(ckpt: &Checkpointer, sizes: &[usize]) -> tierkeep::Result<u64> {
     let Some(found) = ckpt.begin(&Begin::default())? else { return Ok(0) };
-    let mut model = Model::new(ckpt.config().rank, sizes);
-    model.read(&found)?;
+    read_whole(&found, sizes).map(|_| found.step().0)
+}
+
+/// Reads one rank's shard and checks every bit of it.
+pub fn read_whole(found: &Restorable, sizes: &[usize]) -> tierkeep::Result<ReadReport> {
+    let mut model = Model::new(found.rank.0, sizes);
+    let report = model.read(found)?;
     let step = found.step().0;
     assert!(model.is_at(step), "step {step}: restored bits differ");
     let tree = Value::decode(&found.manifest().tree).expect("tree");
     let Value::Dict(entries) = tree else { panic!("tree is no dict") };
     assert_eq!(entries.last().expect("step").1, Value::Int(step.cast_signed()), "a mix of steps");
-    Ok(step)
+    Ok(report)
 }
 
 /// Saves `steps` one after the other, each waited for on disk.
@@ -235,15 +248,7 @@ pub fn overlap_save(m: &Model, c: &Checkpointer, step: u64) -> Save {
     for t in &mut state.tensors {
         t.late = true;
     }
-    let r = SaveRequest {
-        step,
-        state,
-        meta: Meta::default(),
-        overlap: true,
-        skip_if_busy: false,
-        keep_alive: Box::new(()),
-        interrupted: None,
-    };
+    let r = SaveRequest { state, overlap: true, ..m.request(step) };
     // SAFETY: callers keep the model until the save is staged.
     unsafe { c.save(r) }.unwrap()
 }
