@@ -21,14 +21,14 @@ use crate::{
     commit::Listing,
     error::{Error, Hint, Result},
     names::{AttemptDir, AttemptRef, CheckpointKey, Id, Rank},
-    observe::Observer,
     ownership::is_held,
     record,
     restore::{
         decide::{Decision, Wish, answering, decide},
         read::Restorable,
-        survey::{Found, bad_mark_name, copies},
+        survey::{Found, copies, mark_bad},
     },
+    sys::host,
     tier::Tier,
 };
 
@@ -303,19 +303,4 @@ fn find_shard(
         observer: place.observer.clone(),
         mends: true,
     })
-}
-
-/// Told to the next decision, which then takes another step.
-pub(crate) fn mark_bad(tier: &dyn Tier, observer: &Observer, key: &CheckpointKey, rank: Rank) {
-    let body = format!("{{\"format\":{},\"host\":{:?}}}", record::FORMAT, host());
-    let name = bad_mark_name(key, rank);
-    if let Err(e) = tier.create(&name, &record::seal(body.as_bytes())) {
-        let text = format!("could not record that this shard of {key} is bad: {}", e.chain());
-        observer.error("mark_failed", Some(key.step.0), text);
-    }
-}
-
-/// This machine's name, for messages.
-pub(crate) fn host() -> String {
-    rustix::system::uname().nodename().to_string_lossy().into_owned()
 }

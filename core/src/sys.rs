@@ -103,3 +103,8 @@ pub(crate) fn cached_pages(file: &File, offset: u64, len: u64) -> Option<u64> {
     };
     (rc == 0).then_some(answer[0])
 }
+
+/// This machine's name, for messages.
+pub(crate) fn host() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}

@@ -15,7 +15,7 @@ use std::{
     },
 };
 
-use super::survey::{BadCopy, ShardCopy};
+use super::survey::{BadCopy, ShardCopy, mark_bad};
 use crate::{
     error::{Error, ErrorKind, Result},
     manifest::ShardManifest,
@@ -133,7 +133,7 @@ impl Restorable {
             if self.mends
                 && let Some(home) = self.tiers.last()
             {
-                crate::begin::mark_bad(&**home, &self.observer, &self.key, self.rank);
+                mark_bad(&**home, &self.observer, &self.key, self.rank);
             }
             return Err(self.lost(&report.damaged));
         }

@@ -17,6 +17,9 @@ use crate::{
     error::{Error, Result},
     manifest::{Seal, ShardManifest, manifest_label},
     names::{AttemptDir, BAD, CheckpointKey, Id, Rank, Step, parse_step_dir},
+    observe::Observer,
+    record,
+    sys::host,
     tier::{Tier, TierKind, label},
 };
 
@@ -306,4 +309,14 @@ pub fn bad_marks(tier: &dyn Tier) -> Result<Vec<(Step, u32, Rank)>> {
 #[must_use]
 pub fn bad_mark_name(key: &CheckpointKey, rank: Rank) -> String {
     format!("{BAD}/{}-{}-{}.json", key.step.0, key.attempt.number, rank.0)
+}
+
+/// Marks a shard as bad: told to the next decision, which then takes another step.
+pub(crate) fn mark_bad(tier: &dyn Tier, observer: &Observer, key: &CheckpointKey, rank: Rank) {
+    let body = format!("{{\"format\":{},\"host\":{:?}}}", record::FORMAT, host());
+    let name = bad_mark_name(key, rank);
+    if let Err(e) = tier.create(&name, &record::seal(body.as_bytes())) {
+        let text = format!("could not record that this shard of {key} is bad: {}", e.chain());
+        observer.error("mark_failed", Some(key.step.0), text);
+    }
 }

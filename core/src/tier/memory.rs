@@ -32,7 +32,8 @@ impl MemoryTier {
     /// It is a file, or may not be written.
     pub fn open(root: &Path, budget: Budget) -> Result<Self> {
         usable_root(root, false)?;
-        sweep_dead(root, Duration::ZERO)?;
+        // Records and repairs are staged for moments.
+        sweep_dead(root, Duration::from_secs(60))?;
         let dir = PosixDir { root: root.into(), durable: false };
         Ok(Self { dir, budget: Some(budget) })
     }

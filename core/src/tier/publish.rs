@@ -33,14 +33,18 @@ pub(crate) const STAGING: &str = "_staging";
 /// may be number 1, and is again after a restart.
 pub(crate) fn own_word() -> String {
     static COUNT: AtomicU64 = AtomicU64::new(0);
-    static PROCESS: LazyLock<u32> = LazyLock::new(|| {
+    let n = COUNT.fetch_add(1, Ordering::Relaxed);
+    format!("{}-{n}", process_word())
+}
+
+fn process_word() -> String {
+    static DRAWN: LazyLock<u32> = LazyLock::new(|| {
         let mut bytes = [0; 4];
         // Without randomness no handle opens (`Id::random`), and nobody writes.
         let _ = getrandom::fill(&mut bytes);
         u32::from_ne_bytes(bytes)
     });
-    let n = COUNT.fetch_add(1, Ordering::Relaxed);
-    format!("{}-{:08x}-{n}", std::process::id(), *PROCESS)
+    format!("{}-{:08x}", std::process::id(), *DRAWN)
 }
 
 /// A name in the staging directory that nobody else uses.
@@ -272,9 +276,8 @@ fn close(file: File) -> io::Result<()> {
     if closed == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Removes staging files of dead processes that are older than `age`: where hosts share the
-/// directory, a process that is not here may live there. A number that was given to another process
-/// keeps its file until a later sweep.
+/// Removes staging files of dead processes that were written to no later than `age` ago: where hosts
+/// or containers share the directory, a process that is not seen here may live there.
 pub(crate) fn sweep_dead(root: &Path, age: Duration) -> Result<()> {
     let entries = match fs::read_dir(root.join(STAGING)) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -282,9 +285,7 @@ pub(crate) fn sweep_dead(root: &Path, age: Duration) -> Result<()> {
     };
     for entry in entries.flatten() {
         let name = entry.file_name();
-        let pid = name.to_str().and_then(|n| n.strip_suffix(".part")?.rsplit('.').next());
-        let pid = pid.and_then(|tail| tail.split('-').next());
-        let dead = pid.is_some_and(|pid| !Path::new("/proc").join(pid).exists());
+        let dead = name.to_str().and_then(writer_of).is_some_and(is_dead);
         let written = entry.metadata().and_then(|meta| meta.modified()).ok();
         let old = written.and_then(|at| at.elapsed().ok()).is_some_and(|passed| passed >= age);
         if dead && old {
@@ -292,6 +293,20 @@ pub(crate) fn sweep_dead(root: &Path, age: Duration) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// `12-0a1b2c3d` of `record.12-0a1b2c3d-7.part`.
+fn writer_of(name: &str) -> Option<&str> {
+    let word = name.strip_suffix(".part")?.rsplit('.').next()?;
+    word.rsplit_once('-').map(|(writer, _count)| writer)
+}
+
+/// No such process is here; or it has our number and is not us.
+fn is_dead(writer: &str) -> bool {
+    let Some((pid, _drawn)) = writer.split_once('-') else { return false };
+    let ours = process_word();
+    let same_number = ours.split_once('-').is_some_and(|(own, _)| own == pid);
+    if same_number { writer != ours } else { !Path::new("/proc").join(pid).exists() }
 }
 
 #[cfg(test)]
@@ -302,9 +317,28 @@ mod tests {
     fn a_word_tells_this_process_from_a_later_one_of_the_same_number() {
         let words = [own_word(), own_word()];
         assert_ne!(words[0], words[1]);
-        let drawn = |word: &str| word.split('-').nth(1).map(str::to_owned);
-        assert_eq!(drawn(&words[0]), drawn(&words[1]));
-        assert!(drawn(&words[0]).is_some_and(|hex| hex.len() == 8 && hex != "00000000"));
-        assert!(words[0].starts_with(&format!("{}-", std::process::id())), "`sweep_dead` reads it");
+        let name = |word: &str| format!("rank-000001-01020304.safetensors.{word}.part");
+        let writers = words.each_ref().map(|word| writer_of(&name(word)).unwrap().to_owned());
+        assert_eq!(writers[0], writers[1]);
+        assert!(!is_dead(&writers[0]));
+        let pid = std::process::id();
+        assert!(is_dead(&format!("{pid}-00000000")), "an earlier process of this number");
+        assert!(!is_dead("1-00000000"), "init lives");
+        assert!(is_dead("4194305-00000000"), "above the kernel's largest number");
+    }
+
+    #[test]
+    fn only_what_dead_processes_left_long_ago_is_swept() {
+        let dir = tempfile::tempdir().unwrap();
+        let staged = |word: &str| {
+            let path = dir.path().join(STAGING).join(format!("record.{word}.part"));
+            create_staged(&path).unwrap();
+            path
+        };
+        let (dead, ours) = (staged("4194305-00000000-0"), staged(&own_word()));
+        sweep_dead(dir.path(), Duration::from_secs(60)).unwrap();
+        assert!(dead.exists() && ours.exists());
+        sweep_dead(dir.path(), Duration::ZERO).unwrap();
+        assert!(!dead.exists() && ours.exists());
     }
 }
