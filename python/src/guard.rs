@@ -9,7 +9,7 @@ use pyo3::{
 };
 
 use crate::{
-    tree::ByAddress,
+    address::ByAddress,
     types::{Torch, types},
 };
 

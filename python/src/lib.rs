@@ -3,6 +3,8 @@
 
 mod errors;
 mod wait;
+mod address;
+mod glance;
 mod types;
 mod tree;
 mod untree;

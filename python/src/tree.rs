@@ -14,14 +14,12 @@
 //! - torch and numpy are not imported here.
 
 mod form;
-mod glance;
 mod instance;
 mod leaf;
 mod walk;
 
 use std::{
     collections::{HashMap, HashSet},
-    hash::{BuildHasherDefault, Hasher},
     sync::Arc,
 };
 
@@ -35,9 +33,10 @@ use tierkeep::state::{
     value::Value,
 };
 
+pub(crate) use self::form::look;
 use self::{form::Known, walk::Walk};
-pub(crate) use self::{form::look, glance::Glancer};
 use crate::{
+    address::ByAddress,
     errors::{invalid, unstorable},
     guard::Owned,
 };
@@ -57,32 +56,6 @@ pub(crate) struct Cache {
     known: HashMap<usize, Known, ByAddress>,
     /// How many the last walk found.
     tensors: usize,
-}
-
-/// For tables by address: nobody chooses addresses to make them collide.
-pub(crate) type ByAddress = BuildHasherDefault<AddressHasher>;
-
-/// One multiplication, for a table that is asked two thousand times in a millisecond.
-#[derive(Default)]
-pub(crate) struct AddressHasher(u64);
-
-impl Hasher for AddressHasher {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.write_usize(usize::from(*byte));
-        }
-    }
-
-    fn write_usize(&mut self, address: usize) {
-        // Addresses are multiples of 16 or 64: the golden ratio brings their bits to the top and, by
-        // the rotation, to the bottom, which are what the table looks at.
-        let mixed = (self.0 ^ address as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        self.0 = mixed.rotate_left(26);
-    }
 }
 
 impl Cache {

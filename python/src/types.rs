@@ -10,7 +10,7 @@ use pyo3::{
 };
 use tierkeep::state::dtype::Dtype;
 
-use crate::tree::Glancer;
+use crate::glance::Glancer;
 
 /// safetensors' name, torch's name, numpy's name ("" where there is none).
 ///

@@ -8,8 +8,10 @@ use tierkeep::{
     state::{Memory, TensorSpec, dtype::Dtype},
 };
 
-use super::glance::Seen;
-use crate::types::{Torch, numpy_dtype, types};
+use crate::{
+    glance::Seen,
+    types::{Torch, numpy_dtype, types},
+};
 
 /// A tensor as the core needs it.
 #[derive(Clone, Debug)]

@@ -14,11 +14,12 @@ use tierkeep::state::{
 };
 
 use super::{
-    ByAddress, Cache, Walked, Wishes,
+    Cache, Walked, Wishes,
     form::{Form, Known, look},
     leaf,
 };
 use crate::{
+    address::ByAddress,
     errors::unstorable,
     types::{Numpy, Torch, Types, types},
 };

@@ -62,12 +62,12 @@ impl Glancer {
 
     /// Whether `tensor`, an exact `Tensor` or `Parameter`, is what `seen` says; an error of torch's
     /// says no.
-    pub(super) fn is_still(&self, tensor: &Bound<'_, PyAny>, seen: &Seen) -> bool {
+    pub(crate) fn is_still(&self, tensor: &Bound<'_, PyAny>, seen: &Seen) -> bool {
         self.look(tensor, |now| seen.is(now)).unwrap_or(false)
     }
 
     /// What `tensor` is now.
-    pub(super) fn see(&self, tensor: &Bound<'_, PyAny>) -> Option<Seen> {
+    pub(crate) fn see(&self, tensor: &Bound<'_, PyAny>) -> Option<Seen> {
         self.look(tensor, |now| {
             let (shape, strides) = now.dims();
             Seen {
@@ -120,7 +120,7 @@ impl DlTensor {
 }
 
 /// What a tensor was when it was seen.
-pub(super) struct Seen {
+pub(crate) struct Seen {
     start: usize,
     device: (i32, i32),
     dtype: (u8, u8, u16),
