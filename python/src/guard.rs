@@ -37,7 +37,8 @@ impl Owned {
             for of_param in state.call_method0(intern!(py, "values"))?.try_iter()? {
                 // A shallow look: what lies deeper is copied before `save` returns.
                 if let Ok(of_param) = of_param?.cast_into::<PyDict>() {
-                    for (_, value) in of_param.copy()? {
+                    // Nothing of Python's runs in between that could change the dict.
+                    for (_, value) in of_param {
                         owned.add(&value, torch);
                     }
                 }

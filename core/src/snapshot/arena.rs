@@ -168,7 +168,7 @@ impl Arena {
         if let Use::Holds(key) = &held.used {
             self.tier.delete(&key.manifest(self.rank))?;
         }
-        if let Some(slot) = held.slot.as_ref().filter(|s| s.is_at_its_path()) {
+        if let Some(slot) = held.slot.as_ref().filter(|s| s.len_at_its_path().is_some()) {
             remove(&slot.path())?;
         }
         if let Use::Holds(key) = &held.used {
@@ -270,7 +270,9 @@ impl Arena {
             (held[index].slot.clone(), held[index].populated)
         };
         if let Some(slot) = existing {
-            if slot.is_at_its_path() && slot.fit(len)? {
+            if let Some(now) = slot.len_at_its_path()
+                && slot.fit(now, len)?
+            {
                 if !populated {
                     slot.populate(&|| self.is_open())?;
                     locked(&self.held)[index].populated = true;
@@ -278,7 +280,7 @@ impl Arena {
                 return Ok(slot);
             }
             // Of no use for this length. Its memory is given back before more is asked for.
-            if slot.is_at_its_path() {
+            if slot.len_at_its_path().is_some() {
                 remove(&slot.path())?;
             }
             drop(slot);
@@ -289,7 +291,7 @@ impl Arena {
         let path = slot_path(&self.root, self.rank);
         let go_on = || self.is_open();
         let slot = Arc::new(Slot::create(&path, len, &self.budget, &go_on)?);
-        slot.fit(len)?;
+        slot.fit(slot.file_len()?, len)?;
         slot.populate(&go_on)?;
         let place = &mut locked(&self.held)[index];
         place.slot = Some(slot.clone());
@@ -365,8 +367,12 @@ impl Arena {
     fn retire(&self, index: usize, key: &CheckpointKey) -> Result<()> {
         let slot = locked(&self.held)[index].slot.clone();
         self.tier.delete(&key.manifest(self.rank))?;
-        if let Some(slot) = slot.filter(|s| s.is_at_its_path()) {
-            slot.take_back(&slot_path(&self.root, self.rank))?;
+        if let Some(slot) = slot {
+            match slot.take_back(&slot_path(&self.root, self.rank)) {
+                // Somebody cleaned up around us: `ready` makes another.
+                Err(e) if e.is_not_found() => {}
+                other => other?,
+            }
         }
         locked(&self.left).push(key.clone());
         Ok(())

@@ -124,21 +124,18 @@ impl Slot {
         unsafe { std::slice::from_raw_parts(self.map.as_ptr(), padded(len)) }
     }
 
-    /// False where the name has gone or leads to another file: somebody cleaned up around us.
-    pub(super) fn is_at_its_path(&self) -> bool {
+    /// The file's length; `None` where its name has gone or leads to another file: somebody cleaned
+    /// up around us.
+    pub(super) fn len_at_its_path(&self) -> Option<u64> {
         use std::os::unix::fs::MetadataExt;
-        let same =
-            |a: std::fs::Metadata, b: std::fs::Metadata| a.dev() == b.dev() && a.ino() == b.ino();
-        match (self.file.metadata(), std::fs::symlink_metadata(self.path())) {
-            (Ok(ours), Ok(there)) => same(ours, there),
-            _ => false,
-        }
+        let ours = self.file.metadata().ok()?;
+        let there = std::fs::symlink_metadata(self.path()).ok()?;
+        (ours.dev() == there.dev() && ours.ino() == there.ino()).then_some(ours.len())
     }
 
-    /// Sets the file to exactly `len` bytes, where that can be done without taking pages from
+    /// Sets the file, which has `now` bytes, to exactly `len`, where that takes no pages from
     /// somebody who has it mapped. `false`: it cannot; the slot is of no use for this length.
-    pub(super) fn fit(&self, len: u64) -> Result<bool> {
-        let now = self.file_len()?;
+    pub(super) fn fit(&self, now: u64, len: u64) -> Result<bool> {
         if padded(usize::try_from(len).unwrap_or(usize::MAX)) > self.capacity {
             return Ok(false);
         }

@@ -128,12 +128,10 @@ impl<'a, 'py> Walk<'a, 'py> {
             return leaf.map_err(|why| self.refuse(why));
         }
         if let Ok(dict) = object.cast_exact::<PyDict>() {
-            // A copy: what runs below (a `state_dict`) may change the dict.
-            let entries = dict.copy()?;
-            return self.inside(object, |walk| {
-                let entries = entries.iter().map(Ok);
-                walk.entries(entries).map(Value::Dict)
-            });
+            // All at once: what runs below (a `state_dict`) may change the dict.
+            let rows: Vec<_> = dict.iter().collect();
+            return self
+                .inside(object, |walk| walk.entries(rows.into_iter().map(Ok)).map(Value::Dict));
         }
         if let Ok(list) = object.cast_exact::<PyList>() {
             let items = list.to_tuple();
