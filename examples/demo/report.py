@@ -91,7 +91,8 @@ def table(whole: Run, broken: Run) -> str:
             name = f"resume {at}"
             tier = tiers(starts)
             restore = f"{max(start.seconds for start in starts):.3f} s"
-            again = f"{lost(broken.starts, at)} steps"
+            count = lost(broken.starts, at)
+            again = "1 step" if count == 1 else f"{count} steps"
         rows.append((name, f"step {starts[0].step}", tier, restore, stall(starts), again))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
