@@ -75,6 +75,23 @@ impl Agreements {
         Ok(said.map_or(whole, |word| word == "whole"))
     }
 
+    /// Whether `step` was saved, where some rank has decided it.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn was_saving(&self, step: u64) -> Result<Option<Saving>> {
+        let said = self.said(&format!("save-{step:020}"))?;
+        Ok(said.map(|word| if word == "skip" { Saving::Skip } else { Saving::Save }))
+    }
+
+    /// What [`in_ram`](Self::in_ram) answers, where some rank has decided it.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn was_in_ram(&self, step: u64) -> Result<Option<bool>> {
+        Ok(self.said(&format!("ram-{step:020}"))?.map(|word| word == "whole"))
+    }
+
     /// The leader: `step` is the next one that goes to disk.
     ///
     /// # Errors
@@ -106,8 +123,7 @@ impl Agreements {
     /// # Errors
     /// The directory did not answer.
     pub fn gave_up(&self, step: u64) -> Result<Option<String>> {
-        let Some(dir) = &self.dir else { return Ok(None) };
-        let found = read(&dir.join(format!("gaveup-{step:020}")))?;
+        let found = self.said(&format!("gaveup-{step:020}"))?;
         Ok(found.map(|text| text.trim_start_matches('!').to_owned()))
     }
 
@@ -156,6 +172,11 @@ impl Agreements {
             steps.extend(step);
         }
         Ok(steps)
+    }
+
+    /// What is recorded, if anything is.
+    fn said(&self, name: &str) -> Result<Option<String>> {
+        self.dir.as_ref().map_or(Ok(None), |dir| read(&dir.join(name)))
     }
 
     /// The recorded text: `text`, unless somebody was first. `None`: there is nobody to agree with.

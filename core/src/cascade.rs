@@ -4,6 +4,8 @@
 //! then records which step goes to disk next (the newest that is complete in RAM), every rank
 //! writes its shard of that step and keeps its slot until the step is sealed or given up.
 //!
+//! A rank that does not save has a cascade too: one that carries nothing and watches (`watching`).
+//!
 //! It decides which slot may be used again. It does not own how bytes are written (`tier`), when a
 //! checkpoint exists (`commit`) or what is deleted (`retain`).
 //!
@@ -15,6 +17,7 @@
 //! - A newer attempt's record ends this cascade: a late writer completes nothing.
 
 mod to_disk;
+mod watching;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -33,7 +36,7 @@ use crate::{
     config::Config,
     error::{Error, Result},
     manifest::Identity,
-    names::{CheckpointKey, Rank},
+    names::{CheckpointKey, Rank, Step},
     observe::{Observer, locked},
     save::{Level, Save},
     signal::Signal,
@@ -73,6 +76,8 @@ struct Carry {
 #[derive(Debug, Default)]
 struct Work {
     shards: BTreeMap<u64, Shard>,
+    /// On a rank that does not save: the saving ranks' checkpoints that it was called for.
+    watched: BTreeMap<u64, Save>,
     /// The checkpoint that is complete in RAM and newest, of this attempt or what it resumed from.
     newest: Option<CheckpointKey>,
     carry: Option<Carry>,
@@ -92,6 +97,13 @@ struct Work {
     /// The disk tier did not answer at the last turn: nothing is kept for it.
     trouble: bool,
     stop: bool,
+}
+
+impl Work {
+    /// Everything that somebody may wait for.
+    fn saves(&self) -> impl Iterator<Item = &Save> {
+        self.shards.values().map(|shard| &shard.save).chain(self.watched.values())
+    }
 }
 
 /// The parts that it works with.
@@ -142,7 +154,7 @@ impl Cascade {
         if self.last.fetch_min(step, Ordering::AcqRel) <= step {
             return; // Known.
         }
-        locked(&self.work).shards.values().for_each(|shard| self.mark_due(&shard.save));
+        locked(&self.work).saves().for_each(|save| self.mark_due(save));
         self.parts.signal.notify();
     }
 
@@ -177,6 +189,12 @@ impl Cascade {
             self.completed(&mut work, step);
         }
         drop(work);
+        // Who watches may look only when the slot has been used again.
+        if self.parts.config.savers.len() == 1
+            && let Err(e) = self.parts.agreements.in_ram(step, true)
+        {
+            tracing::warn!("that step {step} is in RAM could not be recorded: {}", e.chain());
+        }
         self.parts.signal.notify();
     }
 
@@ -224,7 +242,7 @@ impl Cascade {
             self.parts.observer.error("incomplete", Some(shard.key.step.0), error.to_string());
             shard.save.fail(Level::Ram, &error);
         }
-        self.pass_over(shard, newer);
+        self.pass_over(&shard.save, newer);
     }
 
     /// Gives up the oldest shard that other ranks never completed, so that its slot can be used.
@@ -294,17 +312,18 @@ impl Cascade {
             !s.complete
                 || (self.is_due(s.key.step.0) && work.chosen.is_none_or(|c| s.key.step.0 > c))
         };
-        work.carry.is_some() || work.shards.values().any(waits)
+        work.carry.is_some()
+            || work.shards.values().any(waits)
+            || work.watched.values().any(Save::is_open)
     }
 
     /// Ends the thread at its next block, and tells everybody who still waits.
     pub(crate) fn stop(&self) {
         let mut work = locked(&self.work);
         work.stop = true;
-        for shard in work.shards.values() {
+        for save in work.saves() {
             let why = "the Checkpointer was closed before".into();
-            let error = Error::Skipped { step: shard.key.step, why };
-            shard.save.fail(if shard.complete { Level::Disk } else { Level::Ram }, &error);
+            save.fail(Level::Ram, &Error::Skipped { step: Step(save.step()), why });
         }
         drop(work);
         self.parts.signal.notify();
@@ -353,7 +372,7 @@ impl Cascade {
                     false
                 }
             };
-            let polls = busy && self.parts.config.savers.len() > 1;
+            let polls = busy && !self.parts.config.is_lone();
             let pause = if told.is_some() {
                 IDLE
             } else if polls {
@@ -370,6 +389,9 @@ impl Cascade {
     pub(crate) fn turn(&self) -> Result<bool> {
         if self.is_fenced() {
             return Ok(false);
+        }
+        if !self.parts.config.saves() {
+            return self.watch();
         }
         let stages = [
             self.watch_ram(),

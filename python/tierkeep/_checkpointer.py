@@ -58,8 +58,12 @@ class Checkpointer:
     Args:
         destination: the run, `<root>/<run>`: a directory that all ranks share.
         every: `step` saves steps that are divisible by it; default: 1.
-        rank, world_size: this process among those that save. Default: torch.distributed if it is
+        rank, world_size: this process among those of the job. Default: torch.distributed if it is
             initialised, then torchrun's environment, then Slurm's under srun, else alone.
+        ranks: those that save, the same list on all; default: every one. Where all ranks have the
+            same state, as with DDP, `[0]`. On the others `save` copies nothing and what it returns
+            follows the checkpoint of those that save; they restore the state of the nearest of
+            these below them (below the first, the first's).
         attempt_id: 32 hex digits, drawn anew at each start of the job and the same on all ranks.
             Default: broadcast once over an initialised process group, else found on the host.
         ram_dir: where the ram tier keeps its files; a directory on tmpfs that jobs may share.
@@ -92,6 +96,7 @@ class Checkpointer:
         every: int | None = None,
         rank: int | None = None,
         world_size: int | None = None,
+        ranks: Iterable[int] | None = None,
         attempt_id: str | None = None,
         ram_dir: str | os.PathLike[str] | None = None,
         ram_bytes_max: int | None = None,
@@ -121,7 +126,8 @@ class Checkpointer:
         self._ranks = _ranks.detect(rank, world_size)
         settings: dict[str, object] = {
             "rank": self._ranks.rank,
-            "savers": list(range(self._ranks.world_size)),
+            "world_size": self._ranks.world_size,
+            "savers": _ranks.savers(ranks, self._ranks),
             "attempt_id": attempt_id or _ranks.shared_attempt_id(self._ranks),
             "ram_dir": None if ram_dir is None else os.fspath(ram_dir),
             "ram_bytes_max": ram_bytes_max,
@@ -149,12 +155,12 @@ class Checkpointer:
 
     @property
     def rank(self) -> int:
-        """This process among those that save."""
+        """This process among those of the job."""
         return self._ranks.rank
 
     @property
     def world_size(self) -> int:
-        """How many processes save."""
+        """How many processes the job has."""
         return self._ranks.world_size
 
     @property
@@ -175,6 +181,7 @@ class Checkpointer:
 
     def __repr__(self) -> str:
         mode = f"of process {self._pid}" if os.getpid() != self._pid else "embedded"
+        mode = mode if self.rank in self.settings["savers"] else f"{mode}, does not save"
         return (
             f"Checkpointer({self._handle.settings['destination']!r}, rank {self.rank} of "
             f"{self.world_size} ({self._ranks.source}), {mode}, every={self.every}, "
@@ -358,7 +365,7 @@ class Checkpointer:
             reader = self._handle.reader()
             if step is None and attempt is None and not self._complete():
                 return None
-            return reader.choose(step, attempt, [self.rank])[0][0][1]
+            return reader.choose(step, attempt, [self._handle.shard_rank])[0][0][1]
         if rollback and step is None:
             raise InvalidError("rollback=True needs the step to go back to")
         how = "rollback" if rollback else "older" if accept_older else "newest"

@@ -79,6 +79,7 @@ pub fn config(destination: &Path, ram: &Path, rank: u32, world: u32) -> Config {
     let mut config = Config::new(destination).expect("config");
     config.ram_root = ram.into();
     config.rank = rank;
+    config.world = world;
     config.savers = (0..world).collect();
     config.lock_wait = Duration::from_secs(5);
     config.attempt_wait = Duration::from_secs(20);
@@ -167,7 +168,7 @@ impl Model {
 /// Begins; the step that is resumed from, with its bits checked.
 pub fn resume(ckpt: &Checkpointer, sizes: &[usize]) -> tierkeep::Result<u64> {
     let Some(found) = ckpt.begin(&Begin::default())? else { return Ok(0) };
-    let mut model = Model::new(ckpt.config().rank, sizes);
+    let mut model = Model::new(ckpt.config().shard_rank(), sizes);
     model.read(&found)?;
     let step = found.step().0;
     assert!(model.is_at(step), "step {step}: restored bits differ");
