@@ -145,6 +145,15 @@ impl Agreements {
         said.map(step).transpose()
     }
 
+    /// What a run without checkpoints begins with, of what its ranks would take: `wish`, unless
+    /// another rank was first.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn init(&self, wish: &str) -> Result<String> {
+        Ok(self.record("init", wish)?.unwrap_or_else(|| wish.to_owned()))
+    }
+
     /// Forgets decisions about steps before `step`; where the job stops is not among them.
     ///
     /// # Errors

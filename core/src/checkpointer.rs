@@ -341,6 +341,17 @@ impl Checkpointer {
         Ok(layout)
     }
 
+    /// Which checkpoint of another run all ranks of this attempt begin with: `wish`, unless another
+    /// rank was first. That run may go on meanwhile.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn agree_on_init(&self, wish: &str) -> Result<String> {
+        self.check_open(false)?;
+        let (_, cascade) = self.running()?;
+        cascade.agreements().init(wish)
+    }
+
     /// Waits up to `timeout` until no copy is being taken behind; then any tensor may be changed.
     ///
     /// # Errors

@@ -25,6 +25,7 @@ use tierkeep::{
     config::Config,
     manifest::Meta,
     names::{Id, Step},
+    observe::{Event, Severity},
     reader::Reader as CoreReader,
     restore::decide::Wish,
     state::{Memory, State},
@@ -234,6 +235,21 @@ impl Handle {
         let specs = self.walk(state, py.None().bind(py), None)?.specs();
         let core = self.core();
         py.detach(move || core.prepare(specs)).raise(py)
+    }
+
+    /// Which checkpoint of another run all ranks begin with: `wish`, unless another was first.
+    fn agree_on_init(&self, py: Python<'_>, wish: String) -> PyResult<String> {
+        self.check_pid(py)?;
+        let core = self.core();
+        wait::apart(py, move || core.agree_on_init(&wish))
+    }
+
+    /// Tells what the state was initialised with, among the events.
+    fn tell_init(&self, py: Python<'_>, text: String) -> PyResult<()> {
+        self.check_pid(py)?;
+        let kind = "initialised";
+        self.core.observer().tell(Event { severity: Severity::Info, kind, text, step: Some(0) });
+        Ok(())
     }
 
     /// Saves; a rank that does not save does not look at the state. `meta` is (metrics, tags);

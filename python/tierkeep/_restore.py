@@ -14,8 +14,8 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from tierkeep import _saved, _torch, _types
-from tierkeep._build import Builder, Include, Keys, Make, place
-from tierkeep._tierkeep import Found, describe
+from tierkeep._build import Builder, Include, Keys, Make, Source, place
+from tierkeep._tierkeep import describe
 from tierkeep._types import MISSING
 from tierkeep.errors import MismatchError
 
@@ -48,7 +48,7 @@ class Plan(Builder):
 
     def __init__(
         self,
-        found: Found,
+        found: Source,
         *,
         allow_pickle: Collection[str],
         strict: bool,

@@ -195,6 +195,10 @@ class Handle:
         """Decides where this attempt begins and records it; the shard to restore."""
 
     def prepare(self, state: Any) -> None: ...
+    def agree_on_init(self, wish: str) -> str:
+        """Which checkpoint of another run all ranks begin with."""
+
+    def tell_init(self, text: str) -> None: ...
     def save(
         self,
         step: int,
