@@ -78,12 +78,21 @@ impl Agreements {
         Ok(said.map_or(whole, |word| word == "whole"))
     }
 
-    /// Whether some rank saw `step` complete in RAM, its slots be used again or not.
+    /// Whether `step` was saved, where some rank has decided it.
     ///
     /// # Errors
     /// The directory did not answer.
-    pub fn was_in_ram(&self, step: u64) -> Result<bool> {
-        self.says("ram-", step, "whole")
+    pub fn was_saving(&self, step: u64) -> Result<Option<Saving>> {
+        let said = self.said(&format!("save-{step:020}"))?;
+        Ok(said.map(|word| if word == "skip" { Saving::Skip } else { Saving::Save }))
+    }
+
+    /// What [`in_ram`](Self::in_ram) answers, where some rank has decided it.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn was_in_ram(&self, step: u64) -> Result<Option<bool>> {
+        Ok(self.said(&format!("ram-{step:020}"))?.map(|word| word == "whole"))
     }
 
     /// The leader: `step` is the next one that goes to disk. False: a rank passed it over before.
@@ -109,7 +118,7 @@ impl Agreements {
     /// # Errors
     /// The directory did not answer.
     pub fn was_passed_over(&self, step: u64) -> Result<bool> {
-        self.says("carry-", step, PASS)
+        Ok(self.said(&format!("carry-{step:020}"))?.as_deref() == Some(PASS))
     }
 
     /// The newest step that goes to disk, as recorded.
@@ -120,7 +129,7 @@ impl Agreements {
         let mut steps = self.steps("carry-")?;
         steps.sort_unstable();
         for step in steps.into_iter().rev() {
-            if self.says("carry-", step, CARRY)? {
+            if self.said(&format!("carry-{step:020}"))?.as_deref() == Some(CARRY) {
                 return Ok(Some(step));
             }
         }
@@ -142,8 +151,7 @@ impl Agreements {
     /// # Errors
     /// The directory did not answer.
     pub fn gave_up(&self, step: u64) -> Result<Option<String>> {
-        let Some(dir) = &self.dir else { return Ok(None) };
-        let found = read(&dir.join(format!("gaveup-{step:020}")))?;
+        let found = self.said(&format!("gaveup-{step:020}"))?;
         Ok(found.map(|text| text.trim_start_matches('!').to_owned()))
     }
 
@@ -165,6 +173,15 @@ impl Agreements {
         said.map(step).transpose()
     }
 
+    /// What a run without checkpoints begins with, of what its ranks would take: `wish`, unless
+    /// another rank was first.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn init(&self, wish: &str) -> Result<String> {
+        Ok(self.record("init", wish)?.unwrap_or_else(|| wish.to_owned()))
+    }
+
     /// Forgets decisions about steps before `step`; where the job stops is not among them.
     ///
     /// # Errors
@@ -177,11 +194,6 @@ impl Agreements {
             }
         }
         Ok(())
-    }
-
-    fn says(&self, prefix: &str, step: u64, word: &str) -> Result<bool> {
-        let Some(dir) = &self.dir else { return Ok(false) };
-        Ok(read(&dir.join(format!("{prefix}{step:020}")))?.as_deref() == Some(word))
     }
 
     fn steps(&self, prefix: &str) -> Result<Vec<u64>> {
@@ -197,6 +209,11 @@ impl Agreements {
             steps.extend(step);
         }
         Ok(steps)
+    }
+
+    /// What is recorded, if anything is.
+    fn said(&self, name: &str) -> Result<Option<String>> {
+        self.dir.as_ref().map_or(Ok(None), |dir| read(&dir.join(name)))
     }
 
     /// The recorded text: `text`, unless somebody was first. `None`: there is nobody to agree with.

@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use crate::{
     attempt::{self, AttemptRecord, Attempts},
+    cascade::ranks,
     checkpointer::{Place, start_lock_path},
     clock::Deadline,
     commit::Listing,
@@ -193,11 +194,13 @@ fn check_world(place: &Place, decided: &Decision) -> Result<()> {
     match decided.parent {
         Some(parent) if decided.savers != place.config.savers => {
             Err(Error::Mismatch(vec![format!(
-                "{} was saved by {} ranks, this job has {}: a checkpoint is restored by as many ranks as \
-             saved it",
+                "{} was saved by {} ranks ({}), this job saves from {} ({}): the ranks that save must be \
+                 the same",
                 parent.key(),
                 decided.savers.len(),
-                place.config.savers.len()
+                ranks(&decided.savers),
+                place.config.savers.len(),
+                ranks(&place.config.savers)
             )]))
         }
         _ => Ok(()),
@@ -222,7 +225,8 @@ fn leaders_record(place: &Place, decision: u32) -> Result<Option<AttemptRecord>>
     Ok(stands.then(|| record.clone()))
 }
 
-/// Every rank: claims its place and finds its shard of the decided step.
+/// Every rank: claims its place and finds its shard of the decided step. One that does not save
+/// finds another rank's, and leaves it as it is.
 fn join_attempt(place: &Place, record: &AttemptRecord) -> Result<Started> {
     let rank = Rank(place.config.rank);
     if record.savers != place.config.savers {
@@ -235,7 +239,7 @@ fn join_attempt(place: &Place, record: &AttemptRecord) -> Result<Started> {
     }
     let find = || match record.parent {
         None => Ok(None),
-        Some(parent) => find_shard(place, record, &parent.key(), rank).map(Some),
+        Some(parent) => find_shard(place, record, &parent.key()).map(Some),
     };
     let claim = || attempt::claim(&*place.disk, &record.attempt, rank, &place.nonce);
     let restorable = if place.config.leads() {
@@ -251,12 +255,8 @@ fn join_attempt(place: &Place, record: &AttemptRecord) -> Result<Started> {
     Ok(Started { record: record.clone(), restorable })
 }
 
-fn find_shard(
-    place: &Place,
-    record: &AttemptRecord,
-    key: &CheckpointKey,
-    rank: Rank,
-) -> Result<Restorable> {
+fn find_shard(place: &Place, record: &AttemptRecord, key: &CheckpointKey) -> Result<Restorable> {
+    let (rank, mends) = (Rank(place.config.shard_rank()), place.config.saves());
     let (mut tiers, mut listings, mut silent) = (Vec::new(), Vec::new(), None);
     for tier in [&place.ram, &place.disk] {
         match Listing::of(&**tier, key) {
@@ -290,7 +290,9 @@ fn find_shard(
         } else {
             bad.iter().map(|b| b.why.clone()).collect::<Vec<_>>().join("; ")
         };
-        mark_bad(&*place.disk, &place.observer, key, rank);
+        if mends {
+            mark_bad(&*place.disk, &place.observer, key, rank);
+        }
         return Err(Error::Lost { step: key.step, rank, why });
     }
     Ok(Restorable {
@@ -301,6 +303,6 @@ fn find_shard(
         bad,
         slot: None,
         observer: place.observer.clone(),
-        mends: true,
+        mends,
     })
 }

@@ -4,6 +4,8 @@
 //! then records which step goes to disk next (the newest that is complete in RAM), every rank
 //! writes its shard of that step and keeps its slot until the step is sealed or given up.
 //!
+//! A rank that does not save has a cascade too: one that carries nothing and watches (`watching`).
+//!
 //! It decides which slot may be used again. It does not own how bytes are written (`tier`), when a
 //! checkpoint exists (`commit`) or what is deleted (`retain`).
 //!
@@ -17,6 +19,7 @@
 //! - A newer attempt's record ends this cascade: a late writer completes nothing.
 
 mod to_disk;
+mod watching;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -35,7 +38,7 @@ use crate::{
     config::Config,
     error::{Error, Result},
     manifest::Identity,
-    names::{CheckpointKey, Rank},
+    names::{CheckpointKey, Rank, Step},
     observe::{Observer, locked},
     save::{Level, Save},
     signal::Signal,
@@ -75,6 +78,8 @@ struct Carry {
 #[derive(Debug, Default)]
 struct Work {
     shards: BTreeMap<u64, Shard>,
+    /// On a rank that does not save: the saving ranks' checkpoints that it was called for.
+    watched: BTreeMap<u64, Save>,
     /// The checkpoint that is complete in RAM and newest, of this attempt or what it resumed from.
     newest: Option<CheckpointKey>,
     carry: Option<Carry>,
@@ -94,6 +99,13 @@ struct Work {
     /// The disk tier did not answer at the last turn: nothing is kept for it.
     trouble: bool,
     stop: bool,
+}
+
+impl Work {
+    /// Everything that somebody may wait for.
+    fn saves(&self) -> impl Iterator<Item = &Save> {
+        self.shards.values().map(|shard| &shard.save).chain(self.watched.values())
+    }
 }
 
 /// The parts that it works with.
@@ -144,7 +156,7 @@ impl Cascade {
         if self.last.fetch_min(step, Ordering::AcqRel) <= step {
             return; // Known.
         }
-        locked(&self.work).shards.values().for_each(|shard| self.mark_due(&shard.save));
+        locked(&self.work).saves().for_each(|save| self.mark_due(save));
         self.parts.signal.notify();
     }
 
@@ -179,6 +191,12 @@ impl Cascade {
             self.completed(&mut work, step);
         }
         drop(work);
+        // Who watches may look only when the slot has been used again.
+        if self.parts.config.savers.len() == 1
+            && let Err(e) = self.parts.agreements.in_ram(step, true)
+        {
+            tracing::warn!("that step {step} is in RAM could not be recorded: {}", e.chain());
+        }
         self.parts.signal.notify();
     }
 
@@ -244,7 +262,7 @@ impl Cascade {
                 }
             }
         }
-        self.pass_over(shard, newer);
+        self.pass_over(&shard.save, newer);
     }
 
     /// Gives up the oldest shard that other ranks never completed, so that its slot can be used.
@@ -301,7 +319,7 @@ impl Cascade {
             || if missing.is_empty() {
                 agreements.in_ram(step, true)?
             } else {
-                agreements.was_in_ram(step)?
+                agreements.was_in_ram(step)? == Some(true)
             };
         Ok((!whole).then_some(missing))
     }
@@ -328,17 +346,18 @@ impl Cascade {
             return false;
         }
         let waits = |s: &Shard| !s.complete || self.may_be_chosen(&work, s.key.step.0);
-        work.carry.is_some() || work.shards.values().any(waits)
+        work.carry.is_some()
+            || work.shards.values().any(waits)
+            || work.watched.values().any(Save::is_open)
     }
 
     /// Ends the thread at its next block, and tells everybody who still waits.
     pub(crate) fn stop(&self) {
         let mut work = locked(&self.work);
         work.stop = true;
-        for shard in work.shards.values() {
+        for save in work.saves() {
             let why = "the Checkpointer was closed before".into();
-            let error = Error::Skipped { step: shard.key.step, why };
-            shard.save.fail(if shard.complete { Level::Disk } else { Level::Ram }, &error);
+            save.fail(Level::Ram, &Error::Skipped { step: Step(save.step()), why });
         }
         drop(work);
         self.parts.signal.notify();
@@ -387,7 +406,7 @@ impl Cascade {
                     false
                 }
             };
-            let polls = busy && self.parts.config.savers.len() > 1;
+            let polls = busy && !self.parts.config.is_lone();
             let pause = if told.is_some() {
                 IDLE
             } else if polls {
@@ -404,6 +423,9 @@ impl Cascade {
     pub(crate) fn turn(&self) -> Result<bool> {
         if self.is_fenced() {
             return Ok(false);
+        }
+        if !self.parts.config.saves() {
+            return self.watch();
         }
         let stages = [
             self.watch_ram(),

@@ -54,7 +54,7 @@ pub struct SaveRequest {
     /// Completed training steps.
     pub step: u64,
     /// The state. Its memory must stay readable until the save is staged, and unchanged but for
-    /// what `late` tensors' owners wait for.
+    /// what `late` tensors' owners wait for. Not looked at on a rank that does not save.
     pub state: State,
     /// What the user says about it.
     pub meta: Meta,
@@ -232,7 +232,11 @@ impl Checkpointer {
             old.stop(place, place.config.slot_wait)?;
         }
         let keep = started.record.parent.map(|p| p.key());
-        place.arena.trim(keep.as_ref())?;
+        if place.config.saves() {
+            place.arena.trim(keep.as_ref())?;
+        } else {
+            place.arena.give_back()?; // Of an attempt in which this rank did save.
+        }
         locked(&self.inner.saves).clear();
         let restorable = started.restorable.map(|mut found| {
             found.slot = place.arena.find(&found.key);
@@ -257,7 +261,7 @@ impl Checkpointer {
         resumed: Option<Shard>,
     ) -> Result<Running> {
         let place = &self.inner.place;
-        let lone = place.config.savers.len() == 1;
+        let lone = place.config.is_lone();
         let agreements = Agreements::new(&place.config.destination, &record.attempt, lone);
         let parts = Parts {
             config: place.config.clone(),
@@ -285,12 +289,16 @@ impl Checkpointer {
         Ok(Running { record, cascade, thread, over })
     }
 
-    /// Makes the slots for a state of this form and puts their pages in place, behind.
+    /// Makes the slots for a state of this form and puts their pages in place, behind. A rank that
+    /// does not save has none.
     ///
     /// # Errors
     /// [`Error::Budget`] with the sum, at once.
     pub fn prepare(&self, specs: Vec<Arc<TensorSpec>>) -> Result<()> {
         self.check_open(false)?;
+        if !self.config().saves() {
+            return Ok(());
+        }
         let layout = self.layout(specs.iter())?;
         let (arena, observer) = (self.inner.place.arena.clone(), self.inner.place.observer.clone());
         arena.check_budget(layout.len)?;
@@ -331,6 +339,17 @@ impl Checkpointer {
         let layout = Arc::new(Layout::new(specs.cloned().collect())?);
         *kept = Some(layout.clone());
         Ok(layout)
+    }
+
+    /// Which checkpoint of another run all ranks of this attempt begin with: `wish`, unless another
+    /// rank was first. That run may go on meanwhile.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn agree_on_init(&self, wish: &str) -> Result<String> {
+        self.check_open(false)?;
+        let (_, cascade) = self.running()?;
+        cascade.agreements().init(wish)
     }
 
     /// Waits up to `timeout` until no copy is being taken behind; then any tensor may be changed.

@@ -23,7 +23,9 @@ pub struct Config {
     pub ram_bytes_max: Option<u64>,
     /// This process.
     pub rank: u32,
-    /// Every rank that saves, rising.
+    /// How many processes the job has, those included that do not save.
+    pub world: u32,
+    /// Every rank that saves, rising. The others restore what these saved.
     pub savers: Vec<u32>,
     /// The id of this start of the job, the same for all ranks, where something can tell them.
     /// `None`: rank 0 draws it, the others find it in the record whose lock rank 0 holds.
@@ -66,6 +68,7 @@ impl Config {
             ram_root: default_ram_root(),
             ram_bytes_max: number("TIERKEEP_RAM_BYTES_MAX")?,
             rank: 0,
+            world: 1,
             savers: vec![0],
             attempt_id: None,
             slots: number("TIERKEEP_SLOTS")?.unwrap_or(2),
@@ -89,8 +92,10 @@ impl Config {
         let savers = &self.savers;
         let wrong = if !savers.is_sorted_by(|a, b| a < b) || savers.is_empty() {
             format!("savers = {savers:?}: ranks must be rising, and at least one")
-        } else if !savers.contains(&self.rank) {
-            format!("rank = {} is not among the ranks that save, {savers:?}", self.rank)
+        } else if let Some(far) = savers.iter().rev().find(|r| **r >= self.world) {
+            format!("savers = {savers:?}: there is no rank {far}, the job has {} ranks", self.world)
+        } else if self.rank >= self.world {
+            format!("rank = {}: the job has {} ranks, counted from 0", self.rank, self.world)
         } else if self.slots < 2 {
             format!(
                 "slots = {}: at least 2, or a save would overwrite the newest checkpoint",
@@ -118,6 +123,26 @@ impl Config {
     #[must_use]
     pub fn leads(&self) -> bool {
         self.rank == self.leader()
+    }
+
+    /// True where this rank is one of those that save.
+    #[must_use]
+    pub fn saves(&self) -> bool {
+        self.savers.contains(&self.rank)
+    }
+
+    /// Whose shard this rank restores: its own, or that of the nearest rank below that saves; below
+    /// the first, the first's.
+    #[must_use]
+    pub fn shard_rank(&self) -> u32 {
+        let below = self.savers.iter().rev().find(|saver| **saver <= self.rank);
+        below.copied().unwrap_or(self.leader())
+    }
+
+    /// True where there is nobody to agree with.
+    #[must_use]
+    pub fn is_lone(&self) -> bool {
+        self.world == 1
     }
 
     /// Where the ram tier of this run lies: apart for each destination, so that two runs of one

@@ -216,6 +216,15 @@ impl Save {
         self.shared.changed.notify_all();
     }
 
+    /// True while it may still reach RAM, or disk where it is to go there.
+    pub(crate) fn is_open(&self) -> bool {
+        self.is_pending(Level::Ram) || (self.is_due_for_disk() && self.is_pending(Level::Disk))
+    }
+
+    pub(crate) fn is_pending(&self, level: Level) -> bool {
+        matches!(locked(&self.shared.stages).stage(level, false), Stage::Pending)
+    }
+
     pub(crate) fn skip(&self, why: &str) {
         locked(&self.shared.stages).skipped = Some(why.into());
         let error = Error::Skipped { step: crate::names::Step(self.step()), why: why.into() };

@@ -257,7 +257,10 @@ fn another_world_size_is_refused_by_name() {
     let places = two_steps();
     let ckpt = Checkpointer::open(places.config_of(0, 2)).unwrap();
     let error = resume(&ckpt, &SMALL).unwrap_err();
-    assert!(error.to_string().contains("saved by 1 ranks, this job has 2"), "{error}");
+    assert!(
+        error.to_string().contains("saved by 1 ranks (rank 0), this job saves from 2"),
+        "{error}"
+    );
 }
 
 #[test]

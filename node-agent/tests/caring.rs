@@ -205,6 +205,7 @@ fn restore_copies_a_checkpoint_that_a_job_can_resume_from() {
     let ckpt = {
         let mut config = tierkeep::config::Config::new(&to).unwrap();
         config.ram_root = place.ram().into();
+        config.world = 2;
         config.savers = vec![0, 1];
         tierkeep::checkpointer::Checkpointer::open(config).unwrap()
     };

@@ -25,6 +25,7 @@ use tierkeep::{
     config::Config,
     manifest::Meta,
     names::{Id, Step},
+    observe::{Event, Severity},
     reader::Reader as CoreReader,
     restore::decide::Wish,
     state::{Memory, State},
@@ -114,6 +115,7 @@ fn configure(config: &mut Config, settings: &Bound<'_, PyDict>) -> PyResult<()> 
         let seconds = || wait::seconds(py, &name, value.extract()?);
         match name.as_str() {
             "rank" => config.rank = value.extract()?,
+            "world_size" => config.world = value.extract()?,
             "savers" => config.savers = value.extract()?,
             "attempt_id" => {
                 let text: String = value.extract()?;
@@ -167,6 +169,7 @@ impl Handle {
         let settings = PyDict::new(py);
         settings.set_item("destination", config.destination.as_os_str())?;
         settings.set_item("rank", config.rank)?;
+        settings.set_item("world_size", config.world)?;
         settings.set_item("savers", &config.savers)?;
         settings.set_item("ram_dir", config.ram_dir().as_os_str())?;
         settings.set_item("ram_bytes_max", config.ram_bytes_max)?;
@@ -177,6 +180,12 @@ impl Handle {
         settings.set_item("threads", config.threads)?;
         settings.set_item("attempt_id", self.core.start_id().to_string())?;
         Ok(settings)
+    }
+
+    /// Whose shard this rank restores: its own where it saves.
+    #[getter]
+    fn shard_rank(&self) -> u32 {
+        self.core.config().shard_rank()
     }
 
     /// The number of the attempt, once it has begun.
@@ -220,13 +229,32 @@ impl Handle {
     fn prepare(&self, state: &Bound<'_, PyAny>) -> PyResult<()> {
         let py = state.py();
         self.check_pid(py)?;
+        if !self.core.config().saves() {
+            return Ok(());
+        }
         let specs = self.walk(state, py.None().bind(py), None)?.specs();
         let core = self.core();
         py.detach(move || core.prepare(specs)).raise(py)
     }
 
-    /// Saves. `meta` is (metrics, tags); `guarded`, the optimizers that wait for the copy, or `None`
-    /// to copy everything before returning; `stage` brings device tensors to the host.
+    /// Which checkpoint of another run all ranks begin with: `wish`, unless another was first.
+    fn agree_on_init(&self, py: Python<'_>, wish: String) -> PyResult<String> {
+        self.check_pid(py)?;
+        let core = self.core();
+        wait::apart(py, move || core.agree_on_init(&wish))
+    }
+
+    /// Tells what the state was initialised with, among the events.
+    fn tell_init(&self, py: Python<'_>, text: String) -> PyResult<()> {
+        self.check_pid(py)?;
+        let kind = "initialised";
+        self.core.observer().tell(Event { severity: Severity::Info, kind, text, step: Some(0) });
+        Ok(())
+    }
+
+    /// Saves; a rank that does not save does not look at the state. `meta` is (metrics, tags);
+    /// `guarded`, the optimizers that wait for the copy, or `None` to copy everything before
+    /// returning; `stage` brings device tensors to the host.
     fn save(
         &self,
         step: u64,
@@ -239,7 +267,12 @@ impl Handle {
         let py = state.py();
         self.check_pid(py)?;
         let owned = guarded.map(Owned::of).transpose()?;
-        let Walked { tree, tensors, hold, keep, .. } = self.walk(state, stage, owned.as_ref())?;
+        let walked = if self.core.config().saves() {
+            self.walk(state, stage, owned.as_ref())?
+        } else {
+            self.walk(py.None().bind(py), stage, None)?
+        };
+        let Walked { tree, tensors, hold, keep, .. } = walked;
         debug_assert!(!tensors.iter().any(|t| matches!(t.memory, Memory::InSlot)));
         let (metrics, tags) = meta;
         let raised: Arc<Mutex<Option<PyErr>>> = Arc::default();

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_processes import ended, python
 
 import tierkeep
@@ -190,3 +191,150 @@ def test_torch_is_not_imported_to_find_the_rank() -> None:
     )
     assert (code, out) == (0, "[]\n"), err
     assert sys.version_info >= (3, 11)
+
+
+# -- ranks that do not save ------------------------------------------------------------------
+
+REPLICATED = """
+    import json, os, signal, sys
+    import torch
+    import torch.distributed as dist
+    import tierkeep
+
+    run, stop, savers = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    torch.manual_seed(rank)
+    # As DDP would: one model on all ranks, each with data of its own.
+    model = torch.nn.Linear(3, 3)
+    for p in model.parameters():
+        dist.broadcast(p.data, 0)
+    optimizer = torch.optim.AdamW(model.parameters())
+    state = {"model": model, "optim": optimizer}
+    with tierkeep.Checkpointer(run, every=2, ranks=savers) as ckpt:
+        found = ckpt.restore(state)
+        begin = found.step if found else 0
+        for step in range(begin, 8):
+            torch.manual_seed(1000 * step + rank)
+            loss = model(torch.randn(2, 3)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            for p in model.parameters():
+                dist.all_reduce(p.grad)
+            optimizer.step()
+            save = ckpt.step(step + 1, state)
+            if save is not None:
+                save.staged().wait("ram", 60).wait("ram", 60, scope="shard")
+                if not (stop and step + 1 >= stop):
+                    save.wait("disk", 60)
+            if stop and step + 1 == stop:
+                dist.barrier()
+                os.kill(os.getpid(), signal.SIGKILL)
+        counters = ckpt.counters()
+        saved = {"saves": counters["saves"], "bytes": counters["captured_bytes"]}
+    print(json.dumps({"begin": begin, "model": [p.tolist() for p in model.parameters()],
+                      "moments": [s["exp_avg"].tolist() for s in optimizer.state.values()],
+                      **saved}))
+"""
+
+
+@pytest.mark.parametrize("savers", [[0], [1]])
+def test_all_ranks_restore_what_one_of_them_saved(
+    run: Path, ram: Path, tmp_path: Path, savers: list[int]
+) -> None:
+    def job(where: Path, stop: int) -> list[dict[str, Any]]:
+        results = [ended(rank) for rank in start(3, REPLICATED, where, stop, json.dumps(savers))]
+        # Who is killed first may break another's barrier before that is killed too.
+        ended_well = [code == 0 for code, *_ in results]
+        assert ended_well == [not stop] * 3, results
+        return [] if stop else [json.loads(out) for _, out, _ in results]
+
+    whole = job(tmp_path / "whole", 0)
+    job(run, 6)
+    last = job(run, 0)
+    assert [r["begin"] for r in last] == [6] * 3
+    for key in ("model", "moments"):
+        assert [r[key] for r in last] == [whole[0][key]] * 3
+    assert [r["saves"] for r in last] == [int(rank in savers) for rank in range(3)]
+    assert [r["bytes"] > 0 for r in last] == [rank in savers for rank in range(3)]
+    shards = {path.name[:11] for place in (run, ram) for path in place.rglob("rank-*.safetensors")}
+    assert shards == {f"rank-{savers[0]:06}"}
+    loaded: dict[str, Any] = tierkeep.load(run)
+    assert loaded["model"]["weight"].tolist() == whole[2]["model"][0]
+
+
+def test_a_wait_on_a_rank_that_does_not_save_names_those_that_should(run: Path) -> None:
+    state = {"x": torch.ones(3)}
+    made = [
+        tierkeep.Checkpointer(run, rank=rank, world_size=3, ranks=[0, 1], disk_every=2)
+        for rank in range(3)
+    ]
+    lead, second, other = made
+    for ckpt in made:
+        assert ckpt.restore(state) is None
+    other.prepare(state)
+    save = other.save(1, {"anything": object()})
+    assert save.staged() is save
+    lead.save(1, state)
+    with pytest.raises(tierkeep.DeadlineError, match=r"step 1 in the ram tier.*missing rank 1"):
+        save.wait("ram", 2)
+    assert not save.progress().done
+    second.save(1, state)
+    save.wait("ram", 30).wait("ram", 30, "shard")
+    assert (save.progress().bytes, save.progress().done) == (0, True)
+    with pytest.raises(tierkeep.InvalidError, match="does not go to disk"):
+        save.wait("disk")
+    saves = [ckpt.save(2, state) for ckpt in made]
+    assert saves[2].is_due_for_disk
+    assert saves[2].wait("disk", 30).progress().disk
+    for ckpt in made:
+        ckpt.close(30)
+    assert [info.step for info in made[2].steps() if info.sealed] == [2]
+
+
+def test_a_rank_that_does_not_save_only_reads(run: Path) -> None:
+    def open_all() -> list[tierkeep.Checkpointer]:
+        return [tierkeep.Checkpointer(run, rank=r, world_size=4, ranks=[2, 1]) for r in range(4)]
+
+    made = open_all()
+    for rank in (1, 0, 2, 3):
+        assert made[rank].restore({"x": torch.zeros(1)}) is None
+    assert made[3].settings["savers"] == [1, 2]
+    for rank, ckpt in enumerate(made):
+        ckpt.save(1, {"x": torch.tensor([float(rank)])})
+    for ckpt in made:
+        ckpt.close()
+    made = open_all()
+    for how in ({"read_only": True}, {}):
+        for rank in (1, 0, 2, 3):
+            live = {"x": torch.zeros(1)}
+            found = made[rank].restore(live, **how)  # type: ignore[arg-type]
+            assert found is not None
+            assert (found.step, live["x"].item()) == (1, [1.0, 1.0, 2.0, 2.0][rank])
+    for ckpt in made:
+        ckpt.close()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ([], r"ranks = \[\]: at least one"),
+        ([0, 2], r"ranks = \[0, 2\]: there is no rank 2, world_size is 2"),
+        ([-1], r"ranks = \[-1\]: there is no rank -1"),
+        ([1, 0, 1], r"ranks = \[0, 1, 1\]: rank 1 is there twice"),
+        (0, r"ranks = 0: several ranks, as in \[0\]"),
+    ],
+)
+def test_ranks_that_cannot_be_are_named(run: Path, ranks: Any, message: str) -> None:
+    with pytest.raises(tierkeep.InvalidError, match=message):
+        tierkeep.Checkpointer(run, rank=0, world_size=2, ranks=ranks)
+
+
+def test_ranks_that_were_told_different_lists_are_refused_with_both(run: Path) -> None:
+    lead = tierkeep.Checkpointer(run, rank=0, world_size=3, ranks=[0])
+    assert lead.restore({}) is None
+    other = tierkeep.Checkpointer(run, rank=2, world_size=3, ranks=[0, 1])
+    with pytest.raises(tierkeep.InvalidError, match=r"ranks \[0\] save, rank 2 says \[0, 1\]"):
+        other.restore({})
+    lead.close()
+    other.close()

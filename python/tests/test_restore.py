@@ -511,3 +511,15 @@ def test_a_tensor_that_changes_under_the_same_object_is_seen(run: Path) -> None:
 def ckpt_load(ckpt: tierkeep.Checkpointer, state: Any) -> Any:
     destination = ckpt.settings["destination"]
     return tierkeep.load(destination)
+
+
+def test_what_include_does_not_name_stays_as_it_is(run: Path) -> None:
+    save(run, {"m": torch.ones(2), "list": [1, 2, [3]], "deep": {"x": torch.ones(1), "n": 5}})
+    live = {"deep": {"n": 6, "x": torch.zeros(1)}, "list": [9], "m": torch.zeros(2), "own": 8}
+    state = restore(run, live, include=["m", "deep/x"])
+    assert state is live
+    assert list(live) == ["deep", "list", "m", "own"]
+    assert live["list"] == [9]
+    assert live["own"] == 8
+    assert list(live["deep"].items()) == [("n", 6), ("x", torch.ones(1))]
+    assert live["m"].tolist() == [1, 1]

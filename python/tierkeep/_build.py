@@ -9,10 +9,10 @@ from __future__ import annotations
 import collections
 import fnmatch
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from tierkeep import _saved, _types
-from tierkeep._tierkeep import Found, join_path
+from tierkeep._tierkeep import join_path
 from tierkeep._types import MISSING
 from tierkeep.errors import InvalidError, TierkeepError, UnavailableError
 
@@ -54,10 +54,20 @@ class Include:
             )
 
 
+class Source(Protocol):
+    """Tensors by name, and their bytes: one rank's shard (`Found`), or something like it."""
+
+    @property
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]: ...
+    def read(
+        self, targets: Sequence[tuple[str, Any]], threads: int | None = None
+    ) -> tuple[str, list[str]]: ...
+
+
 class Builder:
     """Makes the values of one shard's tree."""
 
-    def __init__(self, found: Found, allow_pickle: Collection[str]) -> None:
+    def __init__(self, found: Source, allow_pickle: Collection[str]) -> None:
         self.found = found
         self.table = found.tensors
         self.allow_pickle = allow_pickle

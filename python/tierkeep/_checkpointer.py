@@ -20,6 +20,7 @@ from tierkeep._checks import at_least_one, names, one_of, setting, words
 from tierkeep._cuda import Stager
 from tierkeep._events import Callback, Event, Teller
 from tierkeep._facts import Restored, StepInfo
+from tierkeep._init import Origin
 from tierkeep._rename import Rename, rename
 from tierkeep._restore import Plan
 from tierkeep._saves import Saves, failure
@@ -58,8 +59,12 @@ class Checkpointer:
     Args:
         destination: the run, `<root>/<run>`: a directory that all ranks share.
         every: `step` saves steps that are divisible by it; default: 1.
-        rank, world_size: this process among those that save. Default: torch.distributed if it is
+        rank, world_size: this process among those of the job. Default: torch.distributed if it is
             initialised, then torchrun's environment, then Slurm's under srun, else alone.
+        ranks: those that save, the same list on all; default: every one. Where all ranks have the
+            same state, as with DDP, `[0]`. On the others `save` copies nothing and what it returns
+            follows the checkpoint of those that save; they restore the state of the nearest of
+            these below them (below the first, the first's).
         attempt_id: 32 hex digits, drawn anew at each start of the job and the same on all ranks.
             Default: broadcast once over an initialised process group, else found on the host.
         ram_dir: where the ram tier keeps its files; a directory on tmpfs that jobs may share.
@@ -74,6 +79,9 @@ class Checkpointer:
         busy: what a save does while every slot is in use: `"wait"` (the default), or `"skip"` the
             step.
         fresh: begin at step 0, and abandon the checkpoints that are there.
+        init_from: what `restore` begins with where it finds no checkpoint of this run, at step 0:
+            another run's newest checkpoint, or a `.safetensors` file. Once this run has a
+            checkpoint it is not looked at any more. See `restore`.
         max_failures: after so many failed saves in a row, the next one raises the last error.
         threads: of a copy. Default: as many as help.
         allow_pickle: `module:Name` of types whose instances may be pickled, and unpickled again.
@@ -92,6 +100,7 @@ class Checkpointer:
         every: int | None = None,
         rank: int | None = None,
         world_size: int | None = None,
+        ranks: Iterable[int] | None = None,
         attempt_id: str | None = None,
         ram_dir: str | os.PathLike[str] | None = None,
         ram_bytes_max: int | None = None,
@@ -102,12 +111,14 @@ class Checkpointer:
         capture: Literal["now", "overlap"] | None = None,
         busy: Literal["wait", "skip"] | None = None,
         fresh: bool = False,
+        init_from: str | os.PathLike[str] | None = None,
         max_failures: int | None = None,
         threads: int | None = None,
         allow_pickle: Iterable[str] = (),
         timeouts_s: Mapping[str, float] | None = None,
     ) -> None:
         path = directory(destination)
+        self._init_from = None if init_from is None else directory(init_from)
         self.every = at_least_one("every", setting("every", every, 1))
         capture_ = setting("capture", capture, "now")
         self._capture = one_of("capture", capture_, ("now", "overlap"))
@@ -118,12 +129,14 @@ class Checkpointer:
         self._max_failures = at_least_one("max_failures", limit)
         self._allow_pickle = names(allow_pickle)
         self._threads = threads
+        self._ram_dir = None if ram_dir is None else os.fspath(ram_dir)
         self._ranks = _ranks.detect(rank, world_size)
         settings: dict[str, object] = {
             "rank": self._ranks.rank,
-            "savers": list(range(self._ranks.world_size)),
+            "world_size": self._ranks.world_size,
+            "savers": _ranks.savers(ranks, self._ranks),
             "attempt_id": attempt_id or _ranks.shared_attempt_id(self._ranks),
-            "ram_dir": None if ram_dir is None else os.fspath(ram_dir),
+            "ram_dir": self._ram_dir,
             "ram_bytes_max": ram_bytes_max,
             "slots": slots,
             "disk_every": disk_every,
@@ -149,12 +162,12 @@ class Checkpointer:
 
     @property
     def rank(self) -> int:
-        """This process among those that save."""
+        """This process among those of the job."""
         return self._ranks.rank
 
     @property
     def world_size(self) -> int:
-        """How many processes save."""
+        """How many processes the job has."""
         return self._ranks.world_size
 
     @property
@@ -175,6 +188,7 @@ class Checkpointer:
 
     def __repr__(self) -> str:
         mode = f"of process {self._pid}" if os.getpid() != self._pid else "embedded"
+        mode = mode if self.rank in self.settings["savers"] else f"{mode}, does not save"
         return (
             f"Checkpointer({self._handle.settings['destination']!r}, rank {self.rank} of "
             f"{self.world_size} ({self._ranks.source}), {mode}, every={self.every}, "
@@ -307,6 +321,14 @@ class Checkpointer:
         updated. Names, shapes and dtypes are checked first: where anything differs, nothing is
         changed. The first call also begins this attempt, on all ranks.
 
+        Where there is no checkpoint and `init_from` was given, the weights there are taken: the
+        tensors of torch modules, and those that lie in `state` itself. Names match by path; the
+        names in a plain file may also be those inside the one module of `state`. What only one
+        side has is left alone, one tensor at least must match. Optimizers, other objects and plain
+        values stay as they are, but for those of another run that `include` names. `include` and
+        `rename` are for whatever is restored: later starts that go on from this run's own
+        checkpoints leave them out (ask `latest_step` first).
+
         Args:
             state: the tree, as it is given to `save`.
             step: this step instead of the newest. A step that is not the newest needs
@@ -334,6 +356,8 @@ class Checkpointer:
         wanted = Include(include)
         found = self._find(step, attempt, rollback, read_only, accept_older)
         if found is None:
+            if self._init_from is not None:
+                self._initialise(state, read_only, include, rename)
             self._prepare_behind(state)
             return None
         plan = Plan(found, allow_pickle=self._allow_pickle, strict=strict, include=wanted)
@@ -358,7 +382,7 @@ class Checkpointer:
             reader = self._handle.reader()
             if step is None and attempt is None and not self._complete():
                 return None
-            return reader.choose(step, attempt, [self.rank])[0][0][1]
+            return reader.choose(step, attempt, [self._handle.shard_rank])[0][0][1]
         if rollback and step is None:
             raise InvalidError("rollback=True needs the step to go back to")
         how = "rollback" if rollback else "older" if accept_older else "newest"
@@ -371,9 +395,27 @@ class Checkpointer:
         self._newest = found.step if found else 0
         return found
 
+    def _initialise(
+        self, state: Any, read_only: bool, include: Iterable[str] | None, how: Rename | None
+    ) -> None:
+        assert self._init_from is not None
+        agree = (lambda wish: wish) if read_only else self._handle.agree_on_init
+        savers, shard = self.settings["savers"], self._handle.shard_rank
+        origin = Origin(self._init_from, self._ram_dir, savers, shard, agree)
+        text = origin.fill(
+            state,
+            include=include,
+            rename=how,
+            allow_pickle=self._allow_pickle,
+            threads=self._threads,
+        )
+        self._handle.tell_init(text)
+
     def _begin_if_new(self) -> None:
         if self._begun:
             return
+        if self._init_from is not None:
+            raise InvalidError("init_from is taken by `restore`: call it before the first save")
         self._handle.begin("fresh" if self._fresh else "new")
         self._begun, self._fresh = True, False
 

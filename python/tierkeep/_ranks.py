@@ -4,9 +4,12 @@ environment, then Slurm's, and that only under srun.
 
 from __future__ import annotations
 
+import itertools
+import operator
 import os
 import sys
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +80,25 @@ def _environment(rank: str, world_size: str, source: str) -> Ranks | None:
     if not all(value.isdecimal() for value in values):
         raise InvalidError(f"{rank} = {values[0]!r}, {world_size} = {values[1]!r}: whole numbers")
     return Ranks(int(values[0]), int(values[1]), source)
+
+
+def savers(ranks: Iterable[int] | None, found: Ranks) -> list[int]:
+    """The ranks that save, rising; all of them where nothing is said."""
+    if ranks is None:
+        return list(range(found.world_size))
+    if isinstance(ranks, int | str):
+        raise InvalidError(f"ranks = {ranks!r}: several ranks, as in [0]")
+    chosen = sorted(operator.index(rank) for rank in ranks)
+    if not chosen:
+        raise InvalidError("ranks = []: at least one rank saves")
+    if twice := [rank for rank, next_one in itertools.pairwise(chosen) if rank == next_one]:
+        raise InvalidError(f"ranks = {chosen}: rank {twice[0]} is there twice")
+    for rank in chosen:
+        if not 0 <= rank < found.world_size:
+            raise InvalidError(
+                f"ranks = {chosen}: there is no rank {rank}, world_size is {found.world_size}"
+            )
+    return chosen
 
 
 def shared_attempt_id(ranks: Ranks) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from tierkeep import _saved
@@ -16,11 +16,7 @@ def rename(tree: Any, how: Rename) -> Any:
     """`how` maps saved paths to live ones: a mapping of the paths of any parts, or a function that
     is asked for each tensor.
     """
-    if callable(how):
-        paths = list(_tensor_paths(tree, ""))
-        moves = {path: how(path) for path in paths}
-    else:
-        moves = dict(how)
+    moves = {path: how(path) for path, _ in tensors(tree)} if callable(how) else dict(how)
     moves = {old: new for old, new in moves.items() if old != new}
     # All are taken out before one is put in: two may change places.
     taken = [(new, _take(tree, old)) for old, new in moves.items()]
@@ -29,14 +25,43 @@ def rename(tree: Any, how: Rename) -> Any:
     return tree
 
 
-def _tensor_paths(saved: Any, path: str) -> Any:
+def rename_paths(paths: Iterable[str], how: Rename | None) -> dict[str, str]:
+    """Paths of tensors by their new names."""
+    paths = list(paths)
+    if how is None:
+        return {path: path for path in paths}
+    if callable(how):
+        moves = [(how(path), path) for path in paths]
+    else:
+        for old in how:
+            if not any(_is_below(path, old) for path in paths):
+                raise InvalidError(f"rename: there is no {old}")
+        moves = [(_moved(path, how), path) for path in paths]
+    renamed: dict[str, str] = {}
+    for new, path in moves:
+        if renamed.setdefault(new, path) != path:
+            raise InvalidError(f"rename: {renamed[new]} and {path} would both be {new}")
+    return renamed
+
+
+def _is_below(path: str, top: str) -> bool:
+    return path == top or path.startswith(f"{top}/")
+
+
+def _moved(path: str, moves: Mapping[str, str]) -> str:
+    old = max((old for old in moves if _is_below(path, old)), key=len, default=None)
+    return path if old is None else moves[old] + path[len(old) :]
+
+
+def tensors(saved: Any, path: str = "") -> Iterator[tuple[str, _saved.Tensor]]:
+    """Every tensor of a tree by its path; tied ones by each of theirs."""
     if isinstance(saved, _saved.Object):
-        yield from _tensor_paths(saved.tree, path)
+        yield from tensors(saved.tree, path)
     elif isinstance(saved, _saved.Tensor):
-        yield path
+        yield path, saved
     else:
         for key, value in _rows(saved):
-            yield from _tensor_paths(value, f"{path}/{key}" if path else key)
+            yield from tensors(value, f"{path}/{key}" if path else key)
 
 
 def _rows(saved: Any) -> list[tuple[str, Any]]:

@@ -14,8 +14,8 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from tierkeep import _saved, _torch, _types
-from tierkeep._build import Builder, Include, Keys, Make, place
-from tierkeep._tierkeep import Found, describe
+from tierkeep._build import Builder, Include, Keys, Make, Source, place
+from tierkeep._tierkeep import describe
 from tierkeep._types import MISSING
 from tierkeep.errors import MismatchError
 
@@ -48,7 +48,7 @@ class Plan(Builder):
 
     def __init__(
         self,
-        found: Found,
+        found: Source,
         *,
         allow_pickle: Collection[str],
         strict: bool,
@@ -242,9 +242,11 @@ class Plan(Builder):
             new = {key: value for key, value in made if value is not MISSING}
             if not is_live:
                 return _types.make_mapping(saved, new, live) if new or included else live
+            if not included:
+                new = {**live, **new}  # Only what was asked for is put in, each in its place.
             for key in gone:
-                # The checkpoint is the truth, but for what was not asked for.
-                if not included or (not self.strict and _holds(live[key])):
+                # The checkpoint is the truth.
+                if included and not self.strict and _holds(live[key]):
                     new[key] = live[key]
             if list(live) != list(new):
                 live.clear()
@@ -275,7 +277,12 @@ class Plan(Builder):
                 self._missing(current[index], (*keys, index))
 
         def make() -> Any:
-            new = [None if value is MISSING else value for value in (m() for m in makes)]
+            values = [make() for make in makes]
+            while not included and len(values) > len(current) and values[-1] is MISSING:
+                values.pop()  # Not asked for, and the live one ends before.
+            if not included and live is MISSING and not values:
+                return MISSING
+            new = [None if value is MISSING else value for value in values]
             if not included:
                 new += current[len(new) :]
             if isinstance(saved, _saved.Deque):

@@ -93,7 +93,8 @@ class Save:
         scope: Literal["checkpoint", "shard"] | str = "checkpoint",
     ) -> Self:
         """Waits until the checkpoint, every rank's shard, is as durable as `level` says; with
-        `scope="shard"`, this rank's shard alone.
+        `scope="shard"`, this rank's shard alone. A rank that does not save has none: there, both
+        are the checkpoint.
 
         Raises:
             DeadlineError: not within `timeout_s` seconds (None: an hour); it names the ranks that
@@ -181,6 +182,10 @@ class Handle:
     def settings(self) -> dict[str, Any]: ...
     @property
     def attempt(self) -> int | None: ...
+    @property
+    def shard_rank(self) -> int:
+        """Whose shard this rank restores: its own where it saves."""
+
     def begin(
         self,
         how: Literal["newest", "older", "rollback", "fresh", "new"] | str,
@@ -190,6 +195,10 @@ class Handle:
         """Decides where this attempt begins and records it; the shard to restore."""
 
     def prepare(self, state: Any) -> None: ...
+    def agree_on_init(self, wish: str) -> str:
+        """Which checkpoint of another run all ranks begin with."""
+
+    def tell_init(self, text: str) -> None: ...
     def save(
         self,
         step: int,

@@ -14,7 +14,7 @@ use crate::{
     observe::{add, locked},
     restore::{decide::lineage_of, survey::survey},
     retain,
-    save::Level,
+    save::{Level, Save},
     tier::{Payload, buffer::AlignedBuf},
 };
 
@@ -70,7 +70,7 @@ impl Cascade {
             }
         }
         for shard in passed {
-            self.pass_over(&shard, step);
+            self.pass_over(&shard.save, step);
         }
         Ok(true)
     }
@@ -100,14 +100,14 @@ impl Cascade {
         }
         let newest = work.newest.as_ref().map_or(0, |k| k.step.0);
         if let Some(shard) = work.shards.remove(&step) {
-            self.pass_over(&shard, newest);
+            self.pass_over(&shard.save, newest);
         }
         drop(work);
         self.parts.signal.notify();
     }
 
-    pub(super) fn pass_over(&self, shard: &Shard, for_step: u64) {
-        let why = if self.is_due(shard.key.step.0) {
+    pub(super) fn pass_over(&self, save: &Save, for_step: u64) {
+        let why = if self.is_due(save.step()) {
             add(&self.parts.observer.counters.disk_passed_over, 1);
             format!(
                 "it was passed over for disk: the disk is slower than the saves, step {for_step} is newer"
@@ -115,7 +115,7 @@ impl Cascade {
         } else {
             format!("it is not due for disk: every {} steps", self.parts.config.disk_every)
         };
-        shard.save.fail(Level::Disk, &Error::Skipped { step: shard.key.step, why });
+        save.fail(Level::Disk, &Error::Skipped { step: Step(save.step()), why });
     }
 
     /// A newer attempt began: nothing of this one may be completed any more.
@@ -139,9 +139,7 @@ impl Cascade {
         work.fenced = true;
         work.fenced_by_us = by_us;
         work.carry = None;
-        for shard in work.shards.values() {
-            shard.save.fail(if shard.complete { Level::Disk } else { Level::Ram }, &error);
-        }
+        work.saves().for_each(|save| save.fail(Level::Ram, &error));
         if !by_us {
             self.parts.observer.error("fenced", None, error.to_string());
         }
@@ -265,7 +263,7 @@ impl Cascade {
 
     /// Whether the checkpoint exists on disk, whichever rank sealed it: what that rank has not synced
     /// yet is synced here, before anybody is told.
-    fn is_sealed(&self, key: &CheckpointKey) -> Result<bool> {
+    pub(super) fn is_sealed(&self, key: &CheckpointKey) -> Result<bool> {
         let disk = &*self.parts.disk;
         if !Listing::of(disk, key)?.sealed {
             return Ok(false);

@@ -56,7 +56,7 @@ impl Checkpointer {
         if inner.check_pid().is_err() {
             return false;
         }
-        let lone = inner.place.config.savers.len() == 1;
+        let lone = inner.place.config.is_lone();
         let Some((attempt, cascade)) = self.begun() else { return lone && asked };
         if lone {
             if asked {

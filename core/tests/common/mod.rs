@@ -79,6 +79,7 @@ pub fn config(destination: &Path, ram: &Path, rank: u32, world: u32) -> Config {
     let mut config = Config::new(destination).expect("config");
     config.ram_root = ram.into();
     config.rank = rank;
+    config.world = world;
     config.savers = (0..world).collect();
     config.lock_wait = Duration::from_secs(5);
     config.attempt_wait = Duration::from_secs(20);

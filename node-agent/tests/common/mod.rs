@@ -95,6 +95,7 @@ impl Place {
         let mut config = Config::new(&self.run()).unwrap();
         config.ram_root = self.ram().into();
         config.rank = rank;
+        config.world = world;
         config.savers = (0..world).collect();
         config.keep_last = 100;
         config.attempt_wait = Duration::from_secs(20);
