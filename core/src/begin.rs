@@ -17,12 +17,12 @@ use std::time::Duration;
 use crate::{
     attempt::{self, AttemptRecord, Attempts},
     cascade::ranks,
-    checkpointer::{Place, start_lock_path},
     clock::Deadline,
     commit::Listing,
     error::{Error, Hint, Result},
     names::{AttemptDir, AttemptRef, CheckpointKey, Id, Rank},
     ownership::is_held,
+    place::{Place, start_lock_path},
     record,
     restore::{
         decide::{Decision, Wish, answering, decide},

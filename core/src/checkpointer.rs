@@ -17,7 +17,6 @@ mod taking;
 use std::{
     any::Any,
     collections::{BTreeMap, HashMap},
-    path::Path,
     sync::{
         Arc, LazyLock, Mutex, Weak,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -41,6 +40,7 @@ use crate::{
     names::{Id, Rank, Step},
     observe::{Observer, locked},
     ownership::{FileId, Ownership},
+    place::Place,
     restore::{read::Restorable, survey::ShardCopy},
     save::Save,
     signal::Signal,
@@ -71,22 +71,6 @@ pub struct SaveRequest {
 
 /// Whether the caller wants to go on with something else (Ctrl-C).
 pub type Interrupted = Box<dyn Fn() -> bool + Send + Sync>;
-
-/// The tiers and locks of one rank, before and after it has an attempt.
-pub(crate) struct Place {
-    pub(crate) config: Config,
-    pub(crate) ram: Arc<dyn Tier>,
-    pub(crate) disk: Arc<dyn Tier>,
-    pub(crate) arena: Arc<Arena>,
-    pub(crate) observer: Observer,
-    pub(crate) clock: SharedClock,
-    pub(crate) signal: Arc<Signal>,
-    pub(crate) closed: AtomicBool,
-    /// Of this process start; rank 0's names the attempt.
-    pub(crate) start: Id,
-    /// Of this writer; in its payloads' names.
-    pub(crate) nonce: Id,
-}
 
 struct Running {
     record: AttemptRecord,
@@ -446,25 +430,6 @@ impl Inner {
             ),
         })
     }
-}
-
-impl Place {
-    /// Others find this process's attempt record by this lock, whose name nobody else has.
-    fn start_lock(&self) -> Result<Ownership> {
-        let path = start_lock_path(&self.config.destination, &self.start);
-        Ownership::take_over(&path, "this start of the job", self.config.lock_wait, &*self.clock)
-    }
-
-    pub(crate) fn check_closed(&self) -> Result<()> {
-        if self.closed.load(Ordering::Acquire) {
-            return Err(Error::invalid("this Checkpointer is closed"));
-        }
-        Ok(())
-    }
-}
-
-pub(crate) fn start_lock_path(destination: &Path, start: &Id) -> std::path::PathBuf {
-    destination.join(format!("_locks/start-{start}"))
 }
 
 /// The shard that an attempt resumes from, if it lies in a slot of this process.

@@ -9,6 +9,7 @@
 
 pub mod checkpointer;
 pub mod config;
+mod place;
 pub mod begin;
 
 pub mod state;

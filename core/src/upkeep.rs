@@ -6,11 +6,11 @@
 use std::{collections::BTreeSet, path::Path, time::Duration};
 
 use crate::{
-    checkpointer::start_lock_path,
     clock::SystemClock,
     error::{Error, Result},
     names::Rank,
     ownership::{Ownership, is_held},
+    place::start_lock_path,
     reader::Reader,
     restore::{decide::lineage_of, survey::survey},
     retain::{self, Collected, Known, Policy, Victim},

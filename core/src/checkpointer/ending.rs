@@ -7,11 +7,12 @@
 
 use std::{sync::atomic::Ordering, time::Duration};
 
-use super::{Checkpointer, Inner, Place, Running, start_lock_path};
+use super::{Checkpointer, Inner, Running};
 use crate::{
     clock::Deadline,
     error::{Error, Result},
     observe::locked,
+    place::{Place, start_lock_path},
 };
 
 /// How long a handle that is closed or dropped waits for its disk thread.
