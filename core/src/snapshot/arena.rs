@@ -29,7 +29,7 @@ use crate::{
     observe::locked,
     signal::Signal,
     tier::{
-        Tier,
+        Source, Tier,
         buffer::padded,
         publish::{own_word, remove},
     },
@@ -53,6 +53,20 @@ struct Held {
     populated: bool,
 }
 
+/// What a retired checkpoint leaves.
+struct Left {
+    /// Its directories are empty.
+    key: CheckpointKey,
+    /// Open, and without a name.
+    _manifest: Option<Box<dyn Source>>,
+}
+
+impl std::fmt::Debug for Left {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.key.fmt(f)
+    }
+}
+
 /// The slots of one rank.
 #[derive(Debug)]
 pub struct Arena {
@@ -62,8 +76,8 @@ pub struct Arena {
     slots_max: usize,
     budget: Budget,
     held: Mutex<Vec<Held>>,
-    /// Whose empty directories are still there: they go behind, not while a save waits.
-    left: Mutex<Vec<CheckpointKey>>,
+    /// What is removed behind, not while a save waits.
+    left: Mutex<Vec<Left>>,
     /// No slot is made or populated any more.
     closed: AtomicBool,
     signal: Arc<Signal>,
@@ -193,7 +207,7 @@ impl Arena {
                 let key = CheckpointKey { step: number, attempt: dir };
                 let files = self.tier.list(&key.dir())?;
                 if files.is_empty() {
-                    locked(&self.left).push(key);
+                    locked(&self.left).push(Left { key, _manifest: None });
                     continue; // Its last file was retired by a process that died then.
                 }
                 // Of several payloads the manifest names one; without a good manifest none is ours.
@@ -366,6 +380,8 @@ impl Arena {
 
     fn retire(&self, index: usize, key: &CheckpointKey) -> Result<()> {
         let slot = locked(&self.held)[index].slot.clone();
+        // While it is open its pages stay: giving them back takes longer than all else here.
+        let manifest = self.tier.open(&key.manifest(self.rank)).ok();
         self.tier.delete(&key.manifest(self.rank))?;
         if let Some(slot) = slot {
             match slot.take_back(&slot_path(&self.root, self.rank)) {
@@ -374,13 +390,13 @@ impl Arena {
                 other => other?,
             }
         }
-        locked(&self.left).push(key.clone());
+        locked(&self.left).push(Left { key: key.clone(), _manifest: manifest });
         Ok(())
     }
 
-    /// Removes what retired checkpoints left: empty directories.
+    /// Removes what retired checkpoints left: empty directories, and pages without a name.
     pub fn tidy(&self) {
-        for key in std::mem::take(&mut *locked(&self.left)) {
+        for Left { key, .. } in std::mem::take(&mut *locked(&self.left)) {
             for dir in [key.dir(), crate::names::step_dir(key.step)] {
                 if let Err(e) = self.tier.delete(&dir) {
                     tracing::debug!("{dir} stays: {}", e.chain());
