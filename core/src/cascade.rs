@@ -319,7 +319,10 @@ impl Cascade {
             || if missing.is_empty() {
                 agreements.in_ram(step, true)?
             } else {
-                agreements.was_in_ram(step)? == Some(true)
+                match agreements.was_in_ram(step)? {
+                    Some(false) => return Ok(Some(Vec::new())),
+                    said => said.is_some(),
+                }
             };
         Ok((!whole).then_some(missing))
     }

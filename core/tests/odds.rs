@@ -332,3 +332,31 @@ fn a_tier_that_does_not_answer_marks_nothing_bad() {
     drop(c);
     assert_eq!(resume(&p.open(), &SMALL).unwrap(), 2);
 }
+
+#[test]
+fn a_rank_whose_save_failed_tells_the_others_when_it_ends() {
+    let p = Places::new();
+    let full = Arc::new(AtomicBool::new(false));
+    let switch = full.clone();
+    let well = Checkpointer::open(p.config_of(0, 2)).unwrap();
+    let ill = Checkpointer::open_wrapped(p.config_of(1, 2), &move |tier| {
+        let full = switch.clone();
+        Arc::new(Hooked::before(tier, move |call| {
+            let put = call.kind == TierKind::Ram && call.op == Op::Put;
+            if put && full.load(Ordering::SeqCst) { Err(broken("no room")) } else { Ok(()) }
+        }))
+    })
+    .unwrap();
+    for c in [&well, &ill] {
+        resume(c, &SMALL).unwrap();
+    }
+    full.store(true, Ordering::SeqCst);
+    let failed = Model::at(1, &SMALL, 1).save(&ill, 1).unwrap();
+    assert!(failed.poll(Level::Ram, false, Duration::ZERO).is_err());
+    let alone = Model::at(0, &SMALL, 1).save(&well, 1).unwrap();
+    assert!(!alone.poll(Level::Ram, false, Duration::from_millis(100)).unwrap(), "it may come yet");
+    ill.close(Duration::from_secs(5), false).unwrap();
+    let error = alone.poll(Level::Ram, false, Duration::from_secs(10)).unwrap_err();
+    assert!(error.to_string().contains("another rank did not save it"), "{error}");
+    assert!(well.close(Duration::from_secs(10), false).unwrap(), "it waited for what cannot come");
+}

@@ -9,10 +9,12 @@ use std::{sync::atomic::Ordering, time::Duration};
 
 use super::{Checkpointer, Inner, Running};
 use crate::{
+    cascade::Cascade,
     clock::Deadline,
     error::{Error, Result},
     observe::locked,
     place::{Place, start_lock_path},
+    save::Save,
 };
 
 /// How long a handle that is closed or dropped waits for its disk thread.
@@ -90,6 +92,17 @@ impl Inner {
         Ok(())
     }
 
+    /// Saves that failed here are not tried again: the other ranks need not wait for them.
+    fn tell_failed(&self, cascade: &Cascade) {
+        let failed: Vec<u64> =
+            locked(&self.saves).values().filter(|s| s.is_void()).map(Save::step).collect();
+        for step in failed {
+            if let Err(e) = cascade.agreements().in_ram(step, false) {
+                tracing::warn!("that step {step} failed could not be recorded: {}", e.chain());
+            }
+        }
+    }
+
     /// Ends the threads and gives the locks up. Memory goes back only where the newest checkpoint
     /// is durable elsewhere.
     fn shut(&self, clean: bool) {
@@ -109,6 +122,9 @@ impl Inner {
         if let Some(running) = running {
             let cascade = running.cascade.clone();
             let current = self.ownership.is_current();
+            if current {
+                self.tell_failed(&cascade);
+            }
             let stopped = running.stop(&self.place, STOP_WAIT);
             if let Err(e) = &stopped {
                 self.place.observer.error("stop_failed", None, e.chain());
