@@ -276,8 +276,13 @@ fn find_shard(place: &Place, record: &AttemptRecord, key: &CheckpointKey) -> Res
     } else {
         copies(&borrowed, &found, rank, Some(&record.run_id))?
     };
-    if let (true, Some(e)) = (good.is_empty(), silent) {
-        return Err(e); // It may have a good one: nothing is marked bad.
+    match (good.is_empty(), silent) {
+        (true, Some(e)) => return Err(e), // It may have a good one: nothing is marked bad.
+        (false, Some(e)) => {
+            let text = format!("a tier does not answer, another one is used: {}", e.chain());
+            place.observer.warn("tier_silent", Some(key.step.0), text);
+        }
+        (_, None) => {}
     }
     if gone {
         return Err(Error::NotFound {

@@ -520,4 +520,6 @@ fn a_tier_that_does_not_answer_is_gone_without_only_when_told() {
     let mut model = Model::new(0, &SMALL);
     model.read(&found).unwrap();
     assert!(model.is_at(2));
+    let told = events(&c);
+    assert!(told.iter().any(|e| e.starts_with("tier_silent")), "{told:?}");
 }
