@@ -207,7 +207,25 @@ fn link_then_unlink(from: &Path, to: &Path) -> io::Result<()> {
 }
 
 /// `mkdir -p`; on a durable tier each new directory's parent is synced.
+///
+/// Empty directories of steps are removed by whoever finds them, so one that was seen, or made, a
+/// moment ago can be gone: then from the top. Each round is lost to a removal that was done, so a
+/// hundred in a row are something else than a race.
 pub(crate) fn make_dirs(path: &Path, durable: bool) -> Result<()> {
+    let mut tries = 0;
+    loop {
+        match make_missing_dirs(path, durable) {
+            Err(Error::Io { source, .. })
+                if source.kind() == io::ErrorKind::NotFound && tries < 100 =>
+            {
+                tries += 1;
+            }
+            other => return other,
+        }
+    }
+}
+
+fn make_missing_dirs(path: &Path, durable: bool) -> Result<()> {
     let mut missing = Vec::new();
     let mut at = path;
     while !at.is_dir() {
@@ -220,7 +238,9 @@ pub(crate) fn make_dirs(path: &Path, durable: bool) -> Result<()> {
     for dir in missing.into_iter().rev() {
         match fs::create_dir(dir) {
             Ok(()) => {}
-            Err(e) if e.kind() == io::ErrorKind::AlreadyExists && dir.is_dir() => {}
+            // Gone again is as good as there: what comes next does not find it, and begins anew.
+            Err(e)
+                if e.kind() == io::ErrorKind::AlreadyExists && (dir.is_dir() || !dir.exists()) => {}
             Err(e) => return Err(e).at("make directory", dir),
         }
         if let (true, Some(parent)) = (durable, dir.parent()) {
@@ -325,6 +345,24 @@ mod tests {
         assert!(is_dead(&format!("{pid}-00000000")), "an earlier process of this number");
         assert!(!is_dead("1-00000000"), "init lives");
         assert!(is_dead("4194305-00000000"), "above the kernel's largest number");
+    }
+
+    #[test]
+    fn directories_are_made_beside_somebody_who_removes_empty_ones() {
+        let dir = tempfile::tempdir().unwrap();
+        let (step, attempt) = (dir.path().join("1"), dir.path().join("1/2"));
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    remove(&attempt).unwrap();
+                    remove(&step).unwrap();
+                }
+            });
+            let made: Result<()> = (0..3000).try_for_each(|_| make_dirs(&attempt, false));
+            done.store(true, Ordering::Relaxed);
+            made.unwrap();
+        });
     }
 
     #[test]
