@@ -141,6 +141,7 @@ fn saved_run(dir: &Path, bytes: usize) -> (PathBuf, PathBuf) {
         step: 1,
         state,
         meta: Meta::default(),
+        bring: None,
         overlap: false,
         skip_if_busy: false,
         keep_alive: Box::new(()),

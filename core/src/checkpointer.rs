@@ -44,7 +44,13 @@ use crate::{
     restore::{read::Restorable, survey::ShardCopy},
     save::Save,
     signal::Signal,
-    snapshot::{arena::Arena, budget::Budget, layout::Layout, slot::SlotPayload},
+    snapshot::{
+        arena::Arena,
+        budget::Budget,
+        device::{Bring, Pin},
+        layout::Layout,
+        slot::SlotPayload,
+    },
     state::{State, TensorSpec},
     tier::{Tier, TierKind, disk::DiskTier, memory::MemoryTier, wrap::Retried},
 };
@@ -60,6 +66,10 @@ pub struct SaveRequest {
     pub meta: Meta,
     /// Copy `late` tensors after returning.
     pub overlap: bool,
+    /// Brings the tensors that lie in no memory of the host ([`Memory::InSlot`]).
+    ///
+    /// [`Memory::InSlot`]: crate::state::Memory::InSlot
+    pub bring: Option<Box<dyn Bring>>,
     /// Pass the step over where every slot is in use, instead of waiting.
     pub skip_if_busy: bool,
     /// Dropped when the copy is done: what keeps the state's memory alive.
@@ -93,6 +103,8 @@ struct Inner {
     stopping: Mutex<stopping::Stopping>,
     /// Copies that are being taken behind: tensors must not change.
     copying: AtomicUsize,
+    /// Those of them that read memory of the host.
+    copying_host: AtomicUsize,
     /// Saves that are not published yet, copies included.
     publishing: AtomicUsize,
     /// The thread that makes the slots ready, if there was one.
@@ -188,6 +200,7 @@ impl Checkpointer {
             layout: Mutex::new(None),
             stopping: Mutex::default(),
             copying: AtomicUsize::new(0),
+            copying_host: AtomicUsize::new(0),
             publishing: AtomicUsize::new(0),
             preparing: Mutex::new(None),
             copier: Mutex::new(None),
@@ -336,17 +349,36 @@ impl Checkpointer {
         cascade.agreements().init(wish)
     }
 
+    /// Slots are made known to a device from here on, those that are there at the next
+    /// [`prepare`](Self::prepare).
+    pub fn pin_with(&self, pin: Arc<dyn Pin>) {
+        self.inner.place.arena.pin_with(pin);
+    }
+
     /// Waits up to `timeout` until no copy is being taken behind; then any tensor may be changed.
     ///
     /// # Errors
-    /// The handle is closed.
+    /// A fork's child.
     pub fn fence(&self, timeout: Duration) -> Result<bool> {
+        self.wait_for_none(&self.inner.copying, timeout)
+    }
+
+    /// [`fence`](Self::fence) for tensors in memory of the host: those on a device may still be read
+    /// there.
+    ///
+    /// # Errors
+    /// A fork's child.
+    pub fn fence_host(&self, timeout: Duration) -> Result<bool> {
+        self.wait_for_none(&self.inner.copying_host, timeout)
+    }
+
+    fn wait_for_none(&self, copying: &AtomicUsize, timeout: Duration) -> Result<bool> {
         self.inner.check_pid()?;
         let place = &self.inner.place;
         let deadline = Deadline::after(&*place.clock, timeout);
         loop {
             let seen = place.signal.seen();
-            if self.inner.copying.load(Ordering::Acquire) == 0 {
+            if copying.load(Ordering::Acquire) == 0 {
                 return Ok(true);
             }
             let Some(left) = deadline.left(&*place.clock) else { return Ok(false) };

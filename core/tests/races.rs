@@ -142,6 +142,7 @@ fn a_metric_that_is_nan_is_data() {
         step: 1,
         state: m.state(1),
         meta,
+        bring: None,
         overlap: false,
         skip_if_busy: false,
         keep_alive: Box::new(()),

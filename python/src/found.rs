@@ -8,7 +8,8 @@ use pyo3::{
 };
 use tierkeep::{
     Error,
-    restore::read::Restorable,
+    manifest::TensorEntry,
+    restore::{read::Restorable, reading::Reading},
     snapshot::copy::Memory as CopyMemory,
     state::{Memory, value::Value},
 };
@@ -83,50 +84,67 @@ impl Found {
     }
 
     /// Copies each named tensor into the torch tensor or numpy array beside it, which has its type
-    /// and shape, lies on the CPU and shares no memory with another. Returns the tier that most
-    /// bytes came from, and a sentence for each damaged copy.
-    #[pyo3(signature = (targets, threads = None))]
+    /// and shape, lies on the CPU and shares no memory with another of its part. A part is filled
+    /// before the next one is asked for. Returns the tier that most bytes came from, and a sentence
+    /// for each damaged copy.
+    #[pyo3(signature = (parts, threads = None))]
     fn read(
         &self,
         py: Python<'_>,
-        targets: Vec<(String, Bound<'_, PyAny>)>,
+        parts: &Bound<'_, PyAny>,
         threads: Option<usize>,
     ) -> PyResult<(String, Vec<String>)> {
-        let mut memory = HashMap::with_capacity(targets.len());
-        let mut owners = Vec::with_capacity(targets.len());
         let table: HashMap<_, _> =
             self.core.manifest().tensors.iter().map(|t| (t.name.as_str(), t)).collect();
-        for (name, target) in targets {
-            let refuse = |why: String| invalid(py, format!("{name}: {why}"));
-            let entry = table.get(name.as_str());
-            let entry = entry.ok_or_else(|| refuse("the checkpoint has no such tensor".into()))?;
-            let form = look(&target)?.map_err(refuse)?;
-            if form.dtype.name() != entry.dtype || form.shape != entry.shape {
-                return Err(refuse(format!(
-                    "saved as {} {:?}, to be read into {} {:?}",
-                    entry.dtype, entry.shape, form.dtype, form.shape
-                )));
+        let mut reading = Reading::of(self.core.clone());
+        for part in parts.try_iter()? {
+            let targets: Vec<(String, Bound<'_, PyAny>)> = part?.extract()?;
+            let mut memory = HashMap::with_capacity(targets.len());
+            let mut owners = Vec::with_capacity(targets.len());
+            for (name, target) in targets {
+                let place = self.place(py, &name, &target, table.get(name.as_str()).copied())?;
+                memory.insert(name, place);
+                owners.push(target.unbind());
             }
-            if form.device.is_some() || !form.writable() {
-                return Err(refuse("it cannot be written to".into()));
-            }
-            let place = match form.memory {
-                Memory::Contiguous(address) => CopyMemory::Bytes(address),
-                Memory::Strided(strided) => CopyMemory::Strided(strided),
-                Memory::InSlot => return Err(refuse("a tensor without memory".into())),
-            };
-            memory.insert(name, place);
-            owners.push(target.unbind());
+            reading = wait::apart(py, move || {
+                // SAFETY: each target was looked at by `place`: its memory has the tensor's bytes
+                // and is writable. `owners` keeps it alive; `_restore.py` gives each memory once,
+                // and the caller of `restore` does not touch the state until it returns.
+                let filled = unsafe { reading.fill(&memory, threads) };
+                drop(owners);
+                filled.map(|()| reading)
+            })?;
         }
-        let core = self.core.clone();
-        let report = wait::apart(py, move || {
-            // SAFETY: each target was looked at above: its memory has the tensor's bytes and is
-            // writable. `owners` keeps it alive; `_restore.py` gives each memory once, and the
-            // caller of `restore` does not touch the state until it returns.
-            let report = unsafe { core.read(&memory, threads) };
-            drop(owners);
-            report
-        })?;
+        let report = wait::apart(py, move || Ok(reading.finish()))?;
         Ok((report.tier.to_string(), report.damaged))
+    }
+}
+
+impl Found {
+    /// The memory of a target, if the tensor fits there.
+    fn place(
+        &self,
+        py: Python<'_>,
+        name: &str,
+        target: &Bound<'_, PyAny>,
+        entry: Option<&TensorEntry>,
+    ) -> PyResult<CopyMemory> {
+        let refuse = |why: String| invalid(py, format!("{name}: {why}"));
+        let entry = entry.ok_or_else(|| refuse("the checkpoint has no such tensor".into()))?;
+        let form = look(target)?.map_err(refuse)?;
+        if form.dtype.name() != entry.dtype || form.shape != entry.shape {
+            return Err(refuse(format!(
+                "saved as {} {:?}, to be read into {} {:?}",
+                entry.dtype, entry.shape, form.dtype, form.shape
+            )));
+        }
+        if form.device.is_some() || !form.writable() {
+            return Err(refuse("it cannot be written to".into()));
+        }
+        match form.memory {
+            Memory::Contiguous(address) => Ok(CopyMemory::Bytes(address)),
+            Memory::Strided(strided) => Ok(CopyMemory::Strided(strided)),
+            Memory::InSlot => Err(refuse("a tensor without memory".into())),
+        }
     }
 }

@@ -11,11 +11,12 @@ use std::{
     collections::{BTreeMap, HashSet},
     mem::ManuallyDrop,
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
+    sync::{Arc, Mutex, OnceLock, PoisonError, atomic::Ordering},
     time::Duration,
 };
 
 use pyo3::{
+    intern,
     prelude::*,
     types::{PyDict, PyList},
 };
@@ -28,17 +29,19 @@ use tierkeep::{
     observe::{Event, Severity},
     reader::Reader as CoreReader,
     restore::decide::Wish,
-    state::{Memory, State},
+    snapshot::device::Bring,
+    state::State,
 };
 
 use crate::{
+    device::{Bringing, Pins},
     errors::{Raise, invalid},
     events::Events,
     found::Found,
     guard::Owned,
     reader::Reader,
     save::{Save, check_pid},
-    tree::{Cache, Walked, Wishes, look, walk},
+    tree::{Cache, Walked, Wishes, walk},
     wait,
 };
 
@@ -48,6 +51,10 @@ pub(crate) struct Handle {
     core: ManuallyDrop<Checkpointer>,
     cache: Mutex<Cache>,
     allow_pickle: HashSet<String>,
+    /// `tierkeep._cuda.Stager`.
+    stager: Py<PyAny>,
+    /// A tensor on a device was met, and slots are pinned.
+    pins: OnceLock<()>,
     pid: u32,
 }
 
@@ -73,32 +80,22 @@ impl Handle {
         check_pid(py, self.pid, "Checkpointer")
     }
 
-    fn walk(
-        &self,
-        state: &Bound<'_, PyAny>,
-        stage: &Bound<'_, PyAny>,
-        owned: Option<&Owned>,
-    ) -> PyResult<Walked> {
+    fn walk(&self, state: &Bound<'_, PyAny>, owned: Option<&Owned>) -> PyResult<Walked> {
         let py = state.py();
         // A lock that is waited for with the GIL held would wait for ever.
         let Ok(mut cache) = self.cache.try_lock() else {
             return Err(invalid(py, "another call is walking the state at this moment"));
         };
         let wishes = Wishes { allow_pickle: Some(&self.allow_pickle), owned };
-        let mut walked = walk(state, &mut cache, &wishes)?;
+        let walked = walk(state, &mut cache, &wishes)?;
         drop(cache);
-        if !walked.on_device.is_empty() && !stage.is_none() {
-            let (indices, tensors): (Vec<_>, Vec<_>) = walked.on_device.drain(..).unzip();
-            let staged = stage.call1((tensors,))?;
-            for (index, host) in indices.into_iter().zip(staged.try_iter()?) {
-                let host = host?;
-                let form = look(&host)?.map_err(|why| invalid(py, why))?;
-                let tensor = &mut walked.tensors[index];
-                tensor.memory = form.memory;
-                // A staging buffer is ours: nobody else writes to it until the next save.
-                tensor.late = owned.is_some();
-                walked.keep.push(host.unbind());
-            }
+        if let Some(first) = walked.on_device.first()
+            && self.pins.get().is_none()
+        {
+            let device = first.tensor.bind(py).getattr(intern!(py, "device"))?.str()?.to_string();
+            let stager = self.stager.clone_ref(py);
+            self.core.pin_with(Arc::new(Pins { stager, device }));
+            let _ = self.pins.set(());
         }
         Ok(walked)
     }
@@ -142,13 +139,14 @@ fn configure(config: &mut Config, settings: &Bound<'_, PyDict>) -> PyResult<()> 
 
 #[pymethods]
 impl Handle {
-    /// Takes a rank of the run at `destination`.
+    /// Takes a rank of the run at `destination`. `stager` brings tensors of devices to the host.
     #[new]
     fn open(
         py: Python<'_>,
         destination: PathBuf,
         settings: &Bound<'_, PyDict>,
         allow_pickle: HashSet<String>,
+        stager: Py<PyAny>,
     ) -> PyResult<Self> {
         let mut config = Config::new(&destination).raise(py)?;
         configure(&mut config, settings)?;
@@ -158,6 +156,8 @@ impl Handle {
             core: ManuallyDrop::new(core),
             cache: Mutex::default(),
             allow_pickle,
+            stager,
+            pins: OnceLock::new(),
             pid: std::process::id(),
         })
     }
@@ -232,7 +232,7 @@ impl Handle {
         if !self.core.config().saves() {
             return Ok(());
         }
-        let specs = self.walk(state, py.None().bind(py), None)?.specs();
+        let specs = self.walk(state, None)?.specs();
         let core = self.core();
         py.detach(move || core.prepare(specs)).raise(py)
     }
@@ -254,7 +254,7 @@ impl Handle {
 
     /// Saves; a rank that does not save does not look at the state. `meta` is (metrics, tags);
     /// `guarded`, the optimizers that wait for the copy, or `None` to copy everything before
-    /// returning; `stage` brings device tensors to the host.
+    /// returning.
     fn save(
         &self,
         step: u64,
@@ -262,18 +262,19 @@ impl Handle {
         meta: (BTreeMap<String, f64>, Vec<String>),
         skip_if_busy: bool,
         guarded: Option<&Bound<'_, PyList>>,
-        stage: &Bound<'_, PyAny>,
     ) -> PyResult<Save> {
         let py = state.py();
         self.check_pid(py)?;
         let owned = guarded.map(Owned::of).transpose()?;
         let walked = if self.core.config().saves() {
-            self.walk(state, stage, owned.as_ref())?
+            self.walk(state, owned.as_ref())?
         } else {
-            self.walk(py.None().bind(py), stage, None)?
+            self.walk(py.None().bind(py), None)?
         };
-        let Walked { tree, tensors, hold, keep, .. } = walked;
-        debug_assert!(!tensors.iter().any(|t| matches!(t.memory, Memory::InSlot)));
+        let Walked { tree, tensors, hold, keep, on_device } = walked;
+        let stager = self.stager.clone_ref(py);
+        let bring = (!on_device.is_empty())
+            .then(|| Box::new(Bringing { stager, tensors: on_device }) as Box<dyn Bring>);
         let (metrics, tags) = meta;
         let raised: Arc<Mutex<Option<PyErr>>> = Arc::default();
         let request = SaveRequest {
@@ -281,6 +282,7 @@ impl Handle {
             state: State { tree, tensors },
             meta: Meta { metrics, tags, saved_unix_ms: 0 },
             overlap: owned.is_some(),
+            bring,
             skip_if_busy,
             keep_alive: Box::new(keep),
             interrupted: Some(Box::new({
@@ -316,6 +318,14 @@ impl Handle {
         let timeout = wait::seconds(py, "timeout_s", timeout_s)?;
         let core = self.core();
         wait::poll(py, timeout, |slice| core.fence(slice))
+    }
+
+    /// [`fence`](Self::fence) for tensors in memory of the host: those on a device may still be read.
+    fn fence_host(&self, py: Python<'_>, timeout_s: f64) -> PyResult<bool> {
+        self.check_pid(py)?;
+        let timeout = wait::seconds(py, "timeout_s", timeout_s)?;
+        let core = self.core();
+        wait::poll(py, timeout, |slice| core.fence_host(slice))
     }
 
     /// Whether the job stops after `step`, the newest completed one; `asked`: this process is to.

@@ -9,6 +9,7 @@ mod types;
 mod tree;
 mod untree;
 mod guard;
+mod device;
 mod save;
 mod events;
 mod handle;

@@ -37,6 +37,7 @@ pub(crate) use self::form::look;
 use self::{form::Known, walk::Walk};
 use crate::{
     address::ByAddress,
+    device::OnDevice,
     errors::{invalid, unstorable},
     guard::Owned,
 };
@@ -77,8 +78,8 @@ pub(crate) struct Walked {
     pub(crate) hold: Vec<Py<PyAny>>,
     /// What must live until the copy behind is done: the memory of late tensors.
     pub(crate) keep: Vec<Py<PyAny>>,
-    /// Tensors that lie on a device: (index into `tensors`, tensor). Their `memory` is a stand-in.
-    pub(crate) on_device: Vec<(usize, Py<PyAny>)>,
+    /// Tensors that lie on a device, in the order of `tensors`.
+    pub(crate) on_device: Vec<OnDevice>,
 }
 
 impl Walked {

@@ -1,4 +1,4 @@
-"""Random numbers go on where they stood; bars are drawn on terminals; CUDA where it is."""
+"""Random numbers go on where they stood; bars are drawn on terminals."""
 
 from __future__ import annotations
 
@@ -75,46 +75,3 @@ def test_a_bar_is_drawn_on_a_terminal_only(
     quiet = Terminal()
     tierkeep.progress.bar(save, file=quiet)
     assert quiet.getvalue() == ""
-
-
-# -- CUDA ------------------------------------------------------------------------------------
-
-needs_cuda = pytest.mark.skipif(
-    not torch.cuda.is_available(),
-    reason="NOT TESTED: CUDA tensors through pinned memory; this machine has no GPU",
-)
-
-
-@needs_cuda
-@pytest.mark.parametrize("capture", ["now", "overlap"])
-def test_cuda_tensors_are_saved_as_they_were(run: Path, capture: str) -> None:
-    def make() -> dict[str, object]:
-        model = torch.nn.Linear(512, 512).cuda()
-        optimizer = torch.optim.AdamW(model.parameters())
-        return {"model": model, "optim": optimizer, "rng": tierkeep.Rng()}
-
-    def train(state: dict[str, object]) -> None:
-        model, optimizer = state["model"], state["optim"]
-        assert isinstance(model, torch.nn.Module)
-        assert isinstance(optimizer, torch.optim.Optimizer)
-        optimizer.zero_grad()
-        model(torch.randn(64, 512, device="cuda")).square().mean().backward()
-        optimizer.step()
-
-    state = make()
-    with tierkeep.Checkpointer(run, capture=capture) as ckpt:  # type: ignore[arg-type]
-        ckpt.restore(state)
-        ckpt.guard(state["optim"])
-        for step in range(4):
-            train(state)
-            torch.cuda.synchronize()
-            expected = fingerprint(state)
-            ckpt.save(step + 1, state)
-            train(state)
-    live = make()
-    train(live)
-    with tierkeep.Checkpointer(run) as ckpt:
-        found = ckpt.restore(live)
-        assert found is not None
-        assert found.step == 4
-        assert fingerprint(live) == expected

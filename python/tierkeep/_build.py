@@ -60,7 +60,7 @@ class Source(Protocol):
     @property
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]: ...
     def read(
-        self, targets: Sequence[tuple[str, Any]], threads: int | None = None
+        self, parts: Iterable[Sequence[tuple[str, Any]]], threads: int | None = None
     ) -> tuple[str, list[str]]: ...
 
 
@@ -78,7 +78,7 @@ class Builder:
 
     def read(self, threads: int | None) -> tuple[str, list[str]]:
         """Reads the bytes. Returns the tier and what was damaged on the way."""
-        return self.found.read(list(self.targets.items()), threads)
+        return self.found.read([list(self.targets.items())], threads)
 
     def make(self, saved: Any, keys: Keys) -> Make:
         """New values, new containers, fresh memory; objects as the dicts that they gave."""

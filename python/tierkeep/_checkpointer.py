@@ -20,6 +20,7 @@ from tierkeep._checks import at_least_one, names, one_of, setting, words
 from tierkeep._cuda import Stager
 from tierkeep._events import Callback, Event, Teller
 from tierkeep._facts import Restored, StepInfo
+from tierkeep._guarded import FENCE_SECONDS, Guarded
 from tierkeep._init import Origin
 from tierkeep._rename import Rename, rename
 from tierkeep._restore import Plan
@@ -33,7 +34,6 @@ logger = logging.getLogger("tierkeep")
 _CLOSE_SECONDS = 1800.0
 # After an exception, the process wants to end.
 _HURRY_SECONDS = 5.0
-_FENCE_SECONDS = 600.0
 
 Level = Literal["ram", "disk"]
 
@@ -145,14 +145,14 @@ class Checkpointer:
             "threads": threads,
             **(timeouts_s or {}),
         }
-        self._handle = Handle(path, settings, self._allow_pickle)
+        self._stager = Stager()
+        self._handle = Handle(path, settings, self._allow_pickle, self._stager)
         self._pid = os.getpid()
         self._begun = False
         # The newest step that this rank was called with.
         self._newest = 0
         self._closed = False
-        self._stage = Stager()
-        self._guarded: list[weakref.ref[Any]] = []
+        self._guarded = Guarded(self._handle, self._stager)
         self._saves = Saves()
         self._teller = Teller(self._handle.events(), self.rank, self.world_size)
         self._teller.callbacks.append(_disk_failures(weakref.ref(self._saves)))
@@ -242,8 +242,8 @@ class Checkpointer:
         self._raise_if_failing()
         self._begin_if_new()
         said = ({k: float(v) for k, v in (metrics or {}).items()}, words("tags", tags))
-        guarded = self._live_guarded() if self._capture == "overlap" else None
-        save = self._handle.save(number, state, said, self._skip_if_busy, guarded, self._stage)
+        guarded = self._guarded.live() if self._capture == "overlap" else None
+        save = self._handle.save(number, state, said, self._skip_if_busy, guarded)
         self._saves.add(save)
         return save
 
@@ -262,8 +262,8 @@ class Checkpointer:
         """Makes `optimizers` wait for the copy that `capture="overlap"` takes behind.
 
         Their parameters and state may be copied while forward and backward run; before one of
-        them steps, or loads a state, it waits. Whoever else writes to these tensors in place calls
-        `fence` first.
+        them steps, or loads a state, it waits. On CUDA the stream that it steps on waits, not the
+        CPU. Whoever else writes to these tensors in place calls `fence` first.
 
         Args:
             optimizers: of torch, with `register_step_pre_hook`.
@@ -271,24 +271,10 @@ class Checkpointer:
         Raises:
             InvalidError: one of them has no such hook.
         """
-        weak = weakref.ref(self)
-
-        def wait(*_: object) -> None:
-            checkpointer = weak()
-            if checkpointer is not None and not checkpointer._closed:
-                checkpointer.fence()
-
         for optimizer in optimizers:
-            if not hasattr(optimizer, "register_step_pre_hook"):
-                raise InvalidError(f"{type(optimizer)} has no register_step_pre_hook to wait in")
-            if any(optimizer is one for one in self._live_guarded()):
-                continue
-            optimizer.register_step_pre_hook(wait)
-            if hasattr(optimizer, "register_load_state_dict_pre_hook"):
-                optimizer.register_load_state_dict_pre_hook(wait)
-            self._guarded.append(weakref.ref(optimizer))
+            self._guarded.add(optimizer)
 
-    def fence(self, timeout_s: float = _FENCE_SECONDS) -> None:
+    def fence(self, timeout_s: float = FENCE_SECONDS) -> None:
         """Waits until no copy is being taken behind: then any tensor may be changed in place.
 
         Raises:
@@ -560,9 +546,6 @@ class Checkpointer:
             logger.error("while closing at the end of the process: %s", trouble)
 
     # -- small -------------------------------------------------------------------------------
-
-    def _live_guarded(self) -> list[Any]:
-        return [optimizer for one in self._guarded if (optimizer := one()) is not None]
 
     def _completed(self, step: int) -> int:
         number = operator.index(step)

@@ -259,27 +259,29 @@ class _Shards:
     def _bytes(self, rank: int, name: str) -> bytes:
         lib = "numpy" if _types.torch_if_imported() is None else "torch"
         tensor = empty(lib, *self._tables[rank][name], (name,))
-        self._shards[rank].read([(name, tensor)])
+        self._shards[rank].read([[(name, tensor)]])
         return bytes(_memory(tensor))
 
     def read(
-        self, targets: Sequence[tuple[str, Any]], threads: int | None = None
+        self, parts: Iterable[Sequence[tuple[str, Any]]], threads: int | None = None
     ) -> tuple[str, list[str]]:
-        tier, damaged, left = "", list[str](), list(targets)
-        while left:
-            # Of one shard at a time, and of tied tensors one.
-            rank = self._places[left[0][0]][0][0]
-            batch: dict[str, Any] = {}
-            rest = []
-            for path, target in left:
-                there, name = self._places[path][0]
-                if there == rank and name not in batch:
-                    batch[name] = target
-                else:
-                    rest.append((path, target))
-            tier, found = self._shards[rank].read(list(batch.items()), threads)
-            damaged += found
-            left = rest
+        tier, damaged = "", list[str]()
+        for targets in parts:
+            left = list(targets)
+            while left:
+                # Of one shard at a time, and of tied tensors one.
+                rank = self._places[left[0][0]][0][0]
+                batch: dict[str, Any] = {}
+                rest = []
+                for path, target in left:
+                    there, name = self._places[path][0]
+                    if there == rank and name not in batch:
+                        batch[name] = target
+                    else:
+                        rest.append((path, target))
+                tier, found = self._shards[rank].read([list(batch.items())], threads)
+                damaged += found
+                left = rest
         return tier, damaged
 
 
@@ -314,10 +316,15 @@ class _File:
         self._spans[name] = (data + begin, end - begin)
 
     def read(
-        self, targets: Sequence[tuple[str, Any]], threads: int | None = None
+        self, parts: Iterable[Sequence[tuple[str, Any]]], threads: int | None = None
     ) -> tuple[str, list[str]]:
+        for targets in parts:
+            self._fill(targets)
+        return "file", []
+
+    def _fill(self, targets: Sequence[tuple[str, Any]]) -> None:
         for name, target in targets:
-            # Before anything is changed.
+            # Before anything of these is changed.
             if math.prod(target.shape) * target.itemsize != self._spans[name][1]:
                 raise CorruptError(f"{self._path}: {name} has {self._spans[name][1]} bytes")
         with open(self._path, "rb") as file:
@@ -329,7 +336,6 @@ class _File:
                     raise CorruptError(f"{self._path}: {name} is cut off")
                 if whole is not target:
                     _torch.copy(target, whole)
-        return "file", []
 
 
 def _memory(tensor: Any) -> memoryview:

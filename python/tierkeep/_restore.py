@@ -10,11 +10,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from tierkeep import _saved, _torch, _types
-from tierkeep._build import Builder, Include, Keys, Make, Source, place
+from tierkeep import _cuda, _saved, _torch, _types
+from tierkeep._build import Builder, Include, Keys, Make, Source, empty, place
 from tierkeep._tierkeep import describe
 from tierkeep._types import MISSING
 from tierkeep.errors import MismatchError
@@ -60,6 +60,8 @@ class Plan(Builder):
         self.differences: list[str] = []
         #: (live tensor, name): filled by a copy when the bytes are there.
         self.copies: list[tuple[Any, str]] = []
+        #: name: the live tensors on devices that have its bytes.
+        self.on_device: dict[str, list[Any]] = {}
         self._spans: list[tuple[tuple[int, int], bool, str]] = []
 
     def check(self) -> None:
@@ -76,10 +78,18 @@ class Plan(Builder):
             )
 
     def fill(self, threads: int | None) -> tuple[str, list[str]]:
-        report = self.read(threads)
+        """Reads the bytes. Returns the tier that most came from, and what was damaged."""
+        report = self.found.read(self._parts(), threads)
         for live, name in self.copies:
             _torch.copy(live, self.targets[name])
         return report
+
+    def _parts(self) -> Iterator[Sequence[tuple[str, Any]]]:
+        yield list(self.targets.items())
+        # As they lie in the payload: neighbours share chunks.
+        wanted = {name: self.on_device[name] for name in self.table if name in self.on_device}
+        if wanted:
+            yield from _cuda.land(wanted)
 
     # -- one place ---------------------------------------------------------------------------
 
@@ -125,10 +135,14 @@ class Plan(Builder):
         facts = self._fits(saved, live, keys)
         if facts is None:
             return
-        if saved.name in self.targets or facts["device"] != "cpu" or not facts["writable"]:
-            if not facts["writable"]:
-                self._differ(keys, "it cannot be written to in place (read-only, or expanded)")
-            elif self.targets.get(saved.name) is not live:
+        if not facts["writable"]:
+            self._differ(keys, "it cannot be written to in place (read-only, or expanded)")
+            return
+        if facts["device"] != "cpu":
+            self._to_device(saved, live, facts)
+            return
+        if saved.name in self.targets:
+            if self.targets[saved.name] is not live:
                 self._copy_later(saved, live, facts, keys)
             return
         self.targets[saved.name] = live
@@ -137,7 +151,7 @@ class Plan(Builder):
     def _copy_later(
         self, saved: _saved.Tensor, live: Any, facts: dict[str, Any], keys: Keys
     ) -> None:
-        """`live` is on a device, or the bytes have another place already."""
+        """The bytes have another place already."""
         target = self.targets.get(saved.name)
         if target is not None and is_tensor(target):
             there = describe(target)
@@ -145,6 +159,12 @@ class Plan(Builder):
                 return  # Tied in the state as they were when saved.
         self.fresh(saved, keys)
         self.copies.append((live, saved.name))
+
+    def _to_device(self, saved: _saved.Tensor, live: Any, facts: dict[str, Any]) -> None:
+        lives = self.on_device.setdefault(saved.name, [])
+        there = ((d["span"], d["device"]) for d in map(describe, lives))
+        if (facts["span"], facts["device"]) not in there:
+            lives.append(live)
 
     def _separate(self) -> None:
         """Two names of one memory: no two threads may write there."""
@@ -430,10 +450,30 @@ class Plan(Builder):
             self._differ(keys, difference)
             return lambda: live
         # Its moments, where it has some already, are overwritten where they lie.
-        state = _torch.optimizer_state(live)
-        hints = state if _torch.loads_by_reference(live) else MISSING
+        hints = MISSING
+        if _torch.loads_by_reference(live):
+            hints = _torch.optimizer_state(live)
+            self._add_moments(tree, hints, live, keys)
         make_tree = self._make_with(tree, hints, keys)
         return lambda: _torch.load_optimizer(live, make_tree(), place(keys))
+
+    def _add_moments(self, tree: _saved.Mapping, hints: Any, live: Any, keys: Keys) -> None:
+        """Memory on its parameters' devices for what a fresh optimizer does not have yet."""
+        state = hints.get("state") if isinstance(hints, dict) else None
+        saved = dict(self.entries(tree, keys)).get("state")
+        if not isinstance(state, dict) or not isinstance(saved, _saved.Mapping):
+            return
+        devices = _torch.param_devices(live)
+        for index, of_param in self.entries(saved, (*keys, "state")):
+            device = devices.get(index)
+            if device is None or index in state or not isinstance(of_param, _saved.Mapping):
+                continue
+            where = (*keys, "state", index)
+            state[index] = {
+                name: _torch.empty_on(device, empty("torch", *self.entry(value, where), where))
+                for name, value in self.entries(of_param, where)
+                if name != "step" and isinstance(value, _saved.Tensor)
+            }
 
     def _make_with(self, saved: Any, live: Any, keys: Keys) -> Make:
         """New containers; live tensors where they fit, fresh ones elsewhere."""
@@ -446,7 +486,7 @@ class Plan(Builder):
         if isinstance(saved, _saved.Tensor) and is_tensor(live) and saved.name not in self.targets:
             facts = describe(live)
             fits = (facts["dtype"], facts["shape"]) == self.entry(saved, keys)
-            if fits and facts["device"] == "cpu" and facts["writable"] and not saved.param:
+            if fits and facts["writable"] and not saved.param:
                 self.into(saved, live, keys)
                 return lambda: live
         return self.make(saved, keys)

@@ -3,7 +3,7 @@ this one.
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Self, final
 
 __all__ = [
@@ -128,11 +128,12 @@ class Found:
         """`metrics`, `tags`, `saved_unix_ms`."""
 
     def read(
-        self, targets: Sequence[tuple[str, Any]], threads: int | None = None
+        self, parts: Iterable[Sequence[tuple[str, Any]]], threads: int | None = None
     ) -> tuple[str, list[str]]:
         """Copies each named tensor into the torch tensor or numpy array beside it: of its dtype
-        and shape, on the CPU, sharing no memory with another. Returns the tier that most bytes came
-        from, and a sentence for each damaged copy.
+        and shape, on the CPU, sharing no memory with another of its part. A part is filled before
+        the next one is asked for. Returns the tier that most bytes came from, and a sentence for
+        each damaged copy.
         """
 
 @final
@@ -177,6 +178,7 @@ class Handle:
         destination: str | os.PathLike[str],
         settings: dict[str, Any],
         allow_pickle: set[str],
+        stager: Any,
     ) -> Self: ...
     @property
     def settings(self) -> dict[str, Any]: ...
@@ -206,9 +208,9 @@ class Handle:
         meta: tuple[dict[str, float], list[str]],
         skip_if_busy: bool,
         guarded: list[Any] | None,
-        stage: Callable[[list[Any]], Iterable[Any]],
     ) -> Save: ...
     def fence(self, timeout_s: float) -> bool: ...
+    def fence_host(self, timeout_s: float) -> bool: ...
     def stop_requested(self, step: int, every: int, asked: bool) -> bool: ...
     def close(self, timeout_s: float, now: bool) -> bool: ...
     def pin(self, step: int, pinned: bool) -> None: ...

@@ -125,6 +125,17 @@ def optimizer_state(optimizer: Any) -> Any:
     return state if isinstance(state, dict) else _types.MISSING
 
 
+def param_devices(optimizer: Any) -> dict[int, Any]:
+    """The devices of parameters that do not lie on the CPU, by their index in `state_dict()`."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    return {i: p.device for i, p in enumerate(params) if p.device.type != "cpu"}
+
+
+def empty_on(device: Any, like: Any) -> Any:
+    """New memory of the same form on a device."""
+    return sys.modules["torch"].empty_like(like, device=device)
+
+
 def groups_differ(tree: Any, live: Any) -> str | None:
     """What differs between the saved groups of parameters and the live ones."""
     if not isinstance(tree, _saved.Mapping):

@@ -18,6 +18,9 @@ use crate::{
     tier::{Payload, buffer::AlignedBuf},
 };
 
+/// Why a write that was under way stopped.
+const ENDED: &str = "it was on its way to disk when its attempt ended in this process";
+
 impl Cascade {
     /// The leader chooses the next step for disk; the others read what it chose.
     pub(super) fn choose(&self) -> Result<bool> {
@@ -334,8 +337,15 @@ impl Cascade {
         let shard = locked(&self.work).shards.get(&step).cloned();
         let error =
             Error::Skipped { step: Step(step), why: format!("it was given up for disk: {why}") };
-        self.parts.observer.error("disk_failed", Some(step), error.to_string());
-        add(&self.parts.observer.counters.saves_failed, 1);
+        let ended = |work: &Work| work.stop || work.fenced_by_us;
+        if ended(&locked(&self.work)) {
+            // Whoever closed, or began anew, did not want to wait for it.
+            let text = format!("step {step} is in RAM only: {ENDED}");
+            self.parts.observer.warn("in_ram_only", Some(step), text);
+        } else {
+            self.parts.observer.error("disk_failed", Some(step), error.to_string());
+            add(&self.parts.observer.counters.saves_failed, 1);
+        }
         if let Some(shard) = shard {
             shard.save.fail(Level::Disk, &error);
         }
@@ -398,7 +408,7 @@ impl Payload for Counted<'_> {
         scratch: &'a mut AlignedBuf,
     ) -> Result<&'a [u8]> {
         if locked(&self.cascade.work).stop {
-            return Err(Error::Fenced { why: "this Checkpointer was closed".into() });
+            return Err(Error::Fenced { why: ENDED.into() });
         }
         let block = self.shard.payload.block(offset, len, scratch)?;
         if self.shard.resumed {

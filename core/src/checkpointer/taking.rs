@@ -22,7 +22,7 @@ use crate::{
     names::{CheckpointKey, Rank, Step},
     observe::{add, locked},
     save::{Level, Save},
-    snapshot::{Snapshot, arena::Filling, slot::SlotPayload},
+    snapshot::{Snapshot, arena::Filling, device::Flight, slot::SlotPayload},
 };
 
 /// How often a save that waits asks whether it is to go on.
@@ -116,8 +116,16 @@ impl Checkpointer {
         cascade: &Arc<Cascade>,
     ) -> Result<()> {
         let inner = &self.inner;
-        let SaveRequest { step, state, mut meta, overlap, skip_if_busy, keep_alive, interrupted } =
-            request;
+        let SaveRequest {
+            step,
+            state,
+            mut meta,
+            overlap,
+            bring,
+            skip_if_busy,
+            keep_alive,
+            interrupted,
+        } = request;
         let layout = self.layout(state.tensors.iter().map(|t| &t.spec))?;
         let snapshot = Snapshot::new(state, layout, inner.place.config.threads)?;
         save.set_bytes(snapshot.len());
@@ -135,9 +143,21 @@ impl Checkpointer {
             savers: inner.place.config.savers.clone(),
         };
         meta.saved_unix_ms = inner.place.clock.unix_ms();
-        let job =
-            Job { snapshot, filling, identity, meta, save: save.clone(), cascade: cascade.clone() };
+        if bring.is_none() && !snapshot.on_device().is_empty() {
+            return Err(Error::Bug("a tensor of a device, and nobody who brings it".into()));
+        }
         let begun = inner.place.clock.monotonic();
+        let len = usize::try_from(snapshot.len()).unwrap_or(usize::MAX);
+        let flight = Flight::begin(bring, filling.slot(), len, snapshot.on_device())?;
+        let mut job = Job {
+            flight,
+            snapshot,
+            filling,
+            identity,
+            meta,
+            save: save.clone(),
+            cascade: cascade.clone(),
+        };
         let overlap = overlap && !job.snapshot.is_all_now();
         let done = if overlap {
             // SAFETY: the caller's promise.
@@ -145,7 +165,7 @@ impl Checkpointer {
             inner.copy_behind(job, keep_alive)
         } else {
             // SAFETY: the caller's promise.
-            let crcs = unsafe { job.snapshot.take(job.filling.slot()) };
+            let crcs = unsafe { job.snapshot.take(job.filling.slot(), &mut job.flight) }?;
             save.reach(Level::Staged, false);
             inner.publish(job, crcs)
         };
@@ -214,21 +234,25 @@ impl Checkpointer {
 struct Behind {
     inner: Arc<Inner>,
     save: Save,
+    /// It reads memory of the host.
+    host: bool,
     copying: AtomicBool,
     /// Published, or failed and told.
     done: AtomicBool,
 }
 
 impl Behind {
-    fn new(inner: Arc<Inner>, save: Save) -> Self {
+    fn new(inner: Arc<Inner>, save: Save, host: bool) -> Self {
         inner.copying.fetch_add(1, Ordering::AcqRel);
+        inner.copying_host.fetch_add(usize::from(host), Ordering::AcqRel);
         inner.publishing.fetch_add(1, Ordering::AcqRel);
-        Self { inner, save, copying: AtomicBool::new(true), done: AtomicBool::new(false) }
+        Self { inner, save, host, copying: AtomicBool::new(true), done: AtomicBool::new(false) }
     }
 
     fn copied(&self) {
         if self.copying.swap(false, Ordering::AcqRel) {
             self.inner.copying.fetch_sub(1, Ordering::AcqRel);
+            self.inner.copying_host.fetch_sub(usize::from(self.host), Ordering::AcqRel);
             self.inner.place.signal.notify();
         }
     }
@@ -250,6 +274,8 @@ impl Drop for Behind {
 pub(super) type Work = Box<dyn FnOnce() + Send>;
 
 struct Job {
+    /// First: dropped before the slot is free for another.
+    flight: Flight,
     snapshot: Snapshot,
     filling: Filling,
     identity: Identity,
@@ -262,7 +288,7 @@ impl Inner {
     /// Gives the filled slot its name in the ram tier, manifest last. The slot stays busy until the
     /// cascade knows the shard and everybody can see it: nobody can take it in between.
     fn publish(&self, job: Job, crcs: Vec<u32>) -> Result<()> {
-        let Job { snapshot, filling, identity, meta, save, cascade } = job;
+        let Job { snapshot, filling, identity, meta, save, cascade, .. } = job;
         let manifest = Arc::new(snapshot.manifest(&identity, &meta, crcs)?);
         let payload = SlotPayload { slot: filling.slot().clone(), len: snapshot.len() };
         let key = identity.key();
@@ -298,20 +324,23 @@ impl Inner {
 
     fn copy_behind(
         self: &Arc<Self>,
-        job: Job,
+        mut job: Job,
         keep_alive: Box<dyn Any + Send + Sync>,
     ) -> Result<()> {
         let save = job.save.clone();
-        let behind = Behind::new(self.clone(), save.clone());
+        let behind = Behind::new(self.clone(), save.clone(), job.snapshot.reads_host_late());
         let work = move || {
             // SAFETY: `keep_alive` holds the memory, and the owners of `late` tensors wait for
             // `staged` before they write (the promise of `save`).
-            let crcs = unsafe { job.snapshot.finish(job.filling.slot()) };
+            let crcs = unsafe { job.snapshot.finish(job.filling.slot(), &mut job.flight) };
             drop(keep_alive);
             let save = job.save.clone();
-            save.reach(Level::Staged, false);
-            behind.copied();
-            if let Err(e) = behind.inner.publish(job, crcs) {
+            let published = crcs.and_then(|crcs| {
+                save.reach(Level::Staged, false);
+                behind.copied();
+                behind.inner.publish(job, crcs)
+            });
+            if let Err(e) = published {
                 behind.inner.failed(&save, &e);
             }
             behind.done.store(true, Ordering::Release);
@@ -346,9 +375,10 @@ impl Inner {
     }
 
     fn failed(&self, save: &Save, error: &Error) {
-        save.fail(Level::Staged, error);
+        // Told before those who wait are woken: they may look at once.
         add(&self.place.observer.counters.saves_failed, 1);
         let text = format!("step {} was not saved: {}", save.step(), error.chain());
         self.place.observer.error("save_failed", Some(save.step()), text);
+        save.fail(Level::Staged, error);
     }
 }

@@ -3,5 +3,6 @@
 
 pub mod decide;
 pub mod read;
+pub mod reading;
 pub mod survey;
 pub mod copy_out;

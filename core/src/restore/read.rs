@@ -1,30 +1,30 @@
-//! Reading one shard into memory: every chunk checked, from the nearest tier that has it whole, and
-//! the bad copies mended from the good ones.
+//! One shard that can be read, and what is done about its damaged copies: told, and mended from the
+//! good ones.
+//!
+//! It owns the copies. It does not own how bytes come into memory (`reading`).
 //!
 //! # Invariants
 //!
-//! - A byte that does not match its checksum in one tier is taken from the next; in none: an error.
-//! - A damaged copy is told once for each restore.
-//! - Bytes that come from a file reach the caller's memory only after they were checked.
+//! - A copy is mended with bytes that were checked, and dying in the middle leaves damaged what was.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
 };
 
-use super::survey::{BadCopy, ShardCopy, mark_bad};
+use super::{
+    reading::Reading,
+    survey::{BadCopy, ShardCopy},
+};
 use crate::{
-    error::{Error, ErrorKind, Result},
+    error::{Error, Result},
     manifest::ShardManifest,
     names::{CheckpointKey, Rank, Step},
     observe::{Observer, add, locked},
-    snapshot::{
-        copy::{Memory, Piece, Plan, restore, restore_chunk, restore_passing, threads_for},
-        slot::Slot,
-    },
+    snapshot::{copy::Memory, slot::Slot},
     tier::{
         Payload, Source, Tier, TierKind,
         buffer::{AlignedBuf, padded},
@@ -94,148 +94,17 @@ impl Restorable {
         targets: &HashMap<String, Memory>,
         threads: Option<usize>,
     ) -> Result<ReadReport> {
-        let plan = self.plan(targets)?;
-        let mut left: Vec<usize> = (0..plan.chunks()).filter(|c| plan.wants(*c)).collect();
-        let mut report = ReadReport { tier: self.tier(0).kind(), damaged: Vec::new() };
-        report.damaged.extend(self.bad.iter().map(|b| b.why.clone()));
-        let mut damaged: Vec<(usize, Vec<usize>)> = Vec::new();
-        let (mut retired, mut unanswered) = (false, None);
-        for index in 0..self.copies.len() {
-            if left.is_empty() {
-                break;
-            }
-            let wanted = left.len();
-            // SAFETY: the caller's promise.
-            let (bad, trouble) = unsafe { self.read_copy(index, &plan, &left, threads) };
-            if bad.len() < wanted && (index == 0 || wanted == plan.chunks()) {
-                report.tier = self.tier(index).kind();
-            }
-            if !bad.is_empty() && !self.mends && self.is_retired(index) {
-                retired = true; // Its job went on meanwhile: gone, not damaged.
-            } else if !bad.is_empty() {
-                add(&self.observer.counters.checksum_failures, bad.len() as u64);
-                let why = trouble.as_ref().map(Error::chain);
-                report.damaged.push(why.unwrap_or_else(|| self.chunks_in_words(index, &bad)));
-                damaged.push((index, bad.clone()));
-                let says_nothing = |e: &Error| e.kind() == ErrorKind::Unavailable;
-                unanswered = unanswered.or(trouble.filter(says_nothing));
-            }
-            left = bad;
-        }
-        if !left.is_empty() && retired {
-            let what = format!("{}, which its job retired while it was read,", self.key);
-            return Err(Error::NotFound { what });
-        }
-        if let (false, Some(e)) = (left.is_empty(), unanswered) {
-            return Err(e); // A tier that did not answer may have good bytes: nothing is marked bad.
-        }
-        if !left.is_empty() {
-            if self.mends
-                && let Some(home) = self.tiers.last()
-            {
-                mark_bad(&**home, &self.observer, &self.key, self.rank);
-            }
-            return Err(self.lost(&report.damaged));
-        }
-        self.tell(&report);
-        if self.mends {
-            self.mend(&damaged);
-        }
-        Ok(report)
+        let mut reading = Reading::of(self.clone());
+        // SAFETY: the caller's promise.
+        unsafe { reading.fill(targets, threads) }?;
+        Ok(reading.finish())
     }
 
-    fn tier(&self, copy: usize) -> &dyn Tier {
+    pub(super) fn tier(&self, copy: usize) -> &dyn Tier {
         &*self.tiers[self.copies[copy].tier]
     }
 
-    fn plan(&self, targets: &HashMap<String, Memory>) -> Result<Plan> {
-        let manifest = self.manifest();
-        let size = |n: u64| usize::try_from(n).map_err(|_| Error::Bug("a 32-bit machine".into()));
-        let mut pieces = Vec::with_capacity(manifest.tensors.len() + 2);
-        let mut at = 0;
-        let skip_to = |pieces: &mut Vec<Piece>, at: &mut usize, to: usize| {
-            if to > *at {
-                let len = to - *at;
-                pieces.push(Piece { offset: *at, len, memory: Memory::Skip, now: false });
-            }
-            *at = to;
-        };
-        for tensor in &manifest.tensors {
-            let (begin, end) = (size(tensor.at[0])?, size(tensor.at[1])?);
-            skip_to(&mut pieces, &mut at, begin);
-            let memory = targets.get(&tensor.name).cloned().unwrap_or(Memory::Skip);
-            pieces.push(Piece { offset: begin, len: end - begin, memory, now: false });
-            at = end;
-        }
-        skip_to(&mut pieces, &mut at, size(manifest.payload.length)?);
-        Plan::new(pieces, size(manifest.payload.length)?, size(manifest.payload.chunk_bytes)?)
-    }
-
-    /// Reads chunks from one copy; returns those that are not good there, and why if it is one
-    /// reason.
-    unsafe fn read_copy(
-        &self,
-        index: usize,
-        plan: &Plan,
-        chunks: &[usize],
-        threads: Option<usize>,
-    ) -> (Vec<usize>, Option<Error>) {
-        let payload = &self.copies[index].manifest.payload;
-        if let (TierKind::Ram, Some(slot), true) = (self.tier(index).kind(), &self.slot, index == 0)
-        {
-            let threads = threads.unwrap_or_else(|| threads_for(plan.len()));
-            let bytes = slot.bytes(plan.len());
-            // SAFETY: the slot has the payload's bytes; the caller's promise covers the targets.
-            let bad = unsafe { restore(plan, bytes.as_ptr(), &payload.chunks, threads) };
-            return (bad.into_iter().map(|c| c as usize).collect(), None);
-        }
-        let name = self.key.file(&payload.file);
-        let source = match self.tier(index).open(&name) {
-            Ok(source) => source,
-            Err(e) => return (chunks.to_vec(), Some(e)),
-        };
-        let next = AtomicUsize::new(0);
-        let bad = Mutex::new(Vec::new());
-        let trouble = Mutex::new(None);
-        let work = || {
-            let mut buffer = AlignedBuf::new(1);
-            while let Some(chunk) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
-                let (range, crc) = (plan.chunk(*chunk), payload.chunks[*chunk]);
-                if let Some(bytes) = source.at_hand(range.start as u64, range.len()) {
-                    // SAFETY: the caller's promise; each chunk is one thread's.
-                    if !unsafe { restore_passing(plan, *chunk, bytes, crc) } {
-                        locked(&bad).push(*chunk);
-                    }
-                    continue;
-                }
-                match read_chunk(&*source, payload, *chunk, &mut buffer) {
-                    Ok(bytes) => {
-                        // SAFETY: the caller's promise; each chunk is one thread's.
-                        if !unsafe { restore_chunk(plan, *chunk, bytes, crc) } {
-                            locked(&bad).push(*chunk);
-                        }
-                    }
-                    Err(e) => {
-                        locked(&trouble).get_or_insert(e);
-                        locked(&bad).push(*chunk);
-                    }
-                }
-            }
-        };
-        // Waiting for a disk takes no core; copying from the page cache takes one each.
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let cached = chunks.first().is_some_and(|c| {
-            let range = plan.chunk(*c);
-            source.at_hand(range.start as u64, range.len()).is_some()
-        });
-        let readers = if cached { READERS.min(cores) } else { READERS };
-        run_on(readers.min(chunks.len()), &work);
-        let mut bad = std::mem::take(&mut *locked(&bad));
-        bad.sort_unstable();
-        (bad, locked(&trouble).take())
-    }
-
-    fn chunks_in_words(&self, copy: usize, bad: &[usize]) -> String {
+    pub(super) fn chunks_in_words(&self, copy: usize, bad: &BTreeSet<usize>) -> String {
         let file = label(self.tier(copy), &self.key.file(&self.copies[copy].manifest.payload.file));
         let shown: Vec<String> = bad.iter().take(4).map(ToString::to_string).collect();
         let more = if bad.len() > 4 { ", ..." } else { "" };
@@ -247,11 +116,11 @@ impl Restorable {
         )
     }
 
-    fn lost(&self, damaged: &[String]) -> Error {
+    pub(super) fn lost(&self, damaged: &[String]) -> Error {
         Error::Lost { step: self.key.step, rank: self.rank, why: damaged.join("; ") }
     }
 
-    fn tell(&self, report: &ReadReport) {
+    pub(super) fn tell(&self, report: &ReadReport) {
         for why in &report.damaged {
             self.observer.warn(
                 "damaged_copy",
@@ -263,10 +132,10 @@ impl Restorable {
 
     /// Puts good bytes where bad ones were found. What cannot be mended is told and stays as it
     /// was.
-    fn mend(&self, damaged: &[(usize, Vec<usize>)]) {
-        for (copy, chunks) in damaged {
-            let mended = chunks.iter().try_for_each(|chunk| self.mend_chunk(*copy, *chunk));
-            self.tell_mended(self.copies[*copy].tier, mended);
+    pub(super) fn mend(&self, damaged: &[BTreeSet<usize>]) {
+        for (copy, chunks) in damaged.iter().enumerate().filter(|(_, chunks)| !chunks.is_empty()) {
+            let mended = chunks.iter().try_for_each(|chunk| self.mend_chunk(copy, *chunk));
+            self.tell_mended(self.copies[copy].tier, mended);
         }
         // A copy whose manifest was bad, or whose payload was gone or short, is made anew.
         for bad in &self.bad {
@@ -337,7 +206,7 @@ impl Restorable {
     }
 
     /// True where the copy's manifest is not the one that was read before: the job took the slot.
-    fn is_retired(&self, copy: usize) -> bool {
+    pub(super) fn is_retired(&self, copy: usize) -> bool {
         let there = find_record(self.tier(copy), &self.key.manifest(self.rank));
         there.is_ok_and(|bytes| bytes.as_deref() != Some(self.copies[copy].bytes.as_slice()))
     }
@@ -413,8 +282,7 @@ impl Restorable {
                 }
             };
             run_on(READERS.min(payload.chunks.len()), &work);
-            let mut bad = std::mem::take(&mut *locked(&bad));
-            bad.sort_unstable();
+            let bad: BTreeSet<usize> = locked(&bad).drain(..).collect();
             if !bad.is_empty() {
                 let why = self.chunks_in_words(index, &bad);
                 findings.push(BadCopy { tier: tier.kind(), why });

@@ -14,13 +14,14 @@
 use std::{
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
 };
 
 use super::{
     budget::{Budget, human},
+    device::Pin,
     slot::Slot,
 };
 use crate::{
@@ -81,6 +82,8 @@ pub struct Arena {
     /// No slot is made or populated any more.
     closed: AtomicBool,
     signal: Arc<Signal>,
+    /// Of the device whose tensors the state holds, once one was seen.
+    pin: OnceLock<Arc<dyn Pin>>,
 }
 
 /// A slot that one thread fills. Dropped without [`Arena::hold`], it is free again.
@@ -124,7 +127,13 @@ impl Arena {
         let held = Mutex::new((0..slots_max).map(|_| empty()).collect());
         let closed = AtomicBool::new(false);
         let left = Mutex::default();
-        Arc::new(Self { tier, root, rank, slots_max, budget, held, left, closed, signal })
+        let pin = OnceLock::new();
+        Arc::new(Self { tier, root, rank, slots_max, budget, held, left, closed, signal, pin })
+    }
+
+    /// From here on slots are made known to a device. The first one stays.
+    pub fn pin_with(&self, pin: Arc<dyn Pin>) {
+        let _ = self.pin.set(pin);
     }
 
     /// Finds the slots that an earlier process of this rank left, maps them and keeps what they
@@ -240,12 +249,12 @@ impl Arena {
             let place = &mut held[index];
             match (&place.used, &place.slot) {
                 (Use::Free, _) => place.used = Use::Busy,
-                (Use::Holds(_), Some(slot)) if !place.populated => {
+                (Use::Holds(_), Some(slot)) => {
                     // Its pages may be mapped beside any reader.
                     let slot = slot.clone();
-                    place.populated = true;
+                    let populated = std::mem::replace(&mut place.populated, true);
                     drop(held);
-                    slot.populate(&|| self.is_open())?;
+                    self.put_in_place(&slot, populated)?;
                     continue;
                 }
                 _ => continue,
@@ -287,17 +296,14 @@ impl Arena {
             if let Some(now) = slot.len_at_its_path()
                 && slot.fit(now, len)?
             {
-                if !populated {
-                    slot.populate(&|| self.is_open())?;
-                    locked(&self.held)[index].populated = true;
-                }
+                self.put_in_place(&slot, populated)?;
+                locked(&self.held)[index].populated = true;
                 return Ok(slot);
             }
             // Of no use for this length. Its memory is given back before more is asked for.
             if slot.len_at_its_path().is_some() {
                 remove(&slot.path())?;
             }
-            drop(slot);
             let place = &mut locked(&self.held)[index];
             place.slot = None;
             place.populated = false;
@@ -306,11 +312,18 @@ impl Arena {
         let go_on = || self.is_open();
         let slot = Arc::new(Slot::create(&path, len, &self.budget, &go_on)?);
         slot.fit(slot.file_len()?, len)?;
-        slot.populate(&go_on)?;
+        self.put_in_place(&slot, false)?;
         let place = &mut locked(&self.held)[index];
         place.slot = Some(slot.clone());
         place.populated = true;
         Ok(slot)
+    }
+
+    fn put_in_place(&self, slot: &Slot, populated: bool) -> Result<()> {
+        if !populated {
+            slot.populate(&|| self.is_open())?;
+        }
+        self.pin.get().map_or(Ok(()), |pin| slot.pin(pin))
     }
 
     fn is_open(&self) -> bool {

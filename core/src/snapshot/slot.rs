@@ -14,7 +14,10 @@ use std::{
 
 use memmap2::{Advice, MmapOptions, MmapRaw};
 
-use super::budget::{Budget, PIECE_BYTES};
+use super::{
+    budget::{Budget, PIECE_BYTES},
+    device::Pin,
+};
 use crate::{
     error::{Doing, Error, Result},
     observe::locked,
@@ -34,6 +37,17 @@ pub struct Slot {
     /// Bytes of the map that lie inside the file, rounded up to pages.
     capacity: usize,
     path: Mutex<PathBuf>,
+    /// Whom a device knows it through.
+    pinned: Mutex<Option<Arc<dyn Pin>>>,
+}
+
+impl Drop for Slot {
+    /// Before the map goes.
+    fn drop(&mut self) {
+        if let Some(pin) = locked(&self.pinned).take() {
+            pin.unpin(self.map.as_mut_ptr() as usize);
+        }
+    }
 }
 
 impl Slot {
@@ -69,7 +83,7 @@ impl Slot {
         // Where the kernel grants huge pages for tmpfs; most do not, and lose nothing by the
         // asking.
         let _ = map.advise(Advice::HugePage);
-        Ok(Self { file, map, capacity, path: Mutex::new(path.into()) })
+        Ok(Self { file, map, capacity, path: Mutex::new(path.into()), pinned: Mutex::default() })
     }
 
     /// Puts every page in place, so that no store into the slot faults. `go_on` is asked now and
@@ -85,6 +99,19 @@ impl Slot {
             }
             let len = (self.capacity - offset).min(piece);
             sys::populate(&self.map, offset, len).at("populate", &self.path())?;
+        }
+        Ok(())
+    }
+
+    /// Makes it known to a device, once; its pages are in place.
+    pub(super) fn pin(&self, pin: &Arc<dyn Pin>) -> Result<()> {
+        let mut pinned = locked(&self.pinned);
+        if pinned.is_none() {
+            // Of a map that reaches behind a shrunken file the rest has no pages.
+            let len = usize::try_from(self.file_len()?).unwrap_or(usize::MAX);
+            if pin.pin(self.map.as_mut_ptr() as usize, padded(len.max(1)).min(self.capacity)) {
+                *pinned = Some(pin.clone());
+            }
         }
         Ok(())
     }

@@ -148,6 +148,7 @@ impl Model {
             step,
             state: self.state(step),
             meta: Meta::default(),
+            bring: None,
             overlap: false,
             skip_if_busy: false,
             keep_alive: Box::new(()),

@@ -207,6 +207,7 @@ fn save(ckpt: &Checkpointer, step: u64, stored: &[Stored]) -> tierkeep::save::Sa
             saved_unix_ms: 0,
         },
         overlap: false,
+        bring: None,
         skip_if_busy: false,
         keep_alive: Box::new(()),
         interrupted: None,

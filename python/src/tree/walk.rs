@@ -8,7 +8,7 @@ use pyo3::{
     types::{PyDict, PyFrozenSet, PyList, PySet, PyString, PyTuple},
 };
 use tierkeep::state::{
-    Tensor, TensorSpec,
+    Memory, Tensor, TensorSpec,
     path::{self, Key},
     value::{Lib, TensorRef, VALUE_DEPTH_MAX, Value},
 };
@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     address::ByAddress,
+    device::OnDevice,
     errors::unstorable,
     types::{Numpy, Torch, Types, types},
 };
@@ -59,7 +60,7 @@ pub(super) struct Walk<'a, 'py> {
     before: Vec<Option<usize>>,
     pub(super) hold: Vec<Py<PyAny>>,
     keep: Vec<Py<PyAny>>,
-    on_device: Vec<(usize, Py<PyAny>)>,
+    on_device: Vec<OnDevice>,
 }
 
 impl<'a, 'py> Walk<'a, 'py> {
@@ -350,9 +351,7 @@ impl<'a, 'py> Walk<'a, 'py> {
             error
         })?;
         let form = Arc::new(looked.map_err(|why| self.refuse(why))?);
-        if let Some(torch) = torch
-            && form.device.is_none()
-        {
+        if let Some(torch) = torch {
             self.cache.known.insert(identity, Known::of(tensor, torch, form.clone())?);
         }
         Ok(form)
@@ -378,18 +377,20 @@ impl<'a, 'py> Walk<'a, 'py> {
         let name = spec.name.clone();
         let index = self.tensors.len();
         let owned = self.wishes.owned.is_some_and(|owned| owned.contains(tensor));
-        let late = owned && form.bytes >= LATE_BYTES_MIN && form.device.is_none();
-        if late {
+        let on_device = form.device.is_some();
+        let late = owned && form.bytes >= LATE_BYTES_MIN;
+        if on_device {
+            // Its memory is held by torch until the copy is done (`record_stream`).
+            self.on_device.push(OnDevice { index, tensor: tensor.clone().unbind(), late });
+        } else if late {
             // The tensor object may be given other memory; this holds the memory that it has now.
             let storage = tensor.call_method0(intern!(self.py, "untyped_storage"))?;
             self.keep.push(storage.unbind());
         } else {
             self.hold.push(tensor.clone().unbind());
         }
-        if form.device.is_some() {
-            self.on_device.push((index, tensor.clone().unbind()));
-        }
-        self.tensors.push(Tensor { spec, memory: form.memory.clone(), late });
+        let memory = if on_device { Memory::InSlot } else { form.memory.clone() };
+        self.tensors.push(Tensor { spec, memory, late });
         self.before.push(self.by_start.insert(form.start, index));
         self.forms.push(form);
         Ok(name)

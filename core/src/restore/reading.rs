@@ -1,0 +1,228 @@
+//! Reading one shard into memory: every chunk checked, from the nearest tier that has it whole.
+//!
+//! In one part or several: memory for a whole state is not always there at once, as where it goes on
+//! to a device.
+//!
+//! # Invariants
+//!
+//! - A byte that does not match its checksum in one tier is taken from the next; in none: an error.
+//! - A damaged copy is told once for each restore, in however many parts it is read.
+//! - Bytes that come from a file reach the caller's memory only after they were checked.
+
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use super::{
+    read::{READERS, ReadReport, Restorable, read_chunk, run_on},
+    survey::mark_bad,
+};
+use crate::{
+    error::{Error, ErrorKind, Result},
+    observe::{add, locked},
+    snapshot::copy::{Memory, Piece, Plan, restore, restore_chunk, restore_passing, threads_for},
+    tier::{Source, TierKind, buffer::AlignedBuf},
+};
+
+/// One copy, as far as it was read.
+#[derive(Default)]
+struct Read {
+    source: Option<Box<dyn Source>>,
+    good: usize,
+    bad: BTreeSet<usize>,
+    /// Why it is bad, where one thing is wrong with all of it.
+    trouble: Option<String>,
+}
+
+/// The reading of one shard.
+pub struct Reading {
+    from: Restorable,
+    /// As `from.copies`.
+    read: Vec<Read>,
+}
+
+impl Reading {
+    /// Nothing is read yet.
+    #[must_use]
+    pub fn of(from: Restorable) -> Self {
+        let read = from.copies.iter().map(|_| Read::default()).collect();
+        Self { from, read }
+    }
+
+    /// Copies the tensors named in `targets` into the caller's memory. Chunks of others are not
+    /// read.
+    ///
+    /// # Errors
+    /// [`Error::Lost`] where some chunk is good in no tier. The targets then hold old and new
+    /// bytes.
+    ///
+    /// # Safety
+    /// Each target is writable memory of exactly the tensor's bytes, apart from all others, and no
+    /// thread touches it until this returns.
+    pub unsafe fn fill(
+        &mut self,
+        targets: &HashMap<String, Memory>,
+        threads: Option<usize>,
+    ) -> Result<()> {
+        let plan = self.plan(targets)?;
+        let mut left: Vec<usize> = (0..plan.chunks()).filter(|c| plan.wants(*c)).collect();
+        let (mut retired, mut unanswered) = (false, None);
+        for index in 0..self.read.len() {
+            if left.is_empty() {
+                break;
+            }
+            let wanted = left.len();
+            // SAFETY: the caller's promise.
+            let (bad, trouble) = unsafe { self.read_copy(index, &plan, &left, threads) };
+            self.read[index].good += wanted - bad.len();
+            if !bad.is_empty() && !self.from.mends && self.from.is_retired(index) {
+                retired = true; // Its job went on meanwhile: gone, not damaged.
+            } else if !bad.is_empty() {
+                let before = &mut self.read[index];
+                let new = bad.iter().filter(|chunk| before.bad.insert(**chunk)).count();
+                add(&self.from.observer.counters.checksum_failures, new as u64);
+                if let Some(e) = trouble {
+                    before.trouble.get_or_insert_with(|| e.chain());
+                    if e.kind() == ErrorKind::Unavailable {
+                        unanswered.get_or_insert(e);
+                    }
+                }
+            }
+            left = bad;
+        }
+        if left.is_empty() {
+            return Ok(());
+        }
+        if retired {
+            let what = format!("{}, which its job retired while it was read,", self.from.key);
+            return Err(Error::NotFound { what });
+        }
+        if let Some(e) = unanswered {
+            return Err(e); // A tier that did not answer may have good bytes: nothing is marked bad.
+        }
+        let from = &self.from;
+        if let (true, Some(home)) = (from.mends, from.tiers.last()) {
+            mark_bad(&**home, &from.observer, &from.key, from.rank);
+        }
+        Err(from.lost(&self.sentences()))
+    }
+
+    /// Tells what was damaged, once, and mends it.
+    #[must_use]
+    pub fn finish(self) -> ReadReport {
+        let most = self.read.iter().map(|copy| copy.good).max().unwrap_or(0);
+        let nearest = self.read.iter().position(|copy| copy.good == most).unwrap_or(0);
+        let report = ReadReport { tier: self.from.tier(nearest).kind(), damaged: self.sentences() };
+        self.from.tell(&report);
+        if self.from.mends {
+            let bad: Vec<_> = self.read.into_iter().map(|copy| copy.bad).collect();
+            self.from.mend(&bad);
+        }
+        report
+    }
+
+    fn sentences(&self) -> Vec<String> {
+        let bad = self.read.iter().enumerate().filter(|(_, copy)| !copy.bad.is_empty());
+        let found = bad.map(|(index, copy)| {
+            let chunks = || self.from.chunks_in_words(index, &copy.bad);
+            copy.trouble.clone().unwrap_or_else(chunks)
+        });
+        self.from.bad.iter().map(|b| b.why.clone()).chain(found).collect()
+    }
+
+    fn plan(&self, targets: &HashMap<String, Memory>) -> Result<Plan> {
+        let manifest = self.from.manifest();
+        let size = |n: u64| usize::try_from(n).map_err(|_| Error::Bug("a 32-bit machine".into()));
+        let mut pieces = Vec::with_capacity(manifest.tensors.len() + 2);
+        let mut at = 0;
+        let skip_to = |pieces: &mut Vec<Piece>, at: &mut usize, to: usize| {
+            if to > *at {
+                let len = to - *at;
+                pieces.push(Piece { offset: *at, len, memory: Memory::Skip, now: false });
+            }
+            *at = to;
+        };
+        for tensor in &manifest.tensors {
+            let (begin, end) = (size(tensor.at[0])?, size(tensor.at[1])?);
+            skip_to(&mut pieces, &mut at, begin);
+            let memory = targets.get(&tensor.name).cloned().unwrap_or(Memory::Skip);
+            pieces.push(Piece { offset: begin, len: end - begin, memory, now: false });
+            at = end;
+        }
+        skip_to(&mut pieces, &mut at, size(manifest.payload.length)?);
+        Plan::new(pieces, size(manifest.payload.length)?, size(manifest.payload.chunk_bytes)?)
+    }
+
+    /// Reads chunks from one copy; returns those that are not good there, and why if it is one
+    /// reason.
+    unsafe fn read_copy(
+        &mut self,
+        index: usize,
+        plan: &Plan,
+        chunks: &[usize],
+        threads: Option<usize>,
+    ) -> (Vec<usize>, Option<Error>) {
+        let from = &self.from;
+        let payload = &from.copies[index].manifest.payload;
+        let is_ram = from.tier(index).kind() == TierKind::Ram;
+        if let (true, Some(slot)) = (is_ram && index == 0, &from.slot) {
+            let threads = threads.unwrap_or_else(|| threads_for(plan.len()));
+            let bytes = slot.bytes(plan.len());
+            // SAFETY: the slot has the payload's bytes; the caller's promise covers the targets.
+            let bad = unsafe { restore(plan, bytes.as_ptr(), &payload.chunks, threads) };
+            return (bad.into_iter().map(|c| c as usize).collect(), None);
+        }
+        let before = &mut self.read[index].source;
+        let source = match before {
+            Some(source) => source,
+            None => match from.tier(index).open(&from.key.file(&payload.file)) {
+                Ok(source) => before.insert(source),
+                Err(e) => return (chunks.to_vec(), Some(e)),
+            },
+        };
+        let source = &**source;
+        let next = AtomicUsize::new(0);
+        let bad = Mutex::new(Vec::new());
+        let trouble = Mutex::new(None);
+        let work = || {
+            let mut buffer = AlignedBuf::new(1);
+            while let Some(chunk) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
+                let (range, crc) = (plan.chunk(*chunk), payload.chunks[*chunk]);
+                if let Some(bytes) = source.at_hand(range.start as u64, range.len()) {
+                    // SAFETY: the caller's promise; each chunk is one thread's.
+                    if !unsafe { restore_passing(plan, *chunk, bytes, crc) } {
+                        locked(&bad).push(*chunk);
+                    }
+                    continue;
+                }
+                match read_chunk(source, payload, *chunk, &mut buffer) {
+                    Ok(bytes) => {
+                        // SAFETY: the caller's promise; each chunk is one thread's.
+                        if !unsafe { restore_chunk(plan, *chunk, bytes, crc) } {
+                            locked(&bad).push(*chunk);
+                        }
+                    }
+                    Err(e) => {
+                        locked(&trouble).get_or_insert(e);
+                        locked(&bad).push(*chunk);
+                    }
+                }
+            }
+        };
+        // Waiting for a disk takes no core; copying from the page cache takes one each.
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let cached = chunks.first().is_some_and(|c| {
+            let range = plan.chunk(*c);
+            source.at_hand(range.start as u64, range.len()).is_some()
+        });
+        let readers = if cached { READERS.min(cores) } else { READERS };
+        run_on(readers.min(chunks.len()), &work);
+        let mut bad = std::mem::take(&mut *locked(&bad));
+        bad.sort_unstable();
+        (bad, locked(&trouble).take())
+    }
+}

@@ -1,0 +1,119 @@
+//! Bytes that a device brings into a slot by itself, while the trainer or the training goes on.
+//!
+//! ```text
+//! Pin::pin (once a slot) -> Bring::begin (each save) -> Flight::land -> checksums
+//! ```
+//!
+//! It owns the promise that nobody uses a slot while a device writes to it. It does not own how a
+//! device is told to: that is the face's (`python/tierkeep/_cuda.py`), the only one that knows whose
+//! tensors they are.
+//!
+//! # Invariants
+//!
+//! - Whatever happens after a copy has begun, the slot is neither read nor given away before it has
+//!   ended: a [`Flight`] that is dropped waits.
+//! - A slot is unpinned before it is unmapped: a device that still knew the old pages would write
+//!   there, and the checksum would be that of the new ones.
+//! - Bytes of a device are checksummed where they landed, after they landed.
+
+use std::{fmt::Debug, sync::Arc};
+
+use super::slot::Slot;
+use crate::error::Result;
+
+/// Makes memory known to a device's DMA, and unknown again.
+///
+/// Called on any thread, with locks of the core held: an implementation that needs a lock of its own
+/// (Python's) is used by a face that never calls the core under that lock.
+pub trait Pin: Send + Sync + Debug {
+    /// From here on the device reaches `len` bytes from `start`. True where it does; where it
+    /// cannot, copies still work and take longer, and the implementation says so.
+    fn pin(&self, start: usize, len: usize) -> bool;
+    /// The memory at `start` is about to go.
+    fn unpin(&self, start: usize);
+}
+
+/// Where the bytes of one tensor of a device go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Placement {
+    /// Its index in the state's tensors.
+    pub tensor: usize,
+    /// First byte in the payload.
+    pub offset: usize,
+    /// Bytes.
+    pub len: usize,
+}
+
+/// One save's copies from devices.
+pub trait Bring: Send {
+    /// Begins them, on the thread of the save. The slot is at `slot`; every placement lies in its
+    /// first `len` bytes.
+    ///
+    /// # Errors
+    /// They could not be begun; none is under way any more.
+    fn begin(
+        self: Box<Self>,
+        slot: usize,
+        len: usize,
+        places: &[Placement],
+    ) -> Result<Box<dyn Landing>>;
+}
+
+/// Copies that are under way.
+pub trait Landing: Send {
+    /// Returns when the placements that begin before byte `upto` of the slot are there; with the
+    /// slot's length, when nothing is under way any more.
+    ///
+    /// # Errors
+    /// The device failed: the bytes are not there, and none will come.
+    fn wait(&mut self, upto: usize) -> Result<()>;
+}
+
+/// Copies into a slot that may be under way. It holds the slot.
+pub(crate) struct Flight {
+    landing: Option<Box<dyn Landing>>,
+    len: usize,
+    _slot: Arc<Slot>,
+}
+
+impl Flight {
+    /// Begins the copies of `bring` into `slot`.
+    ///
+    /// # Errors
+    /// As [`Bring::begin`].
+    pub(crate) fn begin(
+        bring: Option<Box<dyn Bring>>,
+        slot: &Arc<Slot>,
+        len: usize,
+        places: &[Placement],
+    ) -> Result<Self> {
+        let landing = match bring {
+            Some(bring) => Some(bring.begin(slot.as_mut_ptr() as usize, len, places)?),
+            None => None,
+        };
+        Ok(Self { landing, len, _slot: slot.clone() })
+    }
+
+    /// Returns when everything before byte `upto` is in the slot.
+    ///
+    /// # Errors
+    /// As [`Landing::wait`].
+    pub(crate) fn land(&mut self, upto: usize) -> Result<()> {
+        let Some(landing) = &mut self.landing else { return Ok(()) };
+        let landed = landing.wait(upto);
+        if landed.is_err() || upto >= self.len {
+            self.landing = None;
+        }
+        landed
+    }
+}
+
+impl Drop for Flight {
+    fn drop(&mut self) {
+        if let Some(mut landing) = self.landing.take()
+            && let Err(e) = landing.wait(self.len)
+        {
+            tracing::warn!("a copy from a device that nobody waits for: {}", e.chain());
+        }
+    }
+}
