@@ -2,14 +2,14 @@
 
 The reference is DMA of the same tensors into one pinned buffer of torch's own, or out of it: what
 the link to the device gives. Figures are medians of interleaved rounds, printed with the machine as
-a table for benches/RESULTS.md. Needs a CUDA device; `make bench` runs where there is none.
+a table for benches/CUDA.md. Needs a CUDA device; `make bench` runs where there is none.
 """
 
 from __future__ import annotations
 
 import argparse
+import pathlib
 import platform
-import resource
 import shutil
 import statistics
 import sys
@@ -128,11 +128,12 @@ def now(arguments: dict[str, object], gib: float, rounds: int) -> None:
 
 
 def fresh(arguments: dict[str, object], gib: float) -> None:
-    """The memory of a run that ended well is given back: from disk, into a fresh optimizer."""
+    """The next start: from the nearest tier, into a fresh optimizer."""
     model, _ = build(gib)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     torch.cuda.synchronize()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # The peak begins anew.
+    before = memory("VmRSS")
     with tierkeep.Checkpointer(**arguments) as ckpt:  # type: ignore[arg-type]
         state = {"model": model, "optim": optimizer}
         begun = time.perf_counter()
@@ -140,11 +141,17 @@ def fresh(arguments: dict[str, object], gib: float) -> None:
         torch.cuda.synchronize()
         took = time.perf_counter() - begun
         assert found is not None
-    more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+        more = memory("VmHWM") - memory("RssShmem") - before
     row(
         f"restore from {found.tier}, fresh optimizer",
-        f"{took * 1e3:.0f} ms, peak host memory {more:+.0f} MiB",
+        f"{took * 1e3:.0f} ms, peak host memory beside slots {more:+.0f} MiB",
     )
+
+
+def memory(what: str) -> float:
+    """A line of this process's status, in MiB."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(what + ":"))
 
 
 def overlap(arguments: dict[str, object], gib: float, rounds: int) -> None:
