@@ -1,4 +1,5 @@
-//! Tensors that lie in no memory of the host: a device brings their bytes into the slot.
+//! Tensors that lie in no memory of the host: a device brings their bytes into the slot, and they
+//! are read in parts.
 
 #![allow(clippy::unwrap_used, clippy::disallowed_methods)] // Tests.
 mod common;
@@ -15,9 +16,15 @@ use tierkeep::{
     Error, Result,
     begin::Begin,
     checkpointer::{Checkpointer, SaveRequest},
+    restore::reading::Reading,
     save::{Level, Save},
-    snapshot::device::{Bring, Landing, Pin, Placement},
+    snapshot::{
+        copy,
+        device::{Bring, Landing, Pin, Placement},
+        strided::Address,
+    },
     state::Memory,
+    tier::TierKind,
 };
 
 const SIZES: [usize; 3] = [100_000, 9 << 20, 12];
@@ -234,4 +241,41 @@ fn slots_are_pinned_before_they_are_used_and_unpinned_before_they_go() {
     close(&ckpt);
     drop(ckpt);
     assert!(pins.now.lock().expect("lock").is_empty(), "{pins:?}");
+}
+
+/// As a restore to devices reads: one tensor after the other, each into memory that the next one
+/// may have.
+#[test]
+fn a_damaged_copy_is_told_once_in_however_many_parts_it_is_read() {
+    let sizes = [100_000, 9 << 20, 9 << 20, 100_000];
+    let places = Places::new();
+    let ckpt = places.open();
+    resume(&ckpt, &sizes).unwrap();
+    let model = Model::at(0, &sizes, 1);
+    wait(&model.save(&ckpt, 1).unwrap(), Level::Disk);
+    drop(ckpt);
+    let in_ram = payload_in(places.ram());
+    common::flip(&in_ram, 8 * (10 << 20)); // In the chunk that two parts share.
+    let ckpt = places.open();
+    let found = ckpt.begin(&Begin::default()).unwrap().unwrap();
+    let mut reading = Reading::of(found.clone());
+    let mut live = Model::new(0, &sizes);
+    for (i, tensor) in live.tensors.iter_mut().enumerate() {
+        let memory = copy::Memory::Bytes(Address::new(tensor.as_mut_ptr()));
+        // SAFETY: the model's own vector, of the size that was saved.
+        unsafe { reading.fill(&[(format!("t{i}"), memory)].into(), None) }.unwrap();
+    }
+    let report = reading.finish();
+    assert!(live.is_at(1));
+    assert_eq!((report.tier, report.damaged.len()), (TierKind::Ram, 1), "{:?}", report.damaged);
+    let told = events(&ckpt);
+    let count = |kind: &str| told.iter().filter(|t| t.starts_with(kind)).count();
+    assert_eq!((count("damaged_copy"), count("repaired")), (1, 1), "{told:?}");
+    let mended = read_whole(&found, &sizes).unwrap();
+    assert!(mended.damaged.is_empty());
+}
+
+fn payload_in(ram: &std::path::Path) -> std::path::PathBuf {
+    let is_payload = |f: &std::path::PathBuf| f.to_string_lossy().ends_with(".safetensors");
+    ram.join(common::files(ram).into_iter().find(is_payload).unwrap())
 }
