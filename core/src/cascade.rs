@@ -99,6 +99,8 @@ struct Work {
     /// The disk tier did not answer at the last turn: nothing is kept for it.
     trouble: bool,
     stop: bool,
+    /// Steps whose saves failed here and are not tried again: the other ranks need not wait for them.
+    failed: Vec<u64>,
 }
 
 impl Work {
@@ -354,10 +356,12 @@ impl Cascade {
             || work.watched.values().any(Save::is_open)
     }
 
-    /// Ends the thread at its next block, and tells everybody who still waits.
-    pub(crate) fn stop(&self) {
+    /// Ends the thread at its next block, and tells everybody who still waits: the other ranks, of
+    /// the steps that `failed` here.
+    pub(crate) fn stop(&self, failed: Vec<u64>) {
         let mut work = locked(&self.work);
         work.stop = true;
+        work.failed = failed;
         for save in work.saves() {
             let why = "the Checkpointer was closed before".into();
             save.fail(Level::Ram, &Error::Skipped { step: Step(save.step()), why });
@@ -389,7 +393,7 @@ impl Cascade {
         loop {
             let seen = self.parts.signal.seen();
             if locked(&self.work).stop {
-                return;
+                return self.tell_failed();
             }
             let busy = match self.turn() {
                 Ok(progress) => {
@@ -418,6 +422,15 @@ impl Cascade {
                 IDLE
             };
             self.parts.signal.wait(seen, pause);
+        }
+    }
+
+    /// On this thread: whoever closes waits for no directory that does not answer.
+    fn tell_failed(&self) {
+        for step in std::mem::take(&mut locked(&self.work).failed) {
+            if let Err(e) = self.parts.agreements.in_ram(step, false) {
+                tracing::warn!("that step {step} failed could not be recorded: {}", e.chain());
+            }
         }
     }
 

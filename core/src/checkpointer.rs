@@ -226,7 +226,7 @@ impl Checkpointer {
         self.inner.quiet(place.config.slot_wait)?;
         let old = locked(&self.inner.running).take();
         if let Some(old) = old {
-            old.stop(place, place.config.slot_wait)?;
+            old.stop(place, Vec::new(), place.config.slot_wait)?;
         }
         let keep = started.record.parent.map(|p| p.key());
         if place.config.saves() {
@@ -349,7 +349,7 @@ impl Checkpointer {
         cascade.agreements().init(wish)
     }
 
-    /// Slots are made known to a device from here on, those that are there at the next
+    /// Slots are made known to a device from here on: before they are used, or at the next
     /// [`prepare`](Self::prepare).
     pub fn pin_with(&self, pin: Arc<dyn Pin>) {
         self.inner.place.arena.pin_with(pin);

@@ -16,6 +16,7 @@ use tierkeep::{
     Error, Result,
     begin::Begin,
     checkpointer::{Checkpointer, SaveRequest},
+    names::Step,
     restore::reading::Reading,
     save::{Level, Save},
     snapshot::{
@@ -166,6 +167,59 @@ fn a_device_that_fails_costs_one_save() {
     assert_eq!(resume(&places.open(), &SIZES).unwrap(), 4);
 }
 
+/// Its first wait is interrupted; the copy goes on.
+struct Interrupted(Device);
+
+struct Waiting(bool, Box<dyn Landing>);
+
+impl Bring for Interrupted {
+    fn begin(
+        self: Box<Self>,
+        slot: usize,
+        len: usize,
+        places: &[Placement],
+    ) -> Result<Box<dyn Landing>> {
+        Ok(Box::new(Waiting(true, Box::new(self.0).begin(slot, len, places)?)))
+    }
+}
+
+impl Landing for Waiting {
+    fn wait(&mut self, upto: usize) -> Result<()> {
+        if std::mem::take(&mut self.0) {
+            return Err(Error::Skipped { step: Step(2), why: "interrupted".into() });
+        }
+        self.1.wait(upto)
+    }
+}
+
+#[test]
+fn a_slot_is_nobodys_while_a_device_writes_to_it() {
+    let places = Places::new();
+    let ckpt = places.open();
+    resume(&ckpt, &SIZES).unwrap();
+    let at = |step| Model::at(0, &SIZES, step);
+    wait(&at(1).save(&ckpt, 1).unwrap(), Level::Disk);
+    let model = at(2);
+    let (open, gate) = mpsc::channel();
+    let mut request = model.request(2);
+    request.state.tensors[1].memory = Memory::InSlot;
+    let tensors = model.tensors.iter().map(|t| (t.as_ptr().expose_provenance(), t.len())).collect();
+    let device = Interrupted(Device { tensors, gate, fails: false });
+    let bring: Option<Box<dyn Bring>> = Some(Box::new(device));
+    // SAFETY: the model lives until the copy has ended, below.
+    let save = unsafe { ckpt.save(SaveRequest { bring, ..request }) }.unwrap();
+    assert!(save.poll(Level::Staged, false, Duration::ZERO).is_err());
+    let model = at(3);
+    let busy = SaveRequest { skip_if_busy: true, ..model.request(3) };
+    // SAFETY: "now": the memory is read only during the call.
+    let save = unsafe { ckpt.save(busy) }.unwrap();
+    assert!(save.progress().skipped.is_some(), "two slots: one is complete, one is written to");
+    open.send(()).unwrap();
+    wait(&at(4).save(&ckpt, 4).unwrap(), Level::Disk);
+    close(&ckpt);
+    assert_eq!(resume(&places.open(), &SIZES).unwrap(), 4);
+}
+
 #[derive(Debug, Default)]
 struct Pins {
     now: Mutex<BTreeMap<usize, usize>>,
@@ -196,9 +250,10 @@ impl Pin for Pins {
         true
     }
 
-    fn unpin(&self, start: usize) {
+    fn unpin(&self, start: usize) -> bool {
         assert!(is_mapped(start), "unmapped before it was unpinned");
         assert!(self.now.lock().expect("lock").remove(&start).is_some(), "it was not pinned");
+        true
     }
 }
 

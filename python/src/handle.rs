@@ -34,7 +34,7 @@ use tierkeep::{
 };
 
 use crate::{
-    device::{Bringing, Pins},
+    device::{Bringing, Heard, Pins},
     errors::{Raise, invalid},
     events::Events,
     found::Found,
@@ -44,6 +44,9 @@ use crate::{
     tree::{Cache, Walked, Wishes, walk},
     wait,
 };
+
+/// A copy that takes longer has met something that will not end.
+const FENCE: Duration = Duration::from_secs(600);
 
 /// One rank's handle on a run.
 #[pyclass(module = "tierkeep._tierkeep", frozen)]
@@ -69,7 +72,11 @@ impl Drop for Handle {
         let mut core = Some(core);
         let _ = Python::try_attach(|py| {
             let core = core.take();
-            py.detach(|| drop(core));
+            // Nor before the copy that is being taken behind: its guard goes with us.
+            py.detach(|| {
+                let _ = core.as_ref().map(|core| core.fence(FENCE));
+                drop(core);
+            });
         });
         drop(core);
     }
@@ -272,11 +279,12 @@ impl Handle {
             self.walk(py.None().bind(py), None)?
         };
         let Walked { tree, tensors, hold, keep, on_device } = walked;
-        let stager = self.stager.clone_ref(py);
-        let bring = (!on_device.is_empty())
-            .then(|| Box::new(Bringing { stager, tensors: on_device }) as Box<dyn Bring>);
         let (metrics, tags) = meta;
         let raised: Arc<Mutex<Option<PyErr>>> = Arc::default();
+        let heard = Heard { step, raised: raised.clone() };
+        let stager = self.stager.clone_ref(py);
+        let bring = (!on_device.is_empty())
+            .then(|| Box::new(Bringing { stager, tensors: on_device, heard }) as Box<dyn Bring>);
         let request = SaveRequest {
             step,
             state: State { tree, tensors },

@@ -211,7 +211,7 @@ def empty(lib: str, dtype: str, shape: Sequence[int], keys: Keys) -> Any:
             raise UnavailableError(f"{place(keys)}: torch {torch.__version__} has no {name}")
         if dtype == "F4":
             shape = (*shape[:-1], shape[-1] // 2)
-        return torch.empty(tuple(shape), dtype=getattr(torch, name))
+        return torch.empty(tuple(shape), dtype=getattr(torch, name), device="cpu")
     numpy = _types.library("numpy")
     if numpy is None:
         raise UnavailableError(f"{place(keys)}: tensors need torch or numpy, neither is installed")

@@ -222,7 +222,8 @@ class Checkpointer:
         """Saves `state` as the state after `step` completed training steps.
 
         Returns when the copy is taken, or with `capture="overlap"` when everything but the guarded
-        optimizers' tensors is copied. A save that fails later is logged at ERROR, kept in
+        optimizers' tensors is copied (on CUDA: when whatever the current stream is given from now
+        on comes after that copy). A save that fails later is logged at ERROR, kept in
         `last_error` and raised by the `wait` of what is returned; training goes on. A second save
         of one step returns the first.
 
@@ -263,7 +264,8 @@ class Checkpointer:
 
         Their parameters and state may be copied while forward and backward run; before one of
         them steps, or loads a state, it waits. On CUDA the stream that it steps on waits, not the
-        CPU. Whoever else writes to these tensors in place calls `fence` first.
+        CPU. Whoever else writes to these tensors in place calls `fence` first: so does a script
+        before it captures a CUDA graph, and before it replays one that changes them.
 
         Args:
             optimizers: of torch, with `register_step_pre_hook`.
@@ -284,6 +286,7 @@ class Checkpointer:
             return
         if not self._handle.fence(timeout_s):
             raise DeadlineError(f"the copy of the state did not end within {timeout_s} s")
+        self._stager.settled()
 
     # -- restoring ---------------------------------------------------------------------------
 

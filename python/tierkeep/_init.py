@@ -65,10 +65,11 @@ class Origin:
             else:
                 make = plan.match_by_name(_names(source, weights, state, rename), state)
             plan.check()
-            if not plan.targets:
+            wanted = {**{name: lives[0] for name, lives in plan.on_device.items()}, **plan.targets}
+            if not wanted:
                 raise _nothing(source, weights)
-            if isinstance(source, _Shards):
-                source.check(plan.targets)
+            if isinstance(source, _Shards | _File):
+                source.check(wanted)
             plan.fill(threads)
         except TierkeepError as error:
             error.add_note(f"(init_from={self.path!r})")
@@ -282,7 +283,7 @@ class _Shards:
                 tier, found = self._shards[rank].read([list(batch.items())], threads)
                 damaged += found
                 left = rest
-        return tier, damaged
+        return tier, list(dict.fromkeys(damaged))
 
 
 class _File:
@@ -322,11 +323,13 @@ class _File:
             self._fill(targets)
         return "file", []
 
-    def _fill(self, targets: Sequence[tuple[str, Any]]) -> None:
-        for name, target in targets:
-            # Before anything of these is changed.
+    def check(self, wanted: Mapping[str, Any]) -> None:
+        """Raises before anything is changed: its bytes are not those of its shape."""
+        for name, target in wanted.items():
             if math.prod(target.shape) * target.itemsize != self._spans[name][1]:
                 raise CorruptError(f"{self._path}: {name} has {self._spans[name][1]} bytes")
+
+    def _fill(self, targets: Sequence[tuple[str, Any]]) -> None:
         with open(self._path, "rb") as file:
             for name, target in targets:
                 whole = target if describe(target)["contiguous"] else _torch.like(target)

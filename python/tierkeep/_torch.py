@@ -31,7 +31,7 @@ def like(live: Any) -> Any:
     """Contiguous memory on the CPU of the same form."""
     torch = _types.torch_if_imported()
     if torch is not None and isinstance(live, torch.Tensor):
-        return torch.empty(live.shape, dtype=live.dtype)
+        return torch.empty(live.shape, dtype=live.dtype, device="cpu")
     return sys.modules["numpy"].empty(live.shape, dtype=live.dtype)
 
 

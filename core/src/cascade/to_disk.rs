@@ -18,9 +18,6 @@ use crate::{
     tier::{Payload, buffer::AlignedBuf},
 };
 
-/// Why a write that was under way stopped.
-const ENDED: &str = "it was on its way to disk when its attempt ended in this process";
-
 impl Cascade {
     /// The leader chooses the next step for disk; the others read what it chose.
     pub(super) fn choose(&self) -> Result<bool> {
@@ -170,10 +167,34 @@ impl Cascade {
                 let why = format!("{}: {}", Rank(self.parts.config.rank), e.chain());
                 // Told to the others if it can be; without, the leader's deadline does it.
                 let _ = self.parts.agreements.give_up(step, &why);
-                self.abandon(step, &why);
+                if matches!(e, Error::Fenced { .. }) && self.has_ended() {
+                    self.leave_in_ram(step, &why);
+                } else {
+                    self.abandon(step, &why);
+                }
             }
         }
         Ok(true)
+    }
+
+    /// Somebody closed, or began anew, who did not want to wait: nothing failed.
+    fn has_ended(&self) -> bool {
+        let work = locked(&self.work);
+        work.stop || work.fenced_by_us
+    }
+
+    fn leave_in_ram(&self, step: u64, why: &str) {
+        let mut work = locked(&self.work);
+        work.carry.take_if(|c| c.step == step);
+        let shard = work.shards.get(&step).cloned();
+        drop(work);
+        let text = format!("step {step} is in RAM only: {why}");
+        self.parts.observer.warn("in_ram_only", Some(step), text);
+        if let Some(shard) = shard {
+            let why = why.to_owned();
+            shard.save.fail(Level::Disk, &Error::Skipped { step: Step(step), why });
+        }
+        self.parts.signal.notify();
     }
 
     /// A step that this rank restored from disk needs no slot: its shard is there.
@@ -337,15 +358,8 @@ impl Cascade {
         let shard = locked(&self.work).shards.get(&step).cloned();
         let error =
             Error::Skipped { step: Step(step), why: format!("it was given up for disk: {why}") };
-        let ended = |work: &Work| work.stop || work.fenced_by_us;
-        if ended(&locked(&self.work)) {
-            // Whoever closed, or began anew, did not want to wait for it.
-            let text = format!("step {step} is in RAM only: {ENDED}");
-            self.parts.observer.warn("in_ram_only", Some(step), text);
-        } else {
-            self.parts.observer.error("disk_failed", Some(step), error.to_string());
-            add(&self.parts.observer.counters.saves_failed, 1);
-        }
+        self.parts.observer.error("disk_failed", Some(step), error.to_string());
+        add(&self.parts.observer.counters.saves_failed, 1);
         if let Some(shard) = shard {
             shard.save.fail(Level::Disk, &error);
         }
@@ -408,7 +422,7 @@ impl Payload for Counted<'_> {
         scratch: &'a mut AlignedBuf,
     ) -> Result<&'a [u8]> {
         if locked(&self.cascade.work).stop {
-            return Err(Error::Fenced { why: ENDED.into() });
+            return Err(Error::Fenced { why: "the attempt ended in this process".into() });
         }
         let block = self.shard.payload.block(offset, len, scratch)?;
         if self.shard.resumed {

@@ -9,7 +9,6 @@ use std::{sync::atomic::Ordering, time::Duration};
 
 use super::{Checkpointer, Inner, Running};
 use crate::{
-    cascade::Cascade,
     clock::Deadline,
     error::{Error, Result},
     observe::locked,
@@ -23,8 +22,8 @@ const STOP_WAIT: Duration = Duration::from_secs(1);
 impl Running {
     /// Ends the disk tier's thread. It stops at its next block; a disk that hangs in a system call
     /// keeps it, and is left behind after `wait`.
-    pub(super) fn stop(self, place: &Place, wait: Duration) -> Result<()> {
-        self.cascade.stop();
+    pub(super) fn stop(self, place: &Place, failed: Vec<u64>, wait: Duration) -> Result<()> {
+        self.cascade.stop(failed);
         let deadline = Deadline::after(&*place.clock, wait);
         loop {
             let seen = place.signal.seen();
@@ -92,15 +91,9 @@ impl Inner {
         Ok(())
     }
 
-    /// Saves that failed here are not tried again: the other ranks need not wait for them.
-    fn tell_failed(&self, cascade: &Cascade) {
-        let failed: Vec<u64> =
-            locked(&self.saves).values().filter(|s| s.is_void()).map(Save::step).collect();
-        for step in failed {
-            if let Err(e) = cascade.agreements().in_ram(step, false) {
-                tracing::warn!("that step {step} failed could not be recorded: {}", e.chain());
-            }
-        }
+    /// Steps of saves that failed here.
+    pub(super) fn failed_steps(&self) -> Vec<u64> {
+        locked(&self.saves).values().filter(|s| s.is_void()).map(Save::step).collect()
     }
 
     /// Ends the threads and gives the locks up. Memory goes back only where the newest checkpoint
@@ -122,10 +115,8 @@ impl Inner {
         if let Some(running) = running {
             let cascade = running.cascade.clone();
             let current = self.ownership.is_current();
-            if current {
-                self.tell_failed(&cascade);
-            }
-            let stopped = running.stop(&self.place, STOP_WAIT);
+            let failed = if current { self.failed_steps() } else { Vec::new() };
+            let stopped = running.stop(&self.place, failed, STOP_WAIT);
             if let Err(e) = &stopped {
                 self.place.observer.error("stop_failed", None, e.chain());
             }

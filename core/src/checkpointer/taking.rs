@@ -165,9 +165,17 @@ impl Checkpointer {
             inner.copy_behind(job, keep_alive)
         } else {
             // SAFETY: the caller's promise.
-            let crcs = unsafe { job.snapshot.take(job.filling.slot(), &mut job.flight) }?;
-            save.reach(Level::Staged, false);
-            inner.publish(job, crcs)
+            match unsafe { job.snapshot.take(job.filling.slot(), &mut job.flight) } {
+                Ok(crcs) => {
+                    save.reach(Level::Staged, false);
+                    inner.publish(job, crcs)
+                }
+                Err(e) => {
+                    // The slot is free when the last copy has landed; the caller is told now.
+                    let _ = inner.copier(Box::new(move || drop(job)));
+                    Err(e)
+                }
+            }
         };
         let took = inner.place.clock.monotonic().saturating_sub(begun);
         add(&inner.place.observer.counters.stall_ns, u64::try_from(took.as_nanos()).unwrap_or(0));

@@ -29,8 +29,9 @@ pub trait Pin: Send + Sync + Debug {
     /// From here on the device reaches `len` bytes from `start`. True where it does; where it
     /// cannot, copies still work and take longer, and the implementation says so.
     fn pin(&self, start: usize, len: usize) -> bool;
-    /// The memory at `start` is about to go.
-    fn unpin(&self, start: usize);
+    /// The memory at `start` is about to go. False: the device may still know it, so that it stays,
+    /// unused: a later map at its address would not be what the device writes to.
+    fn unpin(&self, start: usize) -> bool;
 }
 
 /// Where the bytes of one tensor of a device go.
@@ -62,10 +63,11 @@ pub trait Bring: Send {
 /// Copies that are under way.
 pub trait Landing: Send {
     /// Returns when the placements that begin before byte `upto` of the slot are there; with the
-    /// slot's length, when nothing is under way any more.
+    /// slot's length, when nothing is under way any more. Called again after an error, as often as
+    /// it is dropped, it waits for what is left.
     ///
     /// # Errors
-    /// The device failed: the bytes are not there, and none will come.
+    /// The device failed, or the wait was interrupted.
     fn wait(&mut self, upto: usize) -> Result<()>;
 }
 
@@ -100,20 +102,22 @@ impl Flight {
     /// As [`Landing::wait`].
     pub(crate) fn land(&mut self, upto: usize) -> Result<()> {
         let Some(landing) = &mut self.landing else { return Ok(()) };
-        let landed = landing.wait(upto);
-        if landed.is_err() || upto >= self.len {
+        // An error may be of whoever waits (Ctrl-C): what is under way still is.
+        landing.wait(upto)?;
+        if upto >= self.len {
             self.landing = None;
         }
-        landed
+        Ok(())
     }
 }
 
 impl Drop for Flight {
     fn drop(&mut self) {
-        if let Some(mut landing) = self.landing.take()
-            && let Err(e) = landing.wait(self.len)
-        {
-            tracing::warn!("a copy from a device that nobody waits for: {}", e.chain());
+        let Some(mut landing) = self.landing.take() else { return };
+        // A wait can be interrupted; a device that failed says so, and then has nothing under way.
+        for _ in 0..8 {
+            let Err(e) = landing.wait(self.len) else { return };
+            tracing::warn!("a copy from a device whose save has ended: {}", e.chain());
         }
     }
 }

@@ -8,6 +8,7 @@
 
 use std::{
     fs::{File, OpenOptions},
+    mem::ManuallyDrop,
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
 };
@@ -29,24 +30,37 @@ use crate::{
     },
 };
 
+/// Whether a device knows the slot.
+#[derive(Debug, Default)]
+enum Known {
+    #[default]
+    Unasked,
+    /// It works without, and is not asked again.
+    Refused,
+    Pinned(Arc<dyn Pin>),
+}
+
 /// One mapped file.
 #[derive(Debug)]
 pub struct Slot {
     file: File,
-    map: MmapRaw,
+    map: ManuallyDrop<MmapRaw>,
     /// Bytes of the map that lie inside the file, rounded up to pages.
     capacity: usize,
     path: Mutex<PathBuf>,
-    /// Whom a device knows it through.
-    pinned: Mutex<Option<Arc<dyn Pin>>>,
+    known: Mutex<Known>,
 }
 
 impl Drop for Slot {
-    /// Before the map goes.
     fn drop(&mut self) {
-        if let Some(pin) = locked(&self.pinned).take() {
-            pin.unpin(self.map.as_mut_ptr() as usize);
+        if let Known::Pinned(pin) = std::mem::take(&mut *locked(&self.known))
+            && !pin.unpin(self.map.as_mut_ptr() as usize)
+        {
+            tracing::warn!("{} stays mapped: a device may know it", self.path().display());
+            return;
         }
+        // SAFETY: nobody uses it after this.
+        unsafe { ManuallyDrop::drop(&mut self.map) };
     }
 }
 
@@ -83,7 +97,8 @@ impl Slot {
         // Where the kernel grants huge pages for tmpfs; most do not, and lose nothing by the
         // asking.
         let _ = map.advise(Advice::HugePage);
-        Ok(Self { file, map, capacity, path: Mutex::new(path.into()), pinned: Mutex::default() })
+        let (map, path) = (ManuallyDrop::new(map), Mutex::new(path.into()));
+        Ok(Self { file, map, capacity, path, known: Mutex::default() })
     }
 
     /// Puts every page in place, so that no store into the slot faults. `go_on` is asked now and
@@ -105,13 +120,15 @@ impl Slot {
 
     /// Makes it known to a device, once; its pages are in place.
     pub(super) fn pin(&self, pin: &Arc<dyn Pin>) -> Result<()> {
-        let mut pinned = locked(&self.pinned);
-        if pinned.is_none() {
+        let mut known = locked(&self.known);
+        if matches!(*known, Known::Unasked) {
             // Of a map that reaches behind a shrunken file the rest has no pages.
             let len = usize::try_from(self.file_len()?).unwrap_or(usize::MAX);
-            if pin.pin(self.map.as_mut_ptr() as usize, padded(len.max(1)).min(self.capacity)) {
-                *pinned = Some(pin.clone());
-            }
+            let len = padded(len.max(1)).min(self.capacity);
+            *known = match pin.pin(self.map.as_mut_ptr() as usize, len) {
+                true => Known::Pinned(pin.clone()),
+                false => Known::Refused,
+            };
         }
         Ok(())
     }

@@ -240,7 +240,8 @@ fn make_missing_dirs(path: &Path, durable: bool) -> Result<()> {
             Ok(()) => {}
             // Gone again is as good as there: what comes next does not find it, and begins anew.
             Err(e)
-                if e.kind() == io::ErrorKind::AlreadyExists && (dir.is_dir() || !dir.exists()) => {}
+                if e.kind() == io::ErrorKind::AlreadyExists
+                    && (dir.is_dir() || fs::symlink_metadata(dir).is_err()) => {}
             Err(e) => return Err(e).at("make directory", dir),
         }
         if let (true, Some(parent)) = (durable, dir.parent()) {

@@ -235,7 +235,7 @@ fn span(start: usize, item: usize, dims: &[usize], strides: &[isize]) -> (usize,
     (low, high)
 }
 
-/// What was learnt of one torch tensor on the CPU, and what tells that it is still so.
+/// What was learnt of one torch tensor, and what tells that it is still so.
 pub(crate) struct Known {
     then: Then,
     /// Its bytes in memory may be other than its values, as those of a conjugate.
