@@ -357,14 +357,15 @@ impl Cascade {
     }
 
     /// Ends the thread at its next block, and tells everybody who still waits: the other ranks, of
-    /// the steps that `failed` here.
-    pub(crate) fn stop(&self, failed: Vec<u64>) {
+    /// the steps that `failed` here. `fenced`: by whom this rank was taken over.
+    pub(crate) fn stop(&self, failed: Vec<u64>, fenced: Option<&Error>) {
         let mut work = locked(&self.work);
         work.stop = true;
         work.failed = failed;
         for save in work.saves() {
             let why = "the Checkpointer was closed before".into();
-            save.fail(Level::Ram, &Error::Skipped { step: Step(save.step()), why });
+            let closed = Error::Skipped { step: Step(save.step()), why };
+            save.fail(Level::Ram, fenced.unwrap_or(&closed));
         }
         drop(work);
         self.parts.signal.notify();

@@ -226,7 +226,7 @@ impl Checkpointer {
         self.inner.quiet(place.config.slot_wait)?;
         let old = locked(&self.inner.running).take();
         if let Some(old) = old {
-            old.stop(place, Vec::new(), place.config.slot_wait)?;
+            old.stop(place, Vec::new(), None, place.config.slot_wait)?;
         }
         let keep = started.record.parent.map(|p| p.key());
         if place.config.saves() {
@@ -403,9 +403,12 @@ impl Checkpointer {
             .as_ref()
             .is_some_and(|r| r.cascade.is_fenced() && !(begins && r.cascade.is_fenced_by_us()));
         if superseded || fenced {
-            let who =
-                if superseded { "a newer Checkpointer of this process" } else { "a newer attempt" };
-            return Err(Error::Fenced { why: format!("{who} has taken over this run") });
+            let why = if superseded {
+                ending::TAKEN_OVER
+            } else {
+                "a newer attempt has taken over this run"
+            };
+            return Err(Error::Fenced { why: why.into() });
         }
         self.inner.place.check_closed()
     }

@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 use tierkeep::{
-    Error,
+    Error, ErrorKind,
     begin::Begin,
     checkpointer::Checkpointer,
     reader::Reader,
@@ -220,6 +220,8 @@ fn a_handle_that_is_taken_over_stops_before_its_slots_are_used() {
     cfg.disk_every = 1000;
     let b = Checkpointer::open(cfg).unwrap();
     println!("second resumes {:?}", resume(&b, &SMALL));
+    let taken_over = s2.poll(Level::Disk, false, Duration::ZERO).unwrap_err();
+    assert_eq!(taken_over.kind(), ErrorKind::Fenced, "{taken_over}");
     let s3 = Model::at(0, &SMALL, 3).save(&b, 3).unwrap();
     wait(&s3, Level::Ram);
     gate.slow.store(false, Ordering::SeqCst);

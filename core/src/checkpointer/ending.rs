@@ -16,14 +16,23 @@ use crate::{
     save::Save,
 };
 
+/// Why an older handle of this process does nothing more.
+pub(super) const TAKEN_OVER: &str = "a newer Checkpointer of this process has taken over this run";
+
 /// How long a handle that is closed or dropped waits for its disk thread.
 const STOP_WAIT: Duration = Duration::from_secs(1);
 
 impl Running {
     /// Ends the disk tier's thread. It stops at its next block; a disk that hangs in a system call
     /// keeps it, and is left behind after `wait`.
-    pub(super) fn stop(self, place: &Place, failed: Vec<u64>, wait: Duration) -> Result<()> {
-        self.cascade.stop(failed);
+    pub(super) fn stop(
+        self,
+        place: &Place,
+        failed: Vec<u64>,
+        fenced: Option<&Error>,
+        wait: Duration,
+    ) -> Result<()> {
+        self.cascade.stop(failed, fenced);
         let deadline = Deadline::after(&*place.clock, wait);
         loop {
             let seen = place.signal.seen();
@@ -116,7 +125,9 @@ impl Inner {
             let cascade = running.cascade.clone();
             let current = self.ownership.is_current();
             let failed = if current { self.failed_steps() } else { Vec::new() };
-            let stopped = running.stop(&self.place, failed, STOP_WAIT);
+            // What is in RAM is the newer handle's: it carries it on.
+            let fenced = (!current).then(|| Error::Fenced { why: TAKEN_OVER.into() });
+            let stopped = running.stop(&self.place, failed, fenced.as_ref(), STOP_WAIT);
             if let Err(e) = &stopped {
                 self.place.observer.error("stop_failed", None, e.chain());
             }
