@@ -141,7 +141,9 @@ def picture(whole: Run, broken: Run, seed: int, path: Path) -> None:
         axes.axvline(start.step, color=colour, linewidth=1, linestyle="--")
         axes.axvspan(start.step, start.step + lost(broken.starts, at), color=colour, alpha=0.12)
         words = f" from {tier}\n step {start.step}, {lost(broken.starts, at)} done again"
-        axes.text(start.step, latest, words, color=colour, fontsize=9, verticalalignment="top")
+        # One below the other: two kills can be a few steps apart.
+        height = latest - (at - 1) * (latest - axes.get_ylim()[0]) / 12
+        axes.text(start.step, height, words, color=colour, fontsize=9, verticalalignment="top")
 
     axes.set_title(f"a small GPT, two ranks, killed three times with SIGKILL (seed {seed})")
     axes.set_xlabel("step")
