@@ -19,6 +19,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from state import tensors
 from torch import nn
 
 import tierkeep
@@ -58,13 +59,6 @@ def build(gib: float) -> tuple[nn.Module, torch.optim.Optimizer]:
         parameter.grad = torch.full_like(parameter, 1e-3)
     optimizer.step()
     return model, optimizer
-
-
-def tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    found = [t.detach() for t in model.state_dict().values()]
-    for moments in optimizer.state.values():
-        found += [v for v in moments.values() if isinstance(v, torch.Tensor)]
-    return found
 
 
 class Dma:

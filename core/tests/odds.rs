@@ -17,7 +17,9 @@ use tierkeep::{
     Error, ErrorKind,
     begin::Begin,
     checkpointer::Checkpointer,
+    names::Step,
     reader::Reader,
+    restore::decide::Wish,
     save::Level,
     testing::hooked::{Call, Hooked, Op},
     tier::*,
@@ -231,6 +233,30 @@ fn a_handle_that_is_taken_over_stops_before_its_slots_are_used() {
     let bad = verify_all(&p);
     println!("{bad:#?}");
     assert!(bad.is_empty());
+}
+
+/// The new attempt carries it on: nothing failed.
+#[test]
+fn a_write_that_ends_with_its_attempt_is_no_failed_save() {
+    let p = Places::new();
+    let gate = Gate::default();
+    gate.slow.store(true, Ordering::SeqCst);
+    let c = Checkpointer::open_wrapped(p.config(), &|t| gate.around(t)).unwrap();
+    resume(&c, &SMALL).unwrap();
+    wait(&Model::at(0, &SMALL, 1).save(&c, 1).unwrap(), Level::Ram);
+    std::thread::sleep(Duration::from_millis(100)); // Step 1 is on its way to disk.
+    let opens = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(300));
+        gate.slow.store(false, Ordering::SeqCst);
+    });
+    let wish = Wish { step: Some(Step(1)), ..Wish::default() };
+    c.begin(&Begin { wish, rollback: true, ..Begin::default() }).unwrap();
+    opens.join().unwrap();
+    wait(&Model::at(0, &SMALL, 2).save(&c, 2).unwrap(), Level::Disk);
+    let told = events(&c);
+    let count = |kind: &str| told.iter().filter(|t| t.starts_with(kind)).count();
+    assert_eq!((count("in_ram_only"), count("disk_failed")), (1, 0), "{told:?}");
+    assert_eq!(c.observer().counters.saves_failed.load(Ordering::Relaxed), 0);
 }
 
 #[test]

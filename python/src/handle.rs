@@ -11,7 +11,10 @@ use std::{
     collections::{BTreeMap, HashSet},
     mem::ManuallyDrop,
     path::PathBuf,
-    sync::{Arc, Mutex, OnceLock, PoisonError, atomic::Ordering},
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -58,6 +61,8 @@ pub(crate) struct Handle {
     stager: Py<PyAny>,
     /// A tensor on a device was met, and slots are pinned.
     pins: OnceLock<()>,
+    /// Whoever closed it has said how long to wait.
+    closing: AtomicBool,
     pid: u32,
 }
 
@@ -66,6 +71,7 @@ impl Drop for Handle {
         if self.pid != std::process::id() {
             return;
         }
+        let closing = self.closing.load(Ordering::Relaxed);
         // SAFETY: nobody uses it after this.
         let core = unsafe { ManuallyDrop::take(&mut self.core) };
         // Its end waits for its threads: not with the GIL.
@@ -74,7 +80,9 @@ impl Drop for Handle {
             let core = core.take();
             // Nor before the copy that is being taken behind: its guard goes with us.
             py.detach(|| {
-                let _ = core.as_ref().map(|core| core.fence(FENCE));
+                if !closing {
+                    let _ = core.as_ref().map(|core| core.fence(FENCE));
+                }
                 drop(core);
             });
         });
@@ -165,6 +173,7 @@ impl Handle {
             allow_pickle,
             stager,
             pins: OnceLock::new(),
+            closing: AtomicBool::new(false),
             pid: std::process::id(),
         })
     }
@@ -347,6 +356,7 @@ impl Handle {
     fn close(&self, py: Python<'_>, timeout_s: f64, now: bool) -> PyResult<bool> {
         self.check_pid(py)?;
         let timeout = wait::seconds(py, "timeout_s", timeout_s)?;
+        self.closing.store(true, Ordering::Relaxed);
         let core = self.core();
         wait::poll(py, timeout, |slice| core.close(slice, now))
     }
