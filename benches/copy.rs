@@ -88,7 +88,7 @@ impl State {
         let pieces = sources.iter().enumerate().map(|(i, &(start, len))| {
             offset += len;
             let memory = Memory::Bytes(Address::new(start));
-            Piece { offset: offset - len, len, memory, now: i % 4 < 2 }
+            Piece { offset: offset - len, len, memory, now: i % 4 < 2, tag: None }
         });
         let pieces: Vec<_> = pieces.collect();
         Self { sources, plan: Plan::new(pieces, offset, CHUNK_BYTES).unwrap(), slot }
@@ -156,7 +156,7 @@ impl State {
 
     fn capture(&self, threads: usize) -> Vec<u32> {
         // SAFETY: sources and slot live until the program ends, and nobody else has them.
-        unsafe { capture(&self.plan, self.slot, threads) }
+        unsafe { capture(&self.plan, self.slot, threads) }.chunks
     }
 
     fn capture_now(&self) {
@@ -166,7 +166,7 @@ impl State {
 
     fn capture_rest(&self) -> Vec<u32> {
         // SAFETY: as above; the row before it ran `capture_now`, and if not, only checksums differ.
-        unsafe { capture_rest(&self.plan, self.slot, 1) }
+        unsafe { capture_rest(&self.plan, self.slot, 1) }.chunks
     }
 
     fn restore(&self, crcs: &[u32], threads: usize) {
@@ -190,7 +190,7 @@ impl State {
 fn strided(start: *mut u8, shape: &[usize], strides: &[isize], slot: *mut u8) -> State {
     let tensor = Strided::new(Address::new(start), 4, shape, strides).unwrap();
     let len = tensor.len();
-    let piece = Piece { offset: 0, len, memory: Memory::Strided(tensor), now: true };
+    let piece = Piece { offset: 0, len, memory: Memory::Strided(tensor), now: true, tag: None };
     let plan = Plan::new(vec![piece], len, CHUNK_BYTES).unwrap();
     State { sources: Vec::new(), plan, slot }
 }

@@ -27,6 +27,8 @@ const STOP: &str = "stop";
 /// What is said of a step that may go to disk.
 const CARRY: &str = "carry";
 const PASS: &str = "pass";
+/// What is said of a step that was complete in RAM.
+const WHOLE: &str = "whole";
 
 /// The decisions of one attempt.
 #[derive(Debug)]
@@ -41,6 +43,28 @@ pub enum Saving {
     Save,
     /// Every rank passes it over: one had no free slot.
     Skip,
+}
+
+/// What became of a step in RAM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum InRam {
+    /// Every rank's shard was there, and they agree.
+    Whole,
+    /// It will not be complete; why.
+    GivenUp(String),
+}
+
+impl InRam {
+    fn word(&self) -> String {
+        match self {
+            Self::Whole => WHOLE.into(),
+            Self::GivenUp(why) => sentence(why),
+        }
+    }
+
+    fn of(word: &str) -> Self {
+        if word == WHOLE { Self::Whole } else { Self::GivenUp(said_in(word)) }
+    }
 }
 
 impl Agreements {
@@ -67,15 +91,14 @@ impl Agreements {
         }
     }
 
-    /// Whether `step` counts as complete in RAM: true where a rank saw it so before any rank gave
-    /// up waiting for it.
+    /// What became of `step` in RAM: `seen`, unless another rank has said so before. Whoever sees it
+    /// complete and whoever gives up waiting for it ask the same question.
     ///
     /// # Errors
     /// The directory did not answer.
-    pub fn in_ram(&self, step: u64, whole: bool) -> Result<bool> {
-        let word = if whole { "whole" } else { "gaveup" };
-        let said = self.record(&format!("ram-{step:020}"), word)?;
-        Ok(said.map_or(whole, |word| word == "whole"))
+    pub fn in_ram(&self, step: u64, seen: InRam) -> Result<InRam> {
+        let said = self.record(&format!("ram-{step:020}"), &seen.word())?;
+        Ok(said.map_or(seen, |word| InRam::of(&word)))
     }
 
     /// Whether `step` was saved, where some rank has decided it.
@@ -91,8 +114,8 @@ impl Agreements {
     ///
     /// # Errors
     /// The directory did not answer.
-    pub fn was_in_ram(&self, step: u64) -> Result<Option<bool>> {
-        Ok(self.said(&format!("ram-{step:020}"))?.map(|word| word == "whole"))
+    pub fn was_in_ram(&self, step: u64) -> Result<Option<InRam>> {
+        Ok(self.said(&format!("ram-{step:020}"))?.map(|word| InRam::of(&word)))
     }
 
     /// The leader: `step` is the next one that goes to disk. False: a rank passed it over before.
@@ -141,9 +164,7 @@ impl Agreements {
     /// # Errors
     /// The directory did not answer.
     pub fn give_up(&self, step: u64, why: &str) -> Result<()> {
-        // A link's target is at most one page, and never empty.
-        let why: String = why.chars().filter(|c| *c != '\0').take(500).collect();
-        self.record(&format!("gaveup-{step:020}"), &format!("!{why}")).map(drop)
+        self.record(&format!("gaveup-{step:020}"), &sentence(why)).map(drop)
     }
 
     /// Why `step` was given up, if it was.
@@ -152,7 +173,7 @@ impl Agreements {
     /// The directory did not answer.
     pub fn gave_up(&self, step: u64) -> Result<Option<String>> {
         let found = self.said(&format!("gaveup-{step:020}"))?;
-        Ok(found.map(|text| text.trim_start_matches('!').to_owned()))
+        Ok(found.map(|text| said_in(&text)))
     }
 
     /// The step after which all ranks stop: as recorded, else `wish`. It stays for as long as the
@@ -234,6 +255,16 @@ impl Agreements {
         }
         Err(Error::Bug(format!("{} comes and goes", path.display())))
     }
+}
+
+/// A sentence as a decision's text: a link's target is at most one page, and never empty.
+fn sentence(why: &str) -> String {
+    let why: String = why.chars().filter(|c| *c != '\0').take(500).collect();
+    format!("!{why}")
+}
+
+fn said_in(text: &str) -> String {
+    text.trim_start_matches('!').to_owned()
 }
 
 fn read(path: &Path) -> Result<Option<String>> {

@@ -64,6 +64,9 @@ pub struct AttemptRecord {
     pub rollback: bool,
     /// The ranks that save, rising.
     pub savers: Vec<u32>,
+    /// Some tensors are declared as the same on several ranks.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub replicated: bool,
     /// For people: where rank 0 ran.
     pub host: String,
     /// For people.
@@ -355,6 +358,7 @@ pub(crate) mod tests {
             parent: parent.map(|(n, step)| Parent { attempt: attempt(n), step }),
             rollback,
             savers: vec![0],
+            replicated: false,
             host: String::new(),
             pid: 1,
             created_unix_ms: 0,

@@ -141,6 +141,7 @@ fn record_decision(place: &Place, how: &Begin, decision: u32) -> Result<AttemptR
         parent: decided.parent,
         rollback: how.rollback || (how.fresh && decided.has_history),
         savers: place.config.savers.clone(),
+        replicated: !place.config.replicated.is_empty(),
         host: host(),
         pid: std::process::id(),
         created_unix_ms: place.clock.unix_ms(),
@@ -237,6 +238,15 @@ fn join_attempt(place: &Place, record: &AttemptRecord) -> Result<Started> {
             place.config.savers
         )));
     }
+    if record.replicated == place.config.replicated.is_empty() {
+        let (who, who_not) = match record.replicated {
+            true => (Rank(place.config.leader()), rank),
+            false => (rank, Rank(place.config.leader())),
+        };
+        return Err(Error::invalid(format!(
+            "{who} declares replicated tensors, {who_not} does not: all ranks say the same"
+        )));
+    }
     let find = || match record.parent {
         None => Ok(None),
         Some(parent) => find_shard(place, record, &parent.key()).map(Some),
@@ -257,6 +267,20 @@ fn join_attempt(place: &Place, record: &AttemptRecord) -> Result<Started> {
 
 fn find_shard(place: &Place, record: &AttemptRecord, key: &CheckpointKey) -> Result<Restorable> {
     let (rank, mends) = (Rank(place.config.shard_rank()), place.config.saves());
+    let mut own = find_shard_of(place, record, key, rank, mends)?;
+    let savers = own.leaves_to().into_iter();
+    let others = savers.map(|saver| find_shard_of(place, record, key, saver, false));
+    own.others = others.collect::<Result<_>>()?;
+    Ok(own)
+}
+
+fn find_shard_of(
+    place: &Place,
+    record: &AttemptRecord,
+    key: &CheckpointKey,
+    rank: Rank,
+    mends: bool,
+) -> Result<Restorable> {
     let (mut tiers, mut listings, mut silent) = (Vec::new(), Vec::new(), None);
     for tier in [&place.ram, &place.disk] {
         match Listing::of(&**tier, key) {
@@ -309,5 +333,6 @@ fn find_shard(place: &Place, record: &AttemptRecord, key: &CheckpointKey) -> Res
         slot: None,
         observer: place.observer.clone(),
         mends,
+        others: Vec::new(),
     })
 }

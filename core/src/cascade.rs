@@ -31,13 +31,13 @@ use std::{
 };
 
 use crate::{
-    agree::Agreements,
+    agree::{Agreements, InRam},
     attempt::{self, AttemptRecord},
     clock::{Deadline, SharedClock},
-    commit::Listing,
+    commit::{Gathered, Listing, gather},
     config::Config,
     error::{Error, Result},
-    manifest::Identity,
+    manifest::{Identity, replicated::differences_in_words},
     names::{CheckpointKey, Rank, Step},
     observe::{Observer, locked},
     save::{Level, Save},
@@ -66,6 +66,17 @@ pub(crate) struct Shard {
     /// Found, not copied by this process: checked before it goes anywhere, against `chunks`.
     pub(crate) resumed: bool,
     pub(crate) chunks: Vec<u32>,
+}
+
+/// How a step stands in RAM.
+#[derive(Debug)]
+enum Standing {
+    /// Every rank has its shard, or had it at one time, and they agree.
+    Whole,
+    /// These ranks have none yet.
+    Missing(Vec<u32>),
+    /// It will not be complete; why.
+    GivenUp(String),
 }
 
 #[derive(Debug)]
@@ -195,7 +206,7 @@ impl Cascade {
         drop(work);
         // Who watches may look only when the slot has been used again.
         if self.parts.config.savers.len() == 1
-            && let Err(e) = self.parts.agreements.in_ram(step, true)
+            && let Err(e) = self.parts.agreements.in_ram(step, InRam::Whole)
         {
             tracing::warn!("that step {step} is in RAM could not be recorded: {}", e.chain());
         }
@@ -224,7 +235,7 @@ impl Cascade {
         if step >= newest {
             return false;
         }
-        let complete = shard.complete || matches!(self.not_in_ram(key), Ok(None));
+        let complete = shard.complete || matches!(self.in_ram(key), Ok(Standing::Whole));
         // The leader may choose it at this moment.
         let may_go = !complete || !self.may_be_chosen(&work, step) || self.passed(&work, step);
         if may_go && let Some(shard) = work.shards.remove(&step) {
@@ -255,12 +266,18 @@ impl Cascade {
     /// Tells the waiters of a shard that is dropped what will not come any more.
     fn drop_shard(&self, shard: &Shard, newer: u64) {
         if !shard.complete {
-            match self.not_in_ram(&shard.key) {
-                Ok(None) => shard.save.reach(Level::Ram, false),
-                missing => {
-                    let who = whom(&missing.ok().flatten().unwrap_or_default());
-                    let why = format!("{who} did not save it, step {newer} is complete");
-                    self.tell_incomplete(shard, why);
+            let who = match self.in_ram(&shard.key) {
+                Ok(Standing::Whole) => None,
+                Ok(Standing::GivenUp(why)) => Some(why),
+                Ok(Standing::Missing(missing)) => {
+                    Some(format!("{} did not save it", ranks(&missing)))
+                }
+                Err(_) => Some("another rank did not save it".into()),
+            };
+            match who {
+                None => shard.save.reach(Level::Ram, false),
+                Some(why) => {
+                    self.tell_incomplete(shard, format!("{why}, step {newer} is complete"))
                 }
             }
         }
@@ -277,16 +294,18 @@ impl Cascade {
         };
         let Some(shard) = found else { return Ok(false) };
         let step = shard.key.step.0;
-        let Some(missing) = self.not_in_ram(&shard.key)? else { return Ok(false) };
-        if missing.is_empty() || self.parts.agreements.in_ram(step, false)? {
+        let Standing::Missing(missing) = self.in_ram(&shard.key)? else { return Ok(false) };
+        let why = format!("{} did not save it in time", ranks(&missing));
+        let said = self.parts.agreements.in_ram(step, InRam::GivenUp(why.clone()))?;
+        if said != InRam::GivenUp(why.clone()) {
             return Ok(false); // Another rank has decided: so shall we, at the next turn.
         }
-        self.fail_incomplete(&shard, &missing);
+        self.fail_incomplete(&shard, why);
         Ok(true)
     }
 
-    fn fail_incomplete(&self, shard: &Shard, missing: &[u32]) {
-        self.tell_incomplete(shard, format!("{} did not save it in time", whom(missing)));
+    fn fail_incomplete(&self, shard: &Shard, why: String) {
+        self.tell_incomplete(shard, why);
         locked(&self.work).shards.remove(&shard.key.step.0);
         self.parts.signal.notify();
     }
@@ -311,22 +330,41 @@ impl Cascade {
         Ok(Listing::of(&*self.parts.ram, key)?.missing(&self.parts.config.savers))
     }
 
-    /// Who lacks a shard of it in RAM (nobody: a rank gave it up); `None` where all had theirs at one
-    /// time. Ranks that are ahead use their slots again, but only after they asked this, and a "whole"
-    /// is recorded.
-    fn not_in_ram(&self, key: &CheckpointKey) -> Result<Option<Vec<u32>>> {
-        let (step, agreements) = (key.step.0, &self.parts.agreements);
+    /// How it stands in RAM. Ranks that are ahead use their slots again, but only after they asked
+    /// this, and a "whole" is recorded.
+    fn in_ram(&self, key: &CheckpointKey) -> Result<Standing> {
+        if self.is_parent(key.step.0) {
+            return Ok(Standing::Whole);
+        }
         let missing = self.missing_in_ram(key)?;
-        let whole = self.is_parent(step)
-            || if missing.is_empty() {
-                agreements.in_ram(step, true)?
-            } else {
-                match agreements.was_in_ram(step)? {
-                    Some(false) => return Ok(Some(Vec::new())),
-                    said => said.is_some(),
+        Ok(match self.said_in_ram(key, &missing)? {
+            Some(InRam::Whole) => Standing::Whole,
+            Some(InRam::GivenUp(why)) => Standing::GivenUp(why),
+            None => Standing::Missing(missing),
+        })
+    }
+
+    /// What is recorded of it, or can be now that nobody is `missing`.
+    fn said_in_ram(&self, key: &CheckpointKey, missing: &[u32]) -> Result<Option<InRam>> {
+        let agreements = &self.parts.agreements;
+        if let Some(said) = agreements.was_in_ram(key.step.0)? {
+            return Ok(Some(said));
+        }
+        if !missing.is_empty() {
+            return Ok(None);
+        }
+        let mut seen = InRam::Whole;
+        if !self.parts.config.replicated.is_empty() {
+            seen = match gather(&*self.parts.ram, key, &self.parts.config.savers)? {
+                Gathered::Complete(_) => seen,
+                Gathered::Differ(list) => InRam::GivenUp(differences_in_words(&list)),
+                // A slot was used again: whoever did it has recorded why it could.
+                Gathered::Missing(_) | Gathered::Deleted => {
+                    return agreements.was_in_ram(key.step.0);
                 }
             };
-        Ok((!whole).then_some(missing))
+        }
+        agreements.in_ram(key.step.0, seen).map(Some)
     }
 
     fn completed(&self, work: &mut Work, step: u64) {
@@ -429,7 +467,8 @@ impl Cascade {
     /// On this thread: whoever closes waits for no directory that does not answer.
     fn tell_failed(&self) {
         for step in std::mem::take(&mut locked(&self.work).failed) {
-            if let Err(e) = self.parts.agreements.in_ram(step, false) {
+            let why = format!("its save failed on rank {}", self.parts.config.rank);
+            if let Err(e) = self.parts.agreements.in_ram(step, InRam::GivenUp(why)) {
                 tracing::warn!("that step {step} failed could not be recorded: {}", e.chain());
             }
         }
@@ -480,16 +519,16 @@ impl Cascade {
             locked(&self.work).shards.values().filter(|s| !s.complete).cloned().collect();
         let mut moved = false;
         for shard in open {
-            match self.not_in_ram(&shard.key)? {
-                None => {
+            match self.in_ram(&shard.key)? {
+                Standing::Whole => {
                     self.completed(&mut locked(&self.work), shard.key.step.0);
                     moved = true;
                 }
-                Some(missing) if missing.is_empty() => {
-                    self.fail_incomplete(&shard, &missing); // Given up by a rank, so by all.
+                Standing::GivenUp(why) => {
+                    self.fail_incomplete(&shard, why); // By a rank, so by all.
                     moved = true;
                 }
-                Some(missing) => {
+                Standing::Missing(missing) => {
                     shard.save.set_waiting_for(ranks(&missing));
                     // Whoever is missing may have gone on to a newer attempt.
                     self.check_fence()?;
@@ -516,10 +555,6 @@ impl Cascade {
         }
         Ok(due)
     }
-}
-
-fn whom(list: &[u32]) -> String {
-    if list.is_empty() { "another rank".into() } else { ranks(list) }
 }
 
 /// `rank 3`, `ranks 3, 5 and 2 more`

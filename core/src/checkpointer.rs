@@ -333,7 +333,11 @@ impl Checkpointer {
         if let Some(layout) = kept.as_ref().filter(|l| l.fits(specs.clone())) {
             return Ok(layout.clone());
         }
-        let layout = Arc::new(Layout::new(specs.cloned().collect())?);
+        let layout = Arc::new(Layout::of_rank(
+            specs.cloned().collect(),
+            &self.config().replicated,
+            self.config().rank,
+        )?);
         *kept = Some(layout.clone());
         Ok(layout)
     }

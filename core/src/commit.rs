@@ -11,7 +11,7 @@
 //!
 //! - Every shard named in a seal had its payload safe in this tier before its manifest was written.
 //! - Two sealers of one step write the same bytes: one wins, the other has the same success.
-//! - A step with a tombstone is not sealed.
+//! - A step with a tombstone is not sealed, nor one whose ranks differ in what they hold alike.
 //! - Nothing here deletes, but for a seal that met a tombstone.
 //!
 //! ```compile_fail
@@ -26,7 +26,7 @@ use std::collections::BTreeMap;
 
 use crate::{
     error::{Error, Result},
-    manifest::{Identity, Seal, ShardManifest, decode},
+    manifest::{Identity, Seal, ShardManifest, decode, replicated::differences},
     names::{CheckpointKey, Rank, SEAL, TOMBSTONE, parse_manifest_name, parse_payload_name},
     tier::{Receipt, Tier, create_same, find_record, label, read_record},
 };
@@ -139,6 +139,8 @@ pub enum Gathered {
     Complete(Complete),
     /// These ranks have none yet.
     Missing(Vec<u32>),
+    /// They do not agree on tensors that several of them hold: a sentence each.
+    Differ(Vec<String>),
     /// It is being deleted.
     Deleted,
 }
@@ -175,6 +177,10 @@ pub fn gather(tier: &dyn Tier, key: &CheckpointKey, savers: &[u32]) -> Result<Ga
         same_checkpoint(&manifest, shards.first().map(|(first, _)| first), savers)
             .map_err(|why| Error::damaged(label(tier, &key.manifest(Rank(*rank))), why))?;
         shards.push((manifest, bytes));
+    }
+    let differences = differences(shards.iter().map(|(manifest, _)| manifest));
+    if !differences.is_empty() {
+        return Ok(Gathered::Differ(differences));
     }
     Ok(Gathered::Complete(Complete { shards }))
 }

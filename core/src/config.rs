@@ -8,6 +8,7 @@ use std::{
 use crate::{
     error::{Doing, Error, Result},
     names::{Id, check_run_name},
+    state::replicas::Rule,
 };
 
 /// The settings of one rank's handle on a run.
@@ -27,6 +28,9 @@ pub struct Config {
     pub world: u32,
     /// Every rank that saves, rising. The others restore what these saved.
     pub savers: Vec<u32>,
+    /// Tensors that several of `savers` hold alike: stored once, the work spread. The first rule that
+    /// matches counts; the same on all ranks.
+    pub replicated: Vec<Rule>,
     /// The id of this start of the job, the same for all ranks, where something can tell them.
     /// `None`: rank 0 draws it, the others find it in the record whose lock rank 0 holds.
     pub attempt_id: Option<Id>,
@@ -70,6 +74,7 @@ impl Config {
             rank: 0,
             world: 1,
             savers: vec![0],
+            replicated: Vec::new(),
             attempt_id: None,
             slots: number("TIERKEEP_SLOTS")?.unwrap_or(2),
             disk_every: number("TIERKEEP_DISK_EVERY")?.unwrap_or(1),
@@ -107,10 +112,23 @@ impl Config {
             "keep_last = 0: the last good checkpoint is never deleted, say 1 or more".into()
         } else if self.threads == Some(0) {
             "threads = 0: at least 1".into()
+        } else if let Some(rule) = self.replicated.iter().find(|rule| !self.may_share(rule)) {
+            format!(
+                "replicated: {:?} over ranks {:?}: they must be rising, among those that save \
+                 ({savers:?}), and rank {} one of them",
+                rule.pattern, rule.ranks, self.rank
+            )
         } else {
             return Ok(());
         };
         Err(Error::invalid(wrong))
+    }
+
+    fn may_share(&self, rule: &Rule) -> bool {
+        let ranks = &rule.ranks;
+        let own = !self.saves() || ranks.contains(&self.rank);
+        let known = ranks.iter().all(|rank| self.savers.contains(rank));
+        ranks.is_empty() || ranks.is_sorted_by(|a, b| a < b) && known && own
     }
 
     /// The rank that creates attempt records and leads the disk tier.

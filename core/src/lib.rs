@@ -37,6 +37,7 @@ pub mod observe;
 pub mod clock;
 pub mod signal;
 pub mod error;
+pub mod glob;
 mod sys;
 pub mod testing;
 

@@ -12,11 +12,14 @@
 //!   says.
 //! - The seal of a step has the same bytes whoever writes it.
 
+pub mod replicated;
+
 use std::collections::{BTreeMap, HashSet};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use self::replicated::Replicated;
 use crate::{
     chunk::{CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, chunk_count, chunk_len},
     error::{Error, Result},
@@ -215,8 +218,11 @@ pub struct ShardManifest {
     /// The tensors in it, in the order in which they lie.
     pub tensors: Vec<TensorEntry>,
     /// The state's tree in the typed encoding of `state::value`; its tensors are names in
-    /// `tensors`.
+    /// `tensors`, or in other ranks' where `replicated` says so.
     pub tree: serde_json::Value,
+    /// The tensors that other ranks hold alike.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replicated: Option<Replicated>,
     /// What the user said.
     #[serde(default)]
     pub meta: Meta,
@@ -241,6 +247,8 @@ pub struct Parts<'a> {
     pub tensors_json: &'a [u8],
     /// The JSON of the tree.
     pub tree_json: &'a [u8],
+    /// The tensors that other ranks hold alike.
+    pub replicated: Option<&'a Replicated>,
     /// What the user said.
     pub meta: &'a Meta,
 }
@@ -254,12 +262,19 @@ pub fn encode(parts: &Parts<'_>) -> Result<Vec<u8>> {
     assert_eq!(parts.payload.file, parts.identity.payload_name(), "payload of another shard");
     let json = |e: serde_json::Error| Error::Bug(format!("manifest: {e}"));
     let mut body = Vec::with_capacity(parts.tensors_json.len() + parts.tree_json.len() + 4096);
-    body.extend_from_slice(b"{\"format\":1,\"required_features\":[],\"identity\":");
+    body.extend_from_slice(b"{\"format\":1,\"required_features\":");
+    let features: &[&str] = if parts.replicated.is_some() { &[replicated::FEATURE] } else { &[] };
+    serde_json::to_writer(&mut body, features).map_err(json)?;
+    body.extend_from_slice(b",\"identity\":");
     serde_json::to_writer(&mut body, parts.identity).map_err(json)?;
     body.extend_from_slice(b",\"fragment\":{\"kind\":\"shard\",\"index\":0},\"payload\":");
     serde_json::to_writer(&mut body, parts.payload).map_err(json)?;
     body.extend_from_slice(b",\"meta\":");
     serde_json::to_writer(&mut body, parts.meta).map_err(json)?;
+    if let Some(replicated) = parts.replicated {
+        body.extend_from_slice(b",\"replicated\":");
+        serde_json::to_writer(&mut body, replicated).map_err(json)?;
+    }
     body.extend_from_slice(b",\"tree\":");
     body.extend_from_slice(parts.tree_json);
     body.extend_from_slice(b",\"tensors\":");
@@ -321,7 +336,7 @@ impl ShardManifest {
             }
             last_end = tensor.at[1];
         }
-        Ok(())
+        self.replicated.as_ref().map_or(Ok(()), |r| r.check(identity, &self.tensors))
     }
 }
 

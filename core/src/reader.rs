@@ -258,7 +258,19 @@ impl Reader {
         Ok((parent.key(), decision.savers, decision.passed_over))
     }
 
-    /// One rank's shard of a checkpoint, with all its copies.
+    /// What one rank gets back of a checkpoint: its shard, with those of other ranks that store
+    /// tensors of it.
+    ///
+    /// # Errors
+    /// No tier has a good copy of a manifest.
+    pub fn state(&self, key: &CheckpointKey, rank: Rank) -> Result<Restorable> {
+        let mut own = self.shard(key, rank)?;
+        let others = own.leaves_to().into_iter().map(|saver| self.shard(key, saver));
+        own.others = others.collect::<Result<_>>()?;
+        Ok(own)
+    }
+
+    /// One rank's shard of a checkpoint alone, with all its copies.
     ///
     /// # Errors
     /// No tier has a good copy of its manifest.
@@ -283,6 +295,7 @@ impl Reader {
             slot: None,
             observer: Observer::default(),
             mends: false,
+            others: Vec::new(),
         })
     }
 

@@ -19,8 +19,8 @@ use crate::error::{Error, Result};
 
 /// The format that this build writes, and the newest that it reads.
 pub(crate) const FORMAT: u32 = 1;
-/// Features that a reader must know; this build knows none beyond the base format.
-pub(crate) const FEATURES: [&str; 0] = [];
+/// Features beyond the base format that this build reads.
+pub(crate) const FEATURES: [&str; 1] = [crate::manifest::replicated::FEATURE];
 /// The longest record that is read: a manifest with 4 million tensors has about 1 GiB.
 pub(crate) const RECORD_BYTES_MAX: u64 = 1 << 30;
 

@@ -20,7 +20,10 @@ use crate::{
     attempt::{self, AttemptRecord},
     commit::{Listing, read_manifest, read_seal, same_checkpoint},
     error::{Error, Result},
-    manifest::{PayloadInfo, Seal, ShardManifest},
+    manifest::{
+        PayloadInfo, Seal, ShardManifest, decode,
+        replicated::{differences, differences_in_words},
+    },
     names::{ATTEMPTS, CheckpointKey, Id, Rank, SEAL, attempt_file},
     observe::locked,
     reader::Reader,
@@ -370,8 +373,23 @@ impl Work<'_> {
             let why = format!("it is not complete: {} missing", crate::cascade::ranks(&missing));
             self.note(reader.home(), &self.key.dir(), &why);
         }
+        let differences = self.differences();
+        if let (true, false) = (missing.is_empty(), differences.is_empty()) {
+            let why = differences_in_words(&differences);
+            self.note(reader.home(), &self.key.dir(), &format!("it never was a checkpoint: {why}"));
+            return self.verdict;
+        }
         self.verdict.restorable = missing.is_empty() && self.lost.values().all(BTreeSet::is_empty);
         self.verdict
+    }
+}
+
+impl Work<'_> {
+    /// Where the ranks differ in what several of them hold.
+    fn differences(&self) -> Vec<String> {
+        let read = |(rank, bytes): (&Rank, &Vec<u8>)| decode(bytes, "", self.key, *rank).ok();
+        let manifests: Vec<ShardManifest> = self.manifests.iter().filter_map(read).collect();
+        differences(&manifests)
     }
 }
 

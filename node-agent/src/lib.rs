@@ -11,7 +11,6 @@ mod commands;
 mod export;
 
 mod fail;
-mod glob;
 mod progress;
 mod show;
 mod tree;

@@ -8,7 +8,10 @@ use std::{path::PathBuf, process::Command};
 
 use common::{Place, Stored, flip, model, part, whole};
 use safetensors::SafeTensors;
-use tierkeep::{begin::Begin, state::dtype::Dtype};
+use tierkeep::{
+    begin::Begin,
+    state::{dtype::Dtype, replicas::Rule},
+};
 
 /// A tensor cut in columns and rows over two ranks, a replicated one, and one that differs.
 fn sharded(rank: u32, step: u64) -> Vec<Stored> {
@@ -154,4 +157,37 @@ fn torch_loads_it_without_running_code_from_it() {
     place.on("export", &["--to", &to, "--prefix", "model"]).ok();
     let loaded = Command::new(python).args(["-c", LOAD, &to]).output().unwrap();
     assert!(loaded.status.success(), "{}", String::from_utf8_lossy(&loaded.stderr));
+}
+
+#[test]
+fn what_ranks_hold_alike_is_taken_from_whoever_stores_it() {
+    let mut place = Place::new();
+    place.replicated = vec![Rule { pattern: "model".into(), ranks: vec![0, 1] }];
+    place.train(2, &[5], &Begin::default(), |rank, _| {
+        vec![
+            whole("model/a", Dtype::U8, &[9], |i| i as u8),
+            whole("model/b", Dtype::U8, &[9], |i| 2 * i as u8),
+            whole("seed", Dtype::U8, &[1], move |_| rank as u8),
+        ]
+    });
+    for rank in ["0", "1"] {
+        let (path, to) = file(&place, &format!("{rank}.safetensors"));
+        place.on("export", &["--to", &to, "--rank", rank]).ok().says("4 tensors");
+        let bytes = std::fs::read(&path).unwrap();
+        let tensors = SafeTensors::deserialize(&bytes).unwrap();
+        let data = |name: &str| tensors.tensor(name).unwrap().data().to_vec();
+        assert_eq!(data("model/a"), (0..9).collect::<Vec<u8>>());
+        assert_eq!(data("model/b"), (0..9).map(|i| 2 * i).collect::<Vec<u8>>());
+        assert_eq!(data("seed"), [rank.parse::<u8>().unwrap()]);
+    }
+    let (_, to) = file(&place, "all.safetensors");
+    place.on("export", &["--to", &to, "--include", "model/*"]).ok().says("3 tensors");
+    let ran = place.on("inspect", &[]).ok();
+    ran.says("model/b  U8     9         -  stored by rank 1");
+    ran.says("model/a  U8     9         -  stored by rank 0");
+    let ran = place.on("inspect", &["--rank", "1", "--json"]).ok();
+    let data: serde_json::Value = serde_json::from_str(&ran.out).unwrap();
+    let other = serde_json::json!([{"name": "model/a", "dtype": "U8", "shape": [9], "rank": 0}]);
+    assert_eq!(data["ranks"][0]["stored_by_others"], other);
+    place.on("verify", &[]).ok();
 }

@@ -21,7 +21,7 @@ use crate::{
     wait,
 };
 
-/// One rank's shard of one checkpoint.
+/// What one rank gets back of one checkpoint.
 #[pyclass(module = "tierkeep._tierkeep", frozen)]
 pub(crate) struct Found {
     core: Restorable,
@@ -61,7 +61,7 @@ impl Found {
     #[getter]
     fn tensors<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let table = PyDict::new(py);
-        for tensor in &self.core.manifest().tensors {
+        for tensor in self.core.tensors() {
             let shape = PyTuple::new(py, &tensor.shape)?;
             table.set_item(&tensor.name, (&tensor.dtype, shape))?;
         }
@@ -94,8 +94,7 @@ impl Found {
         parts: &Bound<'_, PyAny>,
         threads: Option<usize>,
     ) -> PyResult<(String, Vec<String>)> {
-        let table: HashMap<_, _> =
-            self.core.manifest().tensors.iter().map(|t| (t.name.as_str(), t)).collect();
+        let table: HashMap<_, _> = self.core.tensors().map(|t| (t.name.as_str(), t)).collect();
         let mut reading = Reading::of(self.core.clone());
         for part in parts.try_iter()? {
             let targets: Vec<(String, Bound<'_, PyAny>)> = part?.extract()?;

@@ -33,7 +33,7 @@ use tierkeep::{
     reader::Reader as CoreReader,
     restore::decide::Wish,
     snapshot::device::Bring,
-    state::State,
+    state::{State, replicas::Rule},
 };
 
 use crate::{
@@ -129,6 +129,11 @@ fn configure(config: &mut Config, settings: &Bound<'_, PyDict>) -> PyResult<()> 
             "rank" => config.rank = value.extract()?,
             "world_size" => config.world = value.extract()?,
             "savers" => config.savers = value.extract()?,
+            "replicated" => {
+                let rules: Vec<(String, Vec<u32>)> = value.extract()?;
+                let rule = |(pattern, ranks)| Rule { pattern, ranks };
+                config.replicated = rules.into_iter().map(rule).collect();
+            }
             "attempt_id" => {
                 let text: String = value.extract()?;
                 config.attempt_id = Some(Id::parse(&text).ok_or_else(|| {
@@ -187,6 +192,8 @@ impl Handle {
         settings.set_item("rank", config.rank)?;
         settings.set_item("world_size", config.world)?;
         settings.set_item("savers", &config.savers)?;
+        let rules = config.replicated.iter().map(|rule| (&rule.pattern, &rule.ranks));
+        settings.set_item("replicated", rules.collect::<Vec<_>>())?;
         settings.set_item("ram_dir", config.ram_dir().as_os_str())?;
         settings.set_item("ram_bytes_max", config.ram_bytes_max)?;
         settings.set_item("slots", config.slots)?;

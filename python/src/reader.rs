@@ -39,7 +39,7 @@ impl Reader {
         Ok(Self { core })
     }
 
-    /// The checkpoint that a resume would take, or the one that is named: (shards of these ranks,
+    /// The checkpoint that a resume would take, or the one that is named: (what these ranks get back,
     /// sentences about newer ones that were passed over).
     #[pyo3(signature = (step = None, attempt = None, ranks = None))]
     fn choose(
@@ -55,7 +55,7 @@ impl Reader {
             let (key, savers, passed_over) = core.choose(&wish)?;
             let mut shards = Vec::new();
             for rank in ranks.unwrap_or(savers) {
-                shards.push((rank, Found::new(core.shard(&key, Rank(rank))?)));
+                shards.push((rank, Found::new(core.state(&key, Rank(rank))?)));
             }
             Ok((shards, passed_over))
         })

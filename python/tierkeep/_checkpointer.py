@@ -11,22 +11,25 @@ import time
 import weakref
 from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from tierkeep import _ranks, _stop
+from tierkeep import _ranks, _replicas, _stop
 from tierkeep._address import directory
 from tierkeep._build import Include
 from tierkeep._checks import at_least_one, names, one_of, setting, words
 from tierkeep._cuda import Stager
-from tierkeep._events import Callback, Event, Teller
+from tierkeep._events import Callback, Teller
 from tierkeep._facts import Restored, StepInfo
 from tierkeep._guarded import FENCE_SECONDS, Guarded
 from tierkeep._init import Origin
 from tierkeep._rename import Rename, rename
 from tierkeep._restore import Plan
-from tierkeep._saves import Saves, failure
+from tierkeep._saves import Saves, disk_failures, failure
 from tierkeep._tierkeep import Found, Handle, Save
 from tierkeep.errors import BugError, DeadlineError, FencedError, InvalidError, TierkeepError
+
+if TYPE_CHECKING:
+    from tierkeep._replicas import Replicated
 
 logger = logging.getLogger("tierkeep")
 
@@ -65,6 +68,13 @@ class Checkpointer:
             same state, as with DDP, `[0]`. On the others `save` copies nothing and what it returns
             follows the checkpoint of those that save; they restore the state of the nearest of
             these below them (below the first, the first's).
+        replicated: tensors that several ranks hold alike; the same on all ranks. They are stored
+            once, shared out over these ranks, and brought back to all of them. Every save compares
+            their checksums: where one differs, the checkpoint is not made and the error names
+            tensor and ranks. True: every tensor, over all ranks that save; patterns over paths, as
+            in `["model/*"]`; ranks or a process group; or a mapping from patterns to one of these,
+            False for what each rank has alone (the first that matches counts). Plain values are
+            every rank's own. Only for tensors in memory of the host.
         attempt_id: 32 hex digits, drawn anew at each start of the job and the same on all ranks.
             Default: broadcast once over an initialised process group, else found on the host.
         ram_dir: where the ram tier keeps its files; a directory on tmpfs that jobs may share.
@@ -101,6 +111,7 @@ class Checkpointer:
         rank: int | None = None,
         world_size: int | None = None,
         ranks: Iterable[int] | None = None,
+        replicated: Replicated | None = None,
         attempt_id: str | None = None,
         ram_dir: str | os.PathLike[str] | None = None,
         ram_bytes_max: int | None = None,
@@ -131,10 +142,12 @@ class Checkpointer:
         self._threads = threads
         self._ram_dir = None if ram_dir is None else os.fspath(ram_dir)
         self._ranks = _ranks.detect(rank, world_size)
+        savers = _ranks.savers(ranks, self._ranks)
         settings: dict[str, object] = {
             "rank": self._ranks.rank,
             "world_size": self._ranks.world_size,
-            "savers": _ranks.savers(ranks, self._ranks),
+            "savers": savers,
+            "replicated": _replicas.rules(replicated, savers),
             "attempt_id": attempt_id or _ranks.shared_attempt_id(self._ranks),
             "ram_dir": self._ram_dir,
             "ram_bytes_max": ram_bytes_max,
@@ -155,7 +168,7 @@ class Checkpointer:
         self._guarded = Guarded(self._handle, self._stager)
         self._saves = Saves()
         self._teller = Teller(self._handle.events(), self.rank, self.world_size)
-        self._teller.callbacks.append(_disk_failures(weakref.ref(self._saves)))
+        self._teller.callbacks.append(disk_failures(weakref.ref(self._saves)))
         _open.add(self)
 
     # -- what it is --------------------------------------------------------------------------
@@ -570,15 +583,6 @@ _open: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
 def _close_all() -> None:
     for checkpointer in list(_open):
         checkpointer._at_exit()
-
-
-def _disk_failures(saves: weakref.ref[Saves]) -> Callback:
-    def hear(event: Event) -> None:
-        kept = saves()
-        if kept is not None and event.kind in ("disk_failed", "incomplete"):
-            kept.disk_failed(event.step, event.text)
-
-    return hear
 
 
 def _renamed(tree: Any, how: Rename | None) -> Any:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import weakref
 from dataclasses import dataclass
 
+from tierkeep._events import Callback, Event
 from tierkeep._tierkeep import Save
 from tierkeep.errors import DeadlineError, TierkeepError, UnavailableError
 
@@ -94,3 +96,14 @@ def failure(save: Save, level: str) -> TierkeepError | None:
     except TierkeepError as error:
         return error
     return None
+
+
+def disk_failures(saves: weakref.ref[Saves]) -> Callback:
+    """Hears of saves that fail behind, for as long as there are `saves`."""
+
+    def hear(event: Event) -> None:
+        kept = saves()
+        if kept is not None and event.kind in ("disk_failed", "incomplete"):
+            kept.disk_failed(event.step, event.text)
+
+    return hear

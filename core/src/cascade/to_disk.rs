@@ -10,6 +10,7 @@ use crate::{
     clock::Deadline,
     commit::{Gathered, Listing, gather, publish_shard},
     error::{Error, Result},
+    manifest::replicated::differences_in_words,
     names::{ATTEMPTS, CheckpointKey, Rank, Step, parse_attempt_file},
     observe::{add, locked},
     restore::{decide::lineage_of, survey::survey},
@@ -263,6 +264,12 @@ impl Cascade {
                 }
                 complete.seal(disk)?;
                 self.sealed_on_disk(step, &key)?;
+                Ok(true)
+            }
+            Gathered::Differ(list) => {
+                let why = differences_in_words(&list);
+                self.parts.agreements.give_up(step, &why)?;
+                self.abandon(step, &why);
                 Ok(true)
             }
             Gathered::Deleted => {

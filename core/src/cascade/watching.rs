@@ -12,7 +12,7 @@
 
 use super::{Cascade, ranks};
 use crate::{
-    agree::Saving,
+    agree::{InRam, Saving},
     commit::Listing,
     error::{Error, Result},
     names::Step,
@@ -74,16 +74,14 @@ impl Cascade {
         }
         // Before the decision is looked for: whoever completes a newer step has decided this one.
         let newer = self.newest().filter(|newest| newest.step.0 > step);
-        let whole = agreements.was_in_ram(step)?;
         let key = self.key_of(step);
         let missing = self.missing_in_ram(&key)?;
-        let whole = match whole {
-            None if missing.is_empty() => Some(agreements.in_ram(step, true)?),
-            None if self.is_sealed(&key)? => Some(true),
-            other => other,
+        let said = match self.said_in_ram(&key, &missing)? {
+            None if self.is_sealed(&key)? => Some(InRam::Whole),
+            said => said,
         };
-        let why = match (whole, newer) {
-            (Some(true), _) => {
+        let why = match (said, newer) {
+            (Some(InRam::Whole), _) => {
                 save.set_waiting_for(String::new());
                 save.reach(Level::Ram, false);
                 let mut work = locked(&self.work);
@@ -92,7 +90,7 @@ impl Cascade {
                 }
                 return Ok(true);
             }
-            (Some(false), _) => "another rank did not save it in time".into(),
+            (Some(InRam::GivenUp(why)), _) => why,
             (None, Some(newer)) => {
                 format!("{} has no shard of it left, {} is complete", ranks(&missing), newer.step)
             }

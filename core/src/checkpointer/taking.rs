@@ -22,7 +22,7 @@ use crate::{
     names::{CheckpointKey, Rank, Step},
     observe::{add, locked},
     save::{Level, Save},
-    snapshot::{Snapshot, arena::Filling, device::Flight, slot::SlotPayload},
+    snapshot::{Snapshot, Taken, arena::Filling, device::Flight, slot::SlotPayload},
 };
 
 /// How often a save that waits asks whether it is to go on.
@@ -166,9 +166,9 @@ impl Checkpointer {
         } else {
             // SAFETY: the caller's promise.
             match unsafe { job.snapshot.take(job.filling.slot(), &mut job.flight) } {
-                Ok(crcs) => {
+                Ok(taken) => {
                     save.reach(Level::Staged, false);
-                    inner.publish(job, crcs)
+                    inner.publish(job, taken)
                 }
                 Err(e) => {
                     // The slot is free when the last copy has landed; the caller is told now.
@@ -295,9 +295,9 @@ struct Job {
 impl Inner {
     /// Gives the filled slot its name in the ram tier, manifest last. The slot stays busy until the
     /// cascade knows the shard and everybody can see it: nobody can take it in between.
-    fn publish(&self, job: Job, crcs: Vec<u32>) -> Result<()> {
+    fn publish(&self, job: Job, taken: Taken) -> Result<()> {
         let Job { snapshot, filling, identity, meta, save, cascade, .. } = job;
-        let manifest = Arc::new(snapshot.manifest(&identity, &meta, crcs)?);
+        let manifest = Arc::new(snapshot.manifest(&identity, &meta, taken)?);
         let payload = SlotPayload { slot: filling.slot().clone(), len: snapshot.len() };
         let key = identity.key();
         let ram = &*self.place.ram;
@@ -340,13 +340,13 @@ impl Inner {
         let work = move || {
             // SAFETY: `keep_alive` holds the memory, and the owners of `late` tensors wait for
             // `staged` before they write (the promise of `save`).
-            let crcs = unsafe { job.snapshot.finish(job.filling.slot(), &mut job.flight) };
+            let taken = unsafe { job.snapshot.finish(job.filling.slot(), &mut job.flight) };
             drop(keep_alive);
             let save = job.save.clone();
-            let published = crcs.and_then(|crcs| {
+            let published = taken.and_then(|taken| {
                 save.reach(Level::Staged, false);
                 behind.copied();
-                behind.inner.publish(job, crcs)
+                behind.inner.publish(job, taken)
             });
             if let Err(e) = published {
                 behind.inner.failed(&save, &e);

@@ -16,6 +16,7 @@ use crate::{
     commit::{Gathered, Listing, gather, publish_shard},
     config,
     error::{Error, Result},
+    manifest::replicated::differences_in_words,
     names::{CheckpointKey, Rank, attempt_file, check_run_name},
     ownership::Ownership,
     reader::Reader,
@@ -88,6 +89,9 @@ pub fn copy_out(
         Gathered::Complete(complete) => complete.seal(&disk).map(|_| copied),
         Gathered::Missing(ranks) => {
             Err(Error::Bug(format!("{key}: ranks {ranks:?} vanished from {}", to.display())))
+        }
+        Gathered::Differ(list) => {
+            Err(Error::Broken { what: key.to_string(), why: differences_in_words(&list) })
         }
         Gathered::Deleted => Err(Error::Fenced { why: format!("{key} is being deleted") }),
     }

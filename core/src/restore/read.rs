@@ -1,6 +1,8 @@
 //! One shard that can be read, and what is done about its damaged copies: told, and mended from the
 //! good ones.
 //!
+//! A tensor that several ranks hold lies in one rank's shard: the others bring that shard along.
+//!
 //! It owns the copies. It does not own how bytes come into memory (`reading`).
 //!
 //! # Invariants
@@ -8,7 +10,7 @@
 //! - A copy is mended with bytes that were checked, and dying in the middle leaves damaged what was.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, HashSet},
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -21,7 +23,7 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    manifest::ShardManifest,
+    manifest::{ShardManifest, TensorEntry},
     names::{CheckpointKey, Rank, Step},
     observe::{Observer, add, locked},
     snapshot::{copy::Memory, slot::Slot},
@@ -50,6 +52,8 @@ pub struct Restorable {
     pub(crate) observer: Observer,
     /// The owner of the run mends; a mere reader does not write.
     pub(crate) mends: bool,
+    /// The shards of other ranks that have tensors of this one. They are only read.
+    pub others: Vec<Restorable>,
 }
 
 /// How a read went.
@@ -72,6 +76,28 @@ impl Restorable {
     #[must_use]
     pub fn manifest(&self) -> &ShardManifest {
         &self.copies[0].manifest
+    }
+
+    /// What this rank gets back: the tensors of its shard, then those that it leaves to others.
+    pub fn tensors(&self) -> impl Iterator<Item = &TensorEntry> {
+        let elsewhere = self.others.iter().flat_map(|other| {
+            let names = self.left_to(other.rank);
+            other.manifest().tensors.iter().filter(move |t| names.contains(t.name.as_str()))
+        });
+        self.manifest().tensors.iter().chain(elsewhere)
+    }
+
+    /// The ranks that store tensors of this one.
+    pub(crate) fn leaves_to(&self) -> BTreeSet<Rank> {
+        let elsewhere = self.manifest().replicated.iter().flat_map(|r| r.elsewhere(self.rank.0));
+        elsewhere.map(|tensor| Rank(tensor.saver)).collect()
+    }
+
+    /// The tensors of this rank that `saver` stores.
+    #[must_use]
+    pub fn left_to(&self, saver: Rank) -> HashSet<&str> {
+        let elsewhere = self.manifest().replicated.iter().flat_map(|r| r.elsewhere(self.rank.0));
+        elsewhere.filter(|t| t.saver == saver.0).map(|t| t.name.as_str()).collect()
     }
 
     /// The manifest's bytes, as they lie.

@@ -38,11 +38,13 @@ struct Read {
     trouble: Option<String>,
 }
 
-/// The reading of one shard.
+/// The reading of one rank's tensors: its shard, and what others store for it.
 pub struct Reading {
     from: Restorable,
     /// As `from.copies`.
     read: Vec<Read>,
+    /// As `from.others`.
+    others: Vec<Reading>,
 }
 
 impl Reading {
@@ -50,7 +52,8 @@ impl Reading {
     #[must_use]
     pub fn of(from: Restorable) -> Self {
         let read = from.copies.iter().map(|_| Read::default()).collect();
-        Self { from, read }
+        let others = from.others.iter().cloned().map(Self::of).collect();
+        Self { from, read, others }
     }
 
     /// Copies the tensors named in `targets` into the caller's memory. Chunks of others are not
@@ -64,6 +67,27 @@ impl Reading {
     /// Each target is writable memory of exactly the tensor's bytes, apart from all others, and no
     /// thread touches it until this returns.
     pub unsafe fn fill(
+        &mut self,
+        targets: &HashMap<String, Memory>,
+        threads: Option<usize>,
+    ) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.fill_own(targets, threads) }?;
+        for other in &mut self.others {
+            let names = self.from.left_to(other.from.rank);
+            let theirs = targets.iter().filter(|(name, _)| names.contains(name.as_str()));
+            let theirs: HashMap<_, _> = theirs.map(|(n, m)| (n.clone(), m.clone())).collect();
+            if !theirs.is_empty() {
+                // SAFETY: the caller's promise: a name is in one shard's part.
+                unsafe { other.fill_own(&theirs, threads) }?;
+            }
+        }
+        Ok(())
+    }
+
+    /// # Safety
+    /// As [`fill`](Self::fill), for the targets that this shard has.
+    unsafe fn fill_own(
         &mut self,
         targets: &HashMap<String, Memory>,
         threads: Option<usize>,
@@ -114,6 +138,23 @@ impl Reading {
     /// Tells what was damaged, once, and mends it.
     #[must_use]
     pub fn finish(self) -> ReadReport {
+        self.end().1
+    }
+
+    /// And how many chunks came from the tier that it names.
+    fn end(mut self) -> (usize, ReadReport) {
+        let others = std::mem::take(&mut self.others);
+        let (mut most, mut report) = self.end_own();
+        for (chunks, other) in others.into_iter().map(Self::end) {
+            report.damaged.extend(other.damaged);
+            if chunks > most {
+                (most, report.tier) = (chunks, other.tier);
+            }
+        }
+        (most, report)
+    }
+
+    fn end_own(self) -> (usize, ReadReport) {
         let most = self.read.iter().map(|copy| copy.good).max().unwrap_or(0);
         let nearest = self.read.iter().position(|copy| copy.good == most).unwrap_or(0);
         let report = ReadReport { tier: self.from.tier(nearest).kind(), damaged: self.sentences() };
@@ -122,7 +163,7 @@ impl Reading {
             let bad: Vec<_> = self.read.into_iter().map(|copy| copy.bad).collect();
             self.from.mend(&bad);
         }
-        report
+        (most, report)
     }
 
     fn sentences(&self) -> Vec<String> {
@@ -142,7 +183,13 @@ impl Reading {
         let skip_to = |pieces: &mut Vec<Piece>, at: &mut usize, to: usize| {
             if to > *at {
                 let len = to - *at;
-                pieces.push(Piece { offset: *at, len, memory: Memory::Skip, now: false });
+                pieces.push(Piece {
+                    offset: *at,
+                    len,
+                    memory: Memory::Skip,
+                    now: false,
+                    tag: None,
+                });
             }
             *at = to;
         };
@@ -150,7 +197,7 @@ impl Reading {
             let (begin, end) = (size(tensor.at[0])?, size(tensor.at[1])?);
             skip_to(&mut pieces, &mut at, begin);
             let memory = targets.get(&tensor.name).cloned().unwrap_or(Memory::Skip);
-            pieces.push(Piece { offset: begin, len: end - begin, memory, now: false });
+            pieces.push(Piece { offset: begin, len: end - begin, memory, now: false, tag: None });
             at = end;
         }
         skip_to(&mut pieces, &mut at, size(manifest.payload.length)?);

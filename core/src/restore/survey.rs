@@ -8,14 +8,18 @@
 //!
 //! - A tier that did not answer is an error, never "empty".
 //! - Complete means: for every rank of the saver set some tier has a good manifest and a payload of
-//!   the right length; a tombstone anywhere means deleted.
+//!   the right length, and they agree on what several of them hold; a tombstone anywhere means
+//!   deleted.
 
 use std::collections::BTreeMap;
 
 use crate::{
     commit::{Listing, read_manifest, read_seal, same_checkpoint},
     error::{Error, Result},
-    manifest::{Seal, ShardManifest, manifest_label},
+    manifest::{
+        Seal, ShardManifest, manifest_label,
+        replicated::{differences, differences_in_words},
+    },
     names::{AttemptDir, BAD, CheckpointKey, Id, Rank, Step, parse_step_dir},
     observe::Observer,
     record,
@@ -249,6 +253,7 @@ fn reach_of(
     let mut first: Option<ShardManifest> = None;
     let mut trouble = Vec::new();
     let mut reached = Vec::new();
+    let mut replicas = Vec::new();
     for rank in &ranks {
         let (good, bad) = copies(tiers, found, *rank, run_id)?;
         shards.push(ShardLook {
@@ -267,16 +272,22 @@ fn reach_of(
             Ok(()) => reached.push(rank.0),
             Err(why) => trouble.push(format!("{rank}: {why}")),
         }
+        if copy.manifest.replicated.is_some() {
+            replicas.push(copy.manifest.clone());
+        }
         first.get_or_insert(copy.manifest);
     }
     if !trouble.is_empty() {
         return Ok(Reach::Broken(trouble));
     }
     let Some(first) = first else { return Ok(Reach::Unfinished(Vec::new())) };
-    let savers = first.identity.savers;
+    let savers = first.identity.savers.clone();
     let missing: Vec<u32> = savers.iter().copied().filter(|r| !reached.contains(r)).collect();
     match (missing.is_empty(), found.sealed()) {
-        (true, _) => Ok(Reach::Whole(savers)),
+        (true, _) => match differences(&replicas) {
+            list if list.is_empty() => Ok(Reach::Whole(savers)),
+            list => Ok(Reach::Broken(vec![differences_in_words(&list)])),
+        },
         // It was whole once: somebody took shards away.
         (false, true) => Ok(Reach::Broken(
             missing

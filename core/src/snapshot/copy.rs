@@ -18,6 +18,7 @@
 //! - A damaged chunk is reported, exactly it.
 //! - A chunk without a wanted byte is not read.
 //! - A damaged chunk in a buffer never reaches a tensor.
+//! - A tagged piece's checksum is that of its bytes, however chunks cut it, and changes no other.
 //! - A panic on a copying thread reaches the caller.
 //!
 //! # Which bytes are checksummed
@@ -65,8 +66,8 @@ use std::{
 
 use crc32fast::Hasher;
 
-use super::strided::{Address, Strided};
-use crate::error::{Error, Result};
+pub use self::plan::{Memory, Piece, Plan};
+use super::strided::Address;
 
 /// Copied, then checksummed, at a time: both ends and what the prefetcher ran ahead fit the
 /// smallest first-level cache in use, 32 KiB.
@@ -89,160 +90,45 @@ const THREAD_BYTES_MIN: usize = 4 << 20;
 /// moment in which all of them wait.
 const THREADS_MAX: usize = 8;
 
-/// Where the bytes of a piece are in memory.
-#[derive(Clone, Debug)]
-pub enum Memory {
-    /// One run of memory.
-    Bytes(Address),
-    /// A tensor with gaps, or in another order than the payload.
-    Strided(Strided),
-    /// Already in the slot, brought by a device's DMA or an earlier phase: checksummed only.
-    InPlace,
-    /// Nobody wants these bytes back. Only to restore; checksummed where their chunk is read at
-    /// all.
-    Skip,
+/// What a capture found.
+#[derive(Debug, Default)]
+pub struct Sums {
+    /// A CRC-32 for each chunk.
+    pub chunks: Vec<u32>,
+    /// Those of tagged pieces, in no order.
+    pub parts: Vec<Part>,
 }
 
-/// A range of the payload and its memory.
-#[derive(Clone, Debug)]
-pub struct Piece {
-    /// First byte in the payload.
-    pub offset: usize,
-    /// Length in bytes; may be 0.
+/// The CRC-32 of a run of bytes of a tagged piece.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Part {
+    /// The piece's.
+    pub tag: usize,
+    /// First byte in the piece.
+    pub at: usize,
+    /// Bytes.
     pub len: usize,
-    /// The other side.
-    pub memory: Memory,
-    /// Copied by [`capture_now`], while the trainer waits; the others by [`capture_rest`].
-    pub now: bool,
+    /// Their checksum.
+    pub crc: u32,
 }
 
-impl Piece {
-    fn end(&self) -> usize {
-        self.offset + self.len
+/// The checksums of tagged pieces, from all their parts; of a piece of no bytes there is none, and
+/// its checksum is 0, as it is of no bytes.
+///
+/// # Panics
+///
+/// If a part is missing, or its tag is not below `tags`.
+#[must_use]
+pub fn whole(mut parts: Vec<Part>, tags: usize) -> Vec<u32> {
+    parts.sort_unstable();
+    let mut sums: Vec<(Hasher, usize)> = vec![(Hasher::new(), 0); tags];
+    for part in parts {
+        let (sum, done) = &mut sums[part.tag];
+        assert_eq!(*done, part.at, "a part of piece {} is missing", part.tag);
+        sum.combine(&Hasher::new_with_initial_len(part.crc, part.len as u64));
+        *done += part.len;
     }
-
-    fn wanted(&self) -> bool {
-        !matches!(self.memory, Memory::Skip)
-    }
-}
-
-/// The payload of one shard as pieces of memory, without a hole.
-#[derive(Clone, Debug)]
-pub struct Plan {
-    pieces: Vec<Piece>,
-    len: usize,
-    chunk_bytes: usize,
-    now_bytes: usize,
-    skips: bool,
-    overlaps: bool,
-}
-
-impl Plan {
-    /// Pieces in payload order, each starting where the last one ended, the first at 0, the last
-    /// ending at `len`. Empty pieces are dropped, and tensors that turn out contiguous become
-    /// bytes.
-    ///
-    /// # Errors
-    ///
-    /// Where that is not so, or a tensor is not as long as its piece.
-    pub fn new(pieces: Vec<Piece>, len: usize, chunk_bytes: usize) -> Result<Self> {
-        let bug = |why: String| Err(Error::Bug(format!("copy plan: {why}")));
-        if chunk_bytes == 0 || isize::try_from(len).is_err() {
-            return bug(format!("{len} bytes in chunks of {chunk_bytes}"));
-        }
-        if u32::try_from(len.div_ceil(chunk_bytes)).is_err() {
-            return bug(format!("{len} bytes are too many chunks of {chunk_bytes}"));
-        }
-        let mut plan = Self {
-            pieces: Vec::new(),
-            len,
-            chunk_bytes,
-            now_bytes: 0,
-            skips: false,
-            overlaps: false,
-        };
-        let mut at = 0_usize;
-        for mut piece in pieces {
-            if piece.offset != at {
-                return bug(format!("a piece starts at byte {}, not {at}", piece.offset));
-            }
-            match at.checked_add(piece.len) {
-                Some(end) if end <= len => at = end,
-                _ => return bug(format!("{} bytes at {at} end behind byte {len}", piece.len)),
-            }
-            if let Memory::Strided(tensor) = &piece.memory {
-                if tensor.len() != piece.len {
-                    let (is, has) = (piece.len, tensor.len());
-                    return bug(format!("{has} bytes of tensor at {} for {is}", piece.offset));
-                }
-                plan.overlaps |= tensor.overlaps();
-                if let Some(start) = tensor.contiguous() {
-                    piece.memory = Memory::Bytes(start);
-                }
-            }
-            plan.skips |= piece.len > 0 && !piece.wanted();
-            if piece.len > 0 {
-                plan.now_bytes += if piece.now { piece.len } else { 0 };
-                plan.pieces.push(piece);
-            }
-        }
-        if at != len {
-            return bug(format!("the pieces end at byte {at} of {len}"));
-        }
-        Ok(plan)
-    }
-
-    /// Bytes of payload.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.len
-    }
-
-    /// True for a payload of no bytes.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Bytes that [`capture_now`] copies.
-    #[must_use]
-    pub fn now_bytes(&self) -> usize {
-        self.now_bytes
-    }
-
-    /// How many chunks the payload has.
-    #[must_use]
-    pub fn chunks(&self) -> usize {
-        self.len.div_ceil(self.chunk_bytes)
-    }
-
-    /// The payload bytes of a chunk.
-    ///
-    /// # Panics
-    ///
-    /// If there is no such chunk.
-    #[must_use]
-    pub fn chunk(&self, chunk: usize) -> Range<usize> {
-        assert!(chunk < self.chunks(), "chunk {chunk} of {}", self.chunks());
-        let start = chunk * self.chunk_bytes;
-        start..self.len.min(start.saturating_add(self.chunk_bytes))
-    }
-
-    /// Whether somebody wants a byte of this chunk: if not, it need not be read to restore.
-    ///
-    /// # Panics
-    ///
-    /// If there is no such chunk.
-    #[must_use]
-    pub fn wants(&self, chunk: usize) -> bool {
-        self.pieces_in(&self.chunk(chunk)).any(Piece::wanted)
-    }
-
-    fn pieces_in(&self, range: &Range<usize>) -> impl Iterator<Item = &Piece> {
-        let first = self.pieces.partition_point(|piece| piece.end() <= range.start);
-        let end = range.end;
-        self.pieces[first..].iter().take_while(move |piece| piece.offset < end)
-    }
+    sums.into_iter().map(|(sum, _)| sum.finalize()).collect()
 }
 
 /// Copies the whole state into the slot; returns a checksum for each chunk.
@@ -258,7 +144,7 @@ impl Plan {
 /// writes to any of these, nor reads the slot. (See the module on what a writer that breaks this
 /// brings about.)
 #[must_use]
-pub unsafe fn capture(plan: &Plan, slot: *mut u8, threads: usize) -> Vec<u32> {
+pub unsafe fn capture(plan: &Plan, slot: *mut u8, threads: usize) -> Sums {
     // SAFETY: the caller's promise is that of `capture_chunks`.
     unsafe { capture_chunks(plan, slot, 0..plan.chunks(), threads) }
 }
@@ -278,7 +164,7 @@ pub unsafe fn capture_chunks(
     slot: *mut u8,
     chunks: Range<usize>,
     threads: usize,
-) -> Vec<u32> {
+) -> Sums {
     let work = Work { to_slot: true, moved: Moved::All, checksum: true };
     // SAFETY: the caller's promise is that of `capture_all`.
     unsafe { capture_all(plan, slot, chunks, threads, work) }
@@ -311,7 +197,7 @@ pub unsafe fn capture_now(plan: &Plan, slot: *mut u8, threads: usize) {
 /// As [`capture`], but memory of the pieces marked `now` is not touched: `capture_now` has
 /// returned, with the same plan and slot, and what it did happens before this call.
 #[must_use]
-pub unsafe fn capture_rest(plan: &Plan, slot: *mut u8, threads: usize) -> Vec<u32> {
+pub unsafe fn capture_rest(plan: &Plan, slot: *mut u8, threads: usize) -> Sums {
     let work = Work { to_slot: true, moved: Moved::Rest, checksum: true };
     // SAFETY: only pieces not marked `now` are read outside the slot.
     unsafe { capture_all(plan, slot, 0..plan.chunks(), threads, work) }
@@ -326,20 +212,21 @@ unsafe fn capture_all(
     chunks: Range<usize>,
     threads: usize,
     work: Work,
-) -> Vec<u32> {
+) -> Sums {
     assert!(!plan.skips, "a capture with bytes to skip");
     let slot = Address::new(slot);
-    let mut crcs = vec![0; chunks.len()];
+    let mut sums = Sums { chunks: vec![0; chunks.len()], parts: Vec::new() };
     let found = on_threads(chunks.len(), threads, |index| {
         let chunk = chunks.start + index;
         // SAFETY: the slot has `plan.len()` bytes, and each chunk is given to one thread.
-        let crc = unsafe { pass(plan, chunk, slot.get().add(plan.chunk(chunk).start), work) };
-        Some((index, crc))
+        let sum = unsafe { pass(plan, chunk, slot.get().add(plan.chunk(chunk).start), work) };
+        Some((index, sum))
     });
-    for (index, crc) in found {
-        crcs[index] = crc;
+    for (index, (crc, parts)) in found {
+        sums.chunks[index] = crc;
+        sums.parts.extend(parts);
     }
-    crcs
+    sums
 }
 
 /// Copies the slot into the live tensors, checking each chunk; returns the bad ones, sorted. What
@@ -368,7 +255,7 @@ pub unsafe fn restore(plan: &Plan, slot: *const u8, crcs: &[u32], threads: usize
         }
         // SAFETY: the slot has `plan.len()` bytes and is only read; each chunk is given to one
         // thread, and no two chunks share a byte of memory.
-        let crc = unsafe { pass(plan, chunk, slot.get().add(plan.chunk(chunk).start), work) };
+        let (crc, _) = unsafe { pass(plan, chunk, slot.get().add(plan.chunk(chunk).start), work) };
         (crc != crcs[chunk]).then_some(chunk as u32)
     });
     bad.sort_unstable();
@@ -393,7 +280,7 @@ pub unsafe fn restore_passing(plan: &Plan, chunk: usize, bytes: &[u8], crc: u32)
     }
     let work = Work { to_slot: false, moved: Moved::All, checksum: true };
     // SAFETY: `bytes` is as long as the chunk and is only read; the rest is promised by the caller.
-    unsafe { pass(plan, chunk, bytes.as_ptr().cast_mut(), work) == crc }
+    unsafe { pass(plan, chunk, bytes.as_ptr().cast_mut(), work).0 == crc }
 }
 
 /// Checks one chunk that came from a file or a peer, and only if it is good copies it into the live
@@ -464,6 +351,8 @@ impl Work {
 /// The checksum of a chunk, which follows the copy at a distance of at most one block.
 struct Checksum {
     hasher: Option<Hasher>,
+    /// Of what lies before the last cut; `hasher` goes on from there.
+    before: Option<Hasher>,
     /// Start of the chunk in the slot.
     slot: *const u8,
     done: usize,
@@ -485,19 +374,48 @@ impl Checksum {
             self.done = upto;
         }
     }
+
+    /// Begins anew at `upto`; the checksum since the last cut.
+    ///
+    /// # Safety
+    ///
+    /// As [`follow`](Self::follow).
+    unsafe fn cut(&mut self, upto: usize) -> u32 {
+        // SAFETY: the caller's promise.
+        unsafe { self.follow(upto, 1) };
+        let Some(hasher) = &mut self.hasher else { return 0 };
+        let since = std::mem::take(hasher);
+        match &mut self.before {
+            Some(before) => before.combine(&since),
+            None => self.before = Some(since.clone()),
+        }
+        since.finalize()
+    }
+
+    fn finish(self) -> u32 {
+        match (self.before, self.hasher) {
+            (Some(mut before), Some(since)) => {
+                before.combine(&since);
+                before.finalize()
+            }
+            (_, hasher) => hasher.map_or(0, Hasher::finalize),
+        }
+    }
 }
 
-/// Moves one chunk between memory and `slot`, where the chunk starts, and returns its checksum.
+/// Moves one chunk between memory and `slot`, where the chunk starts, and returns its checksum, and
+/// those of the tagged pieces in it.
 ///
 /// # Safety
 ///
 /// The chunk's bytes in `slot` are readable, and writable if `work.to_slot`. The memory of the
 /// pieces that `work` moves is readable, or writable if not `work.to_slot`. They are apart, and
 /// nobody else touches what is written or writes to what is read.
-unsafe fn pass(plan: &Plan, chunk: usize, slot: *mut u8, work: Work) -> u32 {
+unsafe fn pass(plan: &Plan, chunk: usize, slot: *mut u8, work: Work) -> (u32, Vec<Part>) {
     let range = plan.chunk(chunk);
     let hasher = work.checksum.then(Hasher::new);
-    let mut checksum = Checksum { hasher, slot, done: 0 };
+    let mut checksum = Checksum { hasher, before: None, slot, done: 0 };
+    let mut parts = Vec::new();
     for piece in plan.pieces_in(&range) {
         let start = piece.offset.max(range.start);
         let n = piece.end().min(range.end) - start;
@@ -505,6 +423,9 @@ unsafe fn pass(plan: &Plan, chunk: usize, slot: *mut u8, work: Work) -> u32 {
         // SAFETY: [within, within + n) is inside the piece and [at, at + n) inside the chunk, for
         // both of which the caller vouches; what is before `at` has been moved.
         unsafe {
+            if piece.tag.is_some() {
+                checksum.cut(at);
+            }
             match &piece.memory {
                 _ if !work.moves(piece) => {}
                 Memory::InPlace | Memory::Skip => {}
@@ -531,11 +452,14 @@ unsafe fn pass(plan: &Plan, chunk: usize, slot: *mut u8, work: Work) -> u32 {
                     }
                 }
             }
+            if let (Some(tag), true) = (piece.tag, work.checksum) {
+                parts.push(Part { tag, at: within, len: n, crc: checksum.cut(at + n) });
+            }
         }
     }
     // SAFETY: the whole chunk has been moved or was in place.
     unsafe { checksum.follow(range.len(), 1) };
-    checksum.hasher.map_or(0, Hasher::finalize)
+    (checksum.finish(), parts)
 }
 
 /// Moves `n` bytes block by block, with the checksum behind.
@@ -563,7 +487,7 @@ unsafe fn blocks(
 
 /// Gives the numbers below `count` to `threads` threads, the calling one among them, and collects
 /// what `work` found, in no order. Fewer threads where the system gives no more.
-fn on_threads<T: Send>(
+pub(super) fn on_threads<T: Send>(
     count: usize,
     threads: usize,
     work: impl Fn(usize) -> Option<T> + Sync,
@@ -587,6 +511,8 @@ fn on_threads<T: Send>(
     })
 }
 
+/// Where every byte of a payload lies in memory.
+mod plan;
 /// Copying past the cache. A slot is not read again soon, and a store that goes through the cache
 /// first fetches the line it is about to overwrite: half as much again for the memory to do.
 mod stream;

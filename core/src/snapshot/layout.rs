@@ -9,13 +9,20 @@
 //!
 //! - The payload is a valid safetensors file.
 //! - The same specs give the same bytes of header, in any order of the specs.
+//! - Of a tensor that several ranks hold alike, one rank's payload has the bytes.
 
 use std::{collections::HashMap, sync::Arc};
 
 use crate::{
     error::{Error, Result},
-    manifest::TensorEntry,
-    state::TensorSpec,
+    manifest::{
+        TensorEntry,
+        replicated::{Replica, Replicated},
+    },
+    state::{
+        TensorSpec,
+        replicas::{Rule, Share, share},
+    },
 };
 
 /// Bytes of a header that the safetensors library reads (its MAX_HEADER_SIZE).
@@ -34,15 +41,30 @@ pub struct Layout {
     pub order: Vec<(usize, u64, u64)>,
     /// The JSON array for the manifest.
     pub tensors_json: Vec<u8>,
+    /// What other ranks hold alike, without the checksums.
+    pub replicated: Option<Replicated>,
+    /// Of each spec its place in `replicated`.
+    pub tags: Vec<Option<usize>>,
+    /// (index into the specs, bytes) of the tensors that other ranks store.
+    pub elsewhere: Vec<(usize, u64)>,
     specs: Vec<Arc<TensorSpec>>,
 }
 
 impl Layout {
-    /// Lays the tensors out.
+    /// Lays all the tensors out.
     ///
     /// # Errors
     /// Two tensors have one name, or sizes overflow.
     pub fn new(specs: Vec<Arc<TensorSpec>>) -> Result<Self> {
+        Self::of_rank(specs, &[], 0)
+    }
+
+    /// Lays out the tensors that `rank` stores: its own, and its share of those that `rules` say other
+    /// ranks hold alike.
+    ///
+    /// # Errors
+    /// Two tensors have one name, or sizes overflow.
+    pub fn of_rank(specs: Vec<Arc<TensorSpec>>, rules: &[Rule], rank: u32) -> Result<Self> {
         let mut seen = HashMap::with_capacity(specs.len());
         let mut sizes = Vec::with_capacity(specs.len());
         for (index, spec) in specs.iter().enumerate() {
@@ -54,7 +76,11 @@ impl Layout {
             }
             sizes.push(spec.bytes()?);
         }
-        let mut order: Vec<usize> = (0..specs.len()).collect();
+        let shares = share(rules, &specs)?;
+        let is_elsewhere = |i: &usize| shares[*i].is_some_and(|share| share.saver != rank);
+        let (elsewhere, mut order): (Vec<usize>, Vec<usize>) =
+            (0..specs.len()).partition(is_elsewhere);
+        let (replicated, tags) = replicated(&specs, &shares);
         // A complex number is aligned as its parts: sorting by the stored type keeps F64 and C128
         // together.
         order.sort_by(|a, b| {
@@ -74,7 +100,9 @@ impl Layout {
         }
         let tensors_json =
             serde_json::to_vec(&entries).map_err(|e| Error::Bug(format!("tensor table: {e}")))?;
-        Ok(Self { header, len: at, order: placed, tensors_json, specs })
+        let elsewhere = elsewhere.into_iter().map(|index| (index, sizes[index])).collect();
+        let len = at;
+        Ok(Self { header, len, order: placed, tensors_json, replicated, tags, elsewhere, specs })
     }
 
     /// True where a state with these specs, in this order, has this layout.
@@ -82,6 +110,34 @@ impl Layout {
         let same = |(a, b): (&Arc<TensorSpec>, &Arc<TensorSpec>)| Arc::ptr_eq(a, b) || a == b;
         specs.len() == self.specs.len() && specs.zip(&self.specs).all(same)
     }
+}
+
+/// The table of shared tensors, if there are any, and each spec's place in it.
+fn replicated(
+    specs: &[Arc<TensorSpec>],
+    shares: &[Option<Share<'_>>],
+) -> (Option<Replicated>, Vec<Option<usize>>) {
+    let mut shared: Vec<(usize, Share<'_>)> =
+        shares.iter().enumerate().filter_map(|(i, share)| Some((i, (*share)?))).collect();
+    shared.sort_by(|(a, _), (b, _)| specs[*a].name.cmp(&specs[*b].name));
+    let mut tags = vec![None; specs.len()];
+    let mut groups: Vec<Vec<u32>> = shared.iter().map(|(_, share)| share.ranks.into()).collect();
+    groups.sort_unstable();
+    groups.dedup();
+    let mut tensors = Vec::with_capacity(shared.len());
+    for (tag, (index, share)) in shared.into_iter().enumerate() {
+        tags[index] = Some(tag);
+        let spec = &specs[index];
+        tensors.push(Replica {
+            name: spec.name.to_string(),
+            dtype: spec.dtype.name().into(),
+            shape: spec.shape.clone(),
+            group: groups.partition_point(|ranks| ranks.as_slice() < share.ranks),
+            saver: share.saver,
+        });
+    }
+    let table = Replicated { groups, tensors, crcs: Vec::new() };
+    ((!table.tensors.is_empty()).then_some(table), tags)
 }
 
 fn entry(spec: &TensorSpec, begin: u64, end: u64) -> TensorEntry {

@@ -10,20 +10,24 @@ pub mod device;
 pub mod layout;
 pub mod slot;
 pub mod strided;
+mod witness;
 
 use std::sync::Arc;
 
 use self::{
-    copy::{Piece, Plan, capture_chunks, capture_now, capture_rest, threads_for},
+    copy::{
+        Part, Piece, Plan, Sums, capture_chunks, capture_now, capture_rest, threads_for, whole,
+    },
     device::{Flight, Placement},
     layout::Layout,
     slot::Slot,
     strided::Address,
+    witness::{Seen, Witness},
 };
 use crate::{
     chunk::CHUNK_BYTES,
     error::{Error, Result},
-    manifest::{Identity, Meta, Parts, PayloadInfo, combine, encode},
+    manifest::{Identity, Meta, Parts, PayloadInfo, combine, encode, replicated::Replicated},
     state::{
         Memory, State,
         value::{EncodeError, Value},
@@ -44,6 +48,18 @@ pub struct Snapshot {
     on_device: Vec<Placement>,
     /// Bytes of the host that are copied late.
     late_bytes: usize,
+    /// The tensors that other ranks store.
+    witness: Witness,
+    /// What was seen of them so far.
+    seen: Vec<Part>,
+}
+
+/// The checksums that were taken on the way.
+#[derive(Debug)]
+pub(crate) struct Taken {
+    chunks: Vec<u32>,
+    /// Of the tensors that several ranks hold alike, in the order of the layout's table.
+    replicas: Vec<u32>,
 }
 
 impl Snapshot {
@@ -62,22 +78,14 @@ impl Snapshot {
             // The layout lives as long as this plan.
             memory: copy::Memory::Bytes(Address::read_only(layout.header.as_ptr())),
             now: true,
+            tag: None,
         });
         for (index, at, bytes) in &layout.order {
             let tensor = &state.tensors[*index];
             let (offset, len) = (size(*at)?, size(*bytes)?);
             let memory = match &tensor.memory {
                 Memory::Contiguous(address) => copy::Memory::Bytes(*address),
-                Memory::Strided(strided) if strided.len() as u64 == *bytes => {
-                    copy::Memory::Strided(strided.clone())
-                }
-                Memory::Strided(strided) => {
-                    return Err(Error::Bug(format!(
-                        "{}: {} bytes by strides, {bytes} by shape",
-                        tensor.spec.name,
-                        strided.len()
-                    )));
-                }
+                Memory::Strided(strided) => copy::Memory::Strided(strided.clone()),
                 Memory::InSlot => {
                     if len > 0 {
                         on_device.push(Placement { tensor: *index, offset, len });
@@ -88,13 +96,29 @@ impl Snapshot {
             if tensor.late && !matches!(memory, copy::Memory::InPlace) {
                 late_bytes += len;
             }
-            pieces.push(Piece { offset, len, memory, now: !tensor.late });
+            let tag = layout.tags[*index];
+            pieces.push(Piece { offset, len, memory, now: !tensor.late, tag });
+        }
+        let mut seen = Vec::with_capacity(layout.elsewhere.len());
+        for (index, bytes) in &layout.elsewhere {
+            let tensor = &state.tensors[*index];
+            let memory = match &tensor.memory {
+                Memory::Contiguous(address) => copy::Memory::Bytes(*address),
+                Memory::Strided(strided) => copy::Memory::Strided(strided.clone()),
+                Memory::InSlot => return Err(on_a_device(&tensor.spec.name)),
+            };
+            let Some(tag) = layout.tags[*index] else { continue };
+            let len = size(*bytes)?;
+            late_bytes += if tensor.late { len } else { 0 };
+            seen.push(Seen { tag, len, memory, now: !tensor.late });
         }
         let plan = Plan::new(pieces, size(layout.len)?, size(CHUNK_BYTES)?)?;
         // The JSON is written later, behind the training where the copy is; what it could fail for is
         // said now.
         state.tree.check().map_err(unstorable)?;
-        Ok(Self { layout, plan, tree: state.tree, threads, on_device, late_bytes })
+        let witness = Witness::new(seen)?;
+        let (tree, seen) = (state.tree, Vec::new());
+        Ok(Self { layout, plan, tree, threads, on_device, late_bytes, witness, seen })
     }
 
     /// Exact bytes of the payload.
@@ -112,7 +136,7 @@ impl Snapshot {
     /// True where nothing is left for [`finish`](Self::finish) to copy.
     #[must_use]
     pub fn is_all_now(&self) -> bool {
-        self.plan.now_bytes() == self.plan.len()
+        self.plan.now_bytes() == self.plan.len() && self.witness.bytes(false) == 0
     }
 
     /// What a device brings, before [`take`](Self::take) or [`finish`](Self::finish).
@@ -128,7 +152,7 @@ impl Snapshot {
     }
 
     fn threads(&self) -> usize {
-        self.threads.unwrap_or_else(|| threads_for(self.plan.len()))
+        self.threads.unwrap_or_else(|| threads_for(self.plan.len() + self.witness.bytes(true)))
     }
 
     fn check(&self, slot: &Slot) {
@@ -143,30 +167,38 @@ impl Snapshot {
     /// # Safety
     /// The state's memory is readable and nobody writes to it until this returns; the slot is being
     /// filled by this caller and `flight` alone.
-    pub(crate) unsafe fn take(&self, slot: &Slot, flight: &mut Flight) -> Result<Vec<u32>> {
+    pub(crate) unsafe fn take(&mut self, slot: &Slot, flight: &mut Flight) -> Result<Taken> {
         self.check(slot);
+        let threads = self.threads();
+        for now in [true, false] {
+            // SAFETY: the caller's promise.
+            self.seen.extend(unsafe { self.witness.look(now, threads) });
+        }
         let chunks = self.plan.chunks();
         let stage = if self.on_device.is_empty() { chunks } else { CHUNKS_A_STAGE };
-        let mut crcs = Vec::with_capacity(chunks);
+        let mut sums = Sums::default();
         for first in (0..chunks).step_by(stage.max(1)) {
             let stage = first..chunks.min(first + stage);
             flight.land(self.plan.chunk(stage.end - 1).end)?;
             // SAFETY: the caller's promise; the slot has room for the plan, and what a device brings
             // of these chunks is there.
-            let found =
-                unsafe { capture_chunks(&self.plan, slot.as_mut_ptr(), stage, self.threads()) };
-            crcs.extend(found);
+            let found = unsafe { capture_chunks(&self.plan, slot.as_mut_ptr(), stage, threads) };
+            sums.chunks.extend(found.chunks);
+            sums.parts.extend(found.parts);
         }
-        Ok(crcs)
+        Ok(self.taken(sums))
     }
 
     /// Copies what may change as soon as the caller goes on.
     ///
     /// # Safety
     /// As [`take`](Self::take), for the tensors that are not `late`.
-    pub(crate) unsafe fn begin(&self, slot: &Slot) {
+    pub(crate) unsafe fn begin(&mut self, slot: &Slot) {
         self.check(slot);
-        let threads = self.threads.unwrap_or(usize::MAX).min(threads_for(self.plan.now_bytes()));
+        let bytes = self.plan.now_bytes() + self.witness.bytes(true);
+        let threads = self.threads.unwrap_or(usize::MAX).min(threads_for(bytes));
+        // SAFETY: the caller's promise.
+        self.seen.extend(unsafe { self.witness.look(true, threads) });
         // SAFETY: the caller's promise; the slot has room for the plan.
         unsafe { capture_now(&self.plan, slot.as_mut_ptr(), threads) };
     }
@@ -179,19 +211,35 @@ impl Snapshot {
     /// # Safety
     /// As [`take`](Self::take), for the tensors that are `late`; [`begin`](Self::begin) came
     /// before.
-    pub(crate) unsafe fn finish(&self, slot: &Slot, flight: &mut Flight) -> Result<Vec<u32>> {
+    pub(crate) unsafe fn finish(&mut self, slot: &Slot, flight: &mut Flight) -> Result<Taken> {
         self.check(slot);
-        flight.land(self.plan.len())?;
         // One thread: this runs beside the training, which wants the other cores.
+        let threads = self.threads.unwrap_or(1);
+        // SAFETY: the caller's promise.
+        self.seen.extend(unsafe { self.witness.look(false, threads) });
+        flight.land(self.plan.len())?;
         // SAFETY: the caller's promise; the slot has room for the plan.
-        Ok(unsafe { capture_rest(&self.plan, slot.as_mut_ptr(), self.threads.unwrap_or(1)) })
+        let sums = unsafe { capture_rest(&self.plan, slot.as_mut_ptr(), threads) };
+        Ok(self.taken(sums))
+    }
+
+    fn taken(&mut self, mut sums: Sums) -> Taken {
+        sums.parts.append(&mut self.seen);
+        let tags = self.layout.replicated.as_ref().map_or(0, |table| table.tensors.len());
+        Taken { chunks: sums.chunks, replicas: whole(sums.parts, tags) }
     }
 
     /// The shard manifest over the filled slot.
     ///
     /// # Errors
     /// None that a caller can cause.
-    pub fn manifest(&self, identity: &Identity, meta: &Meta, crcs: Vec<u32>) -> Result<Vec<u8>> {
+    pub(crate) fn manifest(
+        &self,
+        identity: &Identity,
+        meta: &Meta,
+        taken: Taken,
+    ) -> Result<Vec<u8>> {
+        let crcs = taken.chunks;
         let payload = PayloadInfo {
             file: identity.payload_name(),
             length: self.len(),
@@ -203,14 +251,23 @@ impl Snapshot {
         };
         let mut tree_json = Vec::new();
         self.tree.write_json(&mut tree_json).map_err(unstorable)?;
+        let replicated = self.layout.replicated.clone();
+        let replicated = replicated.map(|table| Replicated { crcs: taken.replicas, ..table });
         encode(&Parts {
             identity,
             payload: &payload,
             tensors_json: &self.layout.tensors_json,
             tree_json: &tree_json,
+            replicated: replicated.as_ref(),
             meta,
         })
     }
+}
+
+fn on_a_device(name: &str) -> Error {
+    Error::invalid(format!(
+        "{name} lies on a device: only tensors in memory of the host can be declared replicated"
+    ))
 }
 
 fn unstorable(e: EncodeError) -> Error {

@@ -5,6 +5,7 @@
 
 pub mod dtype;
 pub mod path;
+pub mod replicas;
 pub mod value;
 
 use std::sync::Arc;

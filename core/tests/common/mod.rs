@@ -32,6 +32,8 @@ use tierkeep::{
 pub const SIZES: [usize; 5] = [(4 << 20) + 24, 4096, 13, 0, 64 << 10];
 /// For trials that run thousands of times.
 pub const SMALL: [usize; 3] = [40_000, 13, 0];
+/// The tensor that all ranks hold alike.
+pub const ALIKE: usize = 1;
 
 /// Directories of one test: disk and ram apart, both removed at the end.
 pub struct Places {
@@ -110,7 +112,8 @@ impl Model {
 
     /// In place, as an optimizer does: who copies it meanwhile has a mix.
     pub fn train_tensor(&mut self, i: usize, step: u64) {
-        let seed = step * 1_000_003 + u64::from(self.rank) * 1009 + i as u64;
+        let rank = if i == ALIKE { 0 } else { self.rank };
+        let seed = step * 1_000_003 + u64::from(rank) * 1009 + i as u64;
         let trained = pattern(self.tensors[i].len(), seed);
         self.tensors[i].copy_from_slice(&trained);
     }

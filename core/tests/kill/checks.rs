@@ -75,7 +75,7 @@ pub fn resumes_from(places: &Places, promised: Promised) -> u64 {
     let step = key.step.0;
     assert!(step >= promised.ram.max(promised.disk), "{promised:?}, but {key} is the newest");
     for rank in 0..WORLD {
-        let shard = both.shard(&key, Rank(rank)).expect("shard");
+        let shard = both.state(&key, Rank(rank)).expect("shard");
         let report = read_whole(&shard, &SMALL).expect("read");
         assert!(report.damaged.is_empty(), "{key}, rank {rank}: {:?}", report.damaged);
     }

@@ -3,9 +3,9 @@
 
 use std::time::Duration;
 
-use tierkeep::config::Config;
+use tierkeep::{config::Config, state::replicas::Rule};
 
-use crate::WORLD;
+use crate::{WORLD, common::ALIKE};
 
 /// SplitMix64: neighbouring seeds give unlike numbers.
 pub struct Random(pub u64);
@@ -39,6 +39,8 @@ pub struct Settings {
     pub step_micros: u64,
     /// For each rank the tensors that are copied late, a bit each; 0: capture "now".
     pub late: [u8; WORLD as usize],
+    /// The tensor that all ranks hold alike is declared as such.
+    pub replicated: bool,
 }
 
 impl Settings {
@@ -57,6 +59,7 @@ impl Settings {
                 1 => [7; WORLD as usize],
                 _ => std::array::from_fn(|_| random.below(8) as u8),
             },
+            replicated: random.one_in(2),
         }
     }
 
@@ -65,10 +68,11 @@ impl Settings {
         config.disk_every = self.disk_every;
         config.keep_last = self.keep_last;
         config.keep_every = self.keep_every;
+        config.replicated = rules(self.replicated);
     }
 
     /// For a rank's process: the core's own variables, and those that `trainer` reads.
-    pub fn variables(&self, rank: u32) -> [(&'static str, String); 8] {
+    pub fn variables(&self, rank: u32) -> [(&'static str, String); 9] {
         [
             ("TIERKEEP_SLOTS", self.slots.to_string()),
             ("TIERKEEP_DISK_EVERY", self.disk_every.to_string()),
@@ -77,9 +81,15 @@ impl Settings {
             ("TIERKEEP_TEST_SKIP", u32::from(self.skip_if_busy).to_string()),
             ("TIERKEEP_TEST_LOCKSTEP", u32::from(self.lockstep).to_string()),
             ("TIERKEEP_TEST_STEP_MICROS", self.step_micros.to_string()),
+            ("TIERKEEP_TEST_REPLICATED", u32::from(self.replicated).to_string()),
             ("TIERKEEP_TEST_LATE", self.late[rank as usize].to_string()),
         ]
     }
+}
+
+pub fn rules(replicated: bool) -> Vec<Rule> {
+    let rule = || Rule { pattern: format!("t{ALIKE}"), ranks: (0..WORLD).collect() };
+    replicated.then(rule).into_iter().collect()
 }
 
 /// One start of the job and its end.

@@ -14,6 +14,7 @@ use tierkeep::{
 use crate::{
     WORLD,
     common::{Model, SMALL, config, events, resume},
+    draw::rules,
 };
 
 pub fn live(place: &Path) {
@@ -25,7 +26,9 @@ pub fn live(place: &Path) {
     let steps = number("TIERKEEP_TEST_STEPS");
     let pause = Duration::from_micros(number("TIERKEEP_TEST_STEP_MICROS"));
     let ram = PathBuf::from(std::env::var_os("TIERKEEP_TEST_RAM").expect("ram"));
-    let ckpt = Checkpointer::open(config(&place.join("run"), &ram, rank, WORLD)).expect("open");
+    let mut config = config(&place.join("run"), &ram, rank, WORLD);
+    config.replicated = rules(flag("TIERKEEP_TEST_REPLICATED"));
+    let ckpt = Checkpointer::open(config).expect("open");
     let begun = resume(&ckpt, &SMALL).expect("resume");
     say(place, rank, &format!("resumed {begun}"));
     // Not dropped when something panics: a copy behind may still read it.

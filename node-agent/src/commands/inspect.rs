@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 use tierkeep::{
     error::Error,
-    manifest::{Meta, ShardManifest, TensorEntry},
+    glob,
+    manifest::{Meta, ShardManifest, TensorEntry, replicated::Replica},
     reader::{Overview, Reader, StepInfo},
     restore::{read::Restorable, survey::ShardLook},
     state::value::Value,
@@ -15,7 +16,7 @@ use super::{Context, no_run, no_step, state_text, state_word};
 use crate::{
     cli::Inspect,
     fail::{Failure, NOT_FOUND, OK, code_of, say, tier_name},
-    glob, show, tree,
+    show, tree,
 };
 
 /// Lines of values that are shown unless all are asked for.
@@ -55,7 +56,16 @@ struct ShardData<'a> {
     crc32: String,
     meta: &'a Meta,
     tensors: Vec<TensorData<'a>>,
+    stored_by_others: Vec<OtherData<'a>>,
     tree: &'a serde_json::Value,
+}
+
+#[derive(Serialize)]
+struct OtherData<'a> {
+    name: &'a str,
+    dtype: &'a str,
+    shape: &'a [u64],
+    rank: u32,
 }
 
 #[derive(Serialize)]
@@ -200,6 +210,10 @@ fn rank(
             the_box(tensor),
         ]);
     }
+    for tensor in elsewhere(args, manifest) {
+        let (shape, by) = (show::shape(&tensor.shape), format!("stored by rank {}", tensor.saver));
+        rows.push(vec![tensor.name.clone(), tensor.dtype.clone(), shape, "-".into(), by]);
+    }
     if rows.len() > 1 {
         show::table(out, "  ", &rows, &[3])?;
     }
@@ -215,6 +229,16 @@ fn tensors<'a>(
 ) -> impl Iterator<Item = &'a TensorEntry> {
     let wanted = |t: &&TensorEntry| args.tensors.as_ref().is_none_or(|g| glob::matches(g, &t.name));
     manifest.tensors.iter().filter(wanted)
+}
+
+/// What this rank holds as others do, and leaves to one of them.
+fn elsewhere<'a>(
+    args: &'a Inspect,
+    manifest: &'a ShardManifest,
+) -> impl Iterator<Item = &'a Replica> {
+    let wanted = |t: &&Replica| args.tensors.as_ref().is_none_or(|g| glob::matches(g, &t.name));
+    let replicated = manifest.replicated.iter();
+    replicated.flat_map(|r| r.elsewhere(manifest.identity.rank)).filter(wanted)
 }
 
 /// `[1024, 0] of 4096x4096`
@@ -278,6 +302,9 @@ fn rank_data<'a>(
         crc32: format!("{:08x}", manifest.payload.crc),
         meta: &manifest.meta,
         tensors: tensors(args, manifest).map(tensor_data).collect(),
+        stored_by_others: elsewhere(args, manifest)
+            .map(|t| OtherData { name: &t.name, dtype: &t.dtype, shape: &t.shape, rank: t.saver })
+            .collect(),
         tree: &manifest.tree,
     });
     RankData {

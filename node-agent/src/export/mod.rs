@@ -62,7 +62,7 @@ pub(crate) fn run(context: &mut Context<'_>, args: &cli::Export) -> Result<i32, 
     let reader = context.open()?;
     let (key, savers) = choose(&reader, &args.which)?;
     let sources = sources(context, args, &reader, &key, &savers)?;
-    let wanted = Wanted { include: &args.include, prefix: args.prefix.as_deref() };
+    let wanted = Wanted { include: &args.include, prefix: args.prefix.as_deref(), rank: args.rank };
     let outputs = plan(&sources, &wanted)?;
     if outputs.is_empty() {
         return Err(Failure::own(
@@ -140,10 +140,14 @@ fn sources(
                 ),
             ));
         }
-        Some(rank) => vec![rank],
-        None => savers.to_vec(),
+        Some(rank) => {
+            let mut own = reader.state(key, Rank(rank))?;
+            let others = std::mem::take(&mut own.others);
+            return Ok(std::iter::once(own).chain(others).collect());
+        }
+        None => savers,
     };
-    let shards = ranks.into_iter().map(|rank| Ok(reader.shard(key, Rank(rank))?));
+    let shards = ranks.iter().map(|rank| Ok(reader.shard(key, Rank(*rank))?));
     shards.collect()
 }
 

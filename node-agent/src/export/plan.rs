@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, btree_map::Entry};
 
 use tierkeep::{
+    glob,
     manifest::TensorEntry,
     restore::read::Restorable,
     state::{dtype::Dtype, path::join, value::Value},
@@ -13,15 +14,14 @@ use super::{
     conflict,
     names::{name_in_file, whole},
 };
-use crate::{
-    fail::{FAILED, Failure},
-    glob,
-};
+use crate::fail::{FAILED, Failure};
 
 /// Which tensors.
 pub(super) struct Wanted<'a> {
     pub(super) include: &'a [String],
     pub(super) prefix: Option<&'a str>,
+    /// This rank's alone, whose shard is the first source; the others store tensors of it.
+    pub(super) rank: Option<u32>,
 }
 
 /// One tensor of the file.
@@ -53,12 +53,16 @@ pub(super) struct Piece {
 pub(super) fn plan(sources: &[Restorable], wanted: &Wanted<'_>) -> Result<Vec<Output>, Failure> {
     let mut boxes: BTreeMap<&str, Vec<(usize, &TensorEntry)>> = BTreeMap::new();
     for (index, source) in sources.iter().enumerate() {
-        for entry in &source.manifest().tensors {
+        let own = wanted.rank.filter(|rank| *rank != source.rank.0).map(|_| &sources[0]);
+        let left = own.map(|own| own.left_to(source.rank));
+        let ours = |e: &&TensorEntry| left.as_ref().is_none_or(|l| l.contains(e.name.as_str()));
+        for entry in source.manifest().tensors.iter().filter(ours) {
             boxes.entry(whole(&entry.name)).or_default().push((index, entry));
         }
     }
     let mut outputs: BTreeMap<String, Output> = BTreeMap::new();
-    for (name, path) in names(sources, boxes.keys())? {
+    let trees = if wanted.rank.is_some() { &sources[..1] } else { sources };
+    for (name, path) in names(trees, boxes.keys())? {
         let included = wanted.include.is_empty()
             || wanted.include.iter().any(|pattern| glob::matches(pattern, &name));
         let Some(in_file) = name_in_file(&name, wanted.prefix).filter(|_| included) else {

@@ -21,6 +21,7 @@ use tierkeep::{
         Memory, State, Tensor, TensorSpec,
         dtype::Dtype,
         path::{Key, split},
+        replicas::Rule,
         value::{Lib, TensorRef, Value},
     },
 };
@@ -62,12 +63,15 @@ pub fn model(rank: u32, step: u64) -> Vec<Stored> {
 pub struct Place {
     disk: tempfile::TempDir,
     ram: tempfile::TempDir,
+    /// What its ranks hold alike.
+    pub replicated: Vec<Rule>,
 }
 
 impl Place {
     pub fn new() -> Self {
         let ram = tempfile::Builder::new().prefix("tierkeep-test-").tempdir_in("/dev/shm");
-        Self { disk: tempfile::tempdir().unwrap(), ram: ram.unwrap() }
+        let replicated = Vec::new();
+        Self { disk: tempfile::tempdir().unwrap(), ram: ram.unwrap(), replicated }
     }
 
     pub fn root(&self) -> &Path {
@@ -98,6 +102,7 @@ impl Place {
         config.world = world;
         config.savers = (0..world).collect();
         config.keep_last = 100;
+        config.replicated = self.replicated.clone();
         config.attempt_wait = Duration::from_secs(20);
         Checkpointer::open(config).unwrap()
     }

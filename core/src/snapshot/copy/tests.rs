@@ -1,4 +1,5 @@
 use super::*;
+use crate::snapshot::strided::Strided;
 
 /// Small, seeded, good enough to choose shapes.
 struct Chance(u64);
@@ -111,7 +112,8 @@ impl State {
                 () => tensor.memory(),
             };
             offset += len;
-            Piece { offset: offset - len, len, memory, now: tensor.now }
+            let tag = i.is_multiple_of(2).then_some(i / 2);
+            Piece { offset: offset - len, len, memory, now: tensor.now, tag }
         });
         let pieces = pieces.collect();
         Plan::new(pieces, self.payload.len(), self.chunk_bytes).unwrap()
@@ -132,10 +134,18 @@ impl State {
         self.payload.chunks(self.chunk_bytes).map(crc32fast::hash).collect()
     }
 
-    fn check(&self, slot: &[u8], crcs: &[u32], what: &str) {
+    /// Every second tensor is tagged.
+    fn check(&self, slot: &[u8], sums: &Sums, what: &str) {
         assert!(slot[..self.payload.len()] == self.payload[..], "{what}: payload");
         assert_eq!(slot[self.payload.len()], 0xA5, "{what}: wrote past the slot");
-        assert_eq!(crcs, self.crcs(), "{what}: checksums");
+        assert_eq!(sums.chunks, self.crcs(), "{what}: checksums");
+        let mut at = 0;
+        let each = self.tensors.iter().map(|tensor| {
+            at += tensor.places.len();
+            crc32fast::hash(&self.payload[at - tensor.places.len()..at])
+        });
+        let alone: Vec<u32> = each.step_by(2).collect();
+        assert_eq!(whole(sums.parts.clone(), alone.len()), alone, "{what}: tagged pieces");
     }
 
     /// Overwrites all tensors, so that only a restore can bring them back; returns their memory.
@@ -159,12 +169,12 @@ fn chunk_checksums_are_those_of_the_payload_bytes_and_combine_to_the_checksum_of
         // them.
         let crcs = unsafe { capture(&plan, slot.as_mut_ptr(), 1) };
         state.check(&slot, &crcs, &format!("seed {seed}"));
-        let mut whole = Hasher::new();
-        for (chunk, crc) in crcs.iter().enumerate() {
+        let mut all = Hasher::new();
+        for (chunk, crc) in crcs.chunks.iter().enumerate() {
             let len = plan.chunk(chunk).len() as u64;
-            whole.combine(&Hasher::new_with_initial_len(*crc, len));
+            all.combine(&Hasher::new_with_initial_len(*crc, len));
         }
-        assert_eq!(whole.finalize(), crc32fast::hash(&state.payload), "seed {seed}");
+        assert_eq!(all.finalize(), crc32fast::hash(&state.payload), "seed {seed}");
     }
 }
 
@@ -263,9 +273,9 @@ fn a_damaged_chunk_is_reported_exactly_it() {
 #[test]
 fn a_chunk_without_a_wanted_byte_is_not_read() {
     let mut wanted = [0_u8; 10];
-    let skip = |offset, len| Piece { offset, len, memory: Memory::Skip, now: false };
+    let skip = |offset, len| Piece { offset, len, memory: Memory::Skip, now: false, tag: None };
     let memory = Memory::Bytes(Address::new(wanted.as_mut_ptr()));
-    let tensor = Piece { offset: 95, len: 10, memory, now: false };
+    let tensor = Piece { offset: 95, len: 10, memory, now: false, tag: None };
     let plan = Plan::new(vec![skip(0, 95), tensor, skip(105, 295)], 400, 50).unwrap();
     let payload: Vec<u8> = (0..400).map(|i| i as u8).collect();
     // Wrong checksums everywhere but in the two chunks that matter: they are not looked at.
@@ -359,7 +369,7 @@ fn long_pieces_go_past_the_cache_and_are_the_same() {
     let pieces = tensors.iter_mut().zip(lens).map(|(tensor, len)| {
         offset += len;
         let memory = Memory::Bytes(Address::new(tensor.memory.as_mut_ptr().wrapping_add(3)));
-        Piece { offset: offset - len, len, memory, now: false }
+        Piece { offset: offset - len, len, memory, now: false, tag: None }
     });
     let pieces: Vec<_> = pieces.collect();
     let plan = Plan::new(pieces, offset, STREAM_BYTES_MIN * 2 + 5).unwrap();
@@ -370,10 +380,10 @@ fn long_pieces_go_past_the_cache_and_are_the_same() {
     assert!(slot[..offset] == payload[..] && slot[offset] == 0);
     let expected: Vec<u32> =
         payload.chunks(STREAM_BYTES_MIN * 2 + 5).map(crc32fast::hash).collect();
-    assert_eq!(crcs, expected);
+    assert_eq!(crcs.chunks, expected);
     tensors.iter_mut().for_each(|tensor| tensor.memory.fill(0));
     // SAFETY: as above.
-    assert_eq!(unsafe { restore(&plan, slot.as_ptr(), &crcs, 2) }, Vec::<u32>::new());
+    assert_eq!(unsafe { restore(&plan, slot.as_ptr(), &crcs.chunks, 2) }, Vec::<u32>::new());
     let back: Vec<u8> = tensors.iter().flat_map(|t| t.memory[3..].to_vec()).collect();
     assert!(back == payload);
     assert!(tensors.iter().all(|tensor| tensor.memory[..3] == [0; 3]));
@@ -381,7 +391,7 @@ fn long_pieces_go_past_the_cache_and_are_the_same() {
 
 #[test]
 fn a_plan_with_a_hole_is_refused() {
-    let piece = |offset, len| Piece { offset, len, memory: Memory::InPlace, now: false };
+    let piece = |offset, len| Piece { offset, len, memory: Memory::InPlace, now: false, tag: None };
     assert!(Plan::new(vec![], 0, 1).unwrap().is_empty());
     assert!(Plan::new(vec![piece(0, 0), piece(0, 3), piece(3, 0)], 3, 2).is_ok());
     assert!(Plan::new(vec![], 1, 1).is_err());
@@ -393,7 +403,8 @@ fn a_plan_with_a_hole_is_refused() {
     assert!(Plan::new(vec![piece(0, 3), piece(3, usize::MAX)], 4, 2).is_err());
     assert!(Plan::new(vec![piece(0, 1 << 40)], 1 << 40, 2).is_err());
     let tensor = Strided::new(Address::new(std::ptr::null_mut()), 4, &[3], &[8]).unwrap();
-    let short = Piece { offset: 0, len: 11, memory: Memory::Strided(tensor), now: false };
+    let short =
+        Piece { offset: 0, len: 11, memory: Memory::Strided(tensor), now: false, tag: None };
     let error = Plan::new(vec![short], 11, 4).unwrap_err().to_string();
     assert_eq!(error, "this is a bug in tierkeep: copy plan: 12 bytes of tensor at 0 for 11");
 }
@@ -404,7 +415,8 @@ fn an_expanded_tensor_is_not_restored_into() {
     let mut memory = [0_u8; 4];
     let start = Address::new(memory.as_mut_ptr());
     let tensor = Strided::new(start, 4, &[3], &[0]).unwrap();
-    let piece = Piece { offset: 0, len: 12, memory: Memory::Strided(tensor), now: false };
+    let piece =
+        Piece { offset: 0, len: 12, memory: Memory::Strided(tensor), now: false, tag: None };
     let plan = Plan::new(vec![piece], 12, 12).unwrap();
     // SAFETY: it panics before it touches anything.
     let _ = unsafe { restore(&plan, memory.as_ptr(), &[0], 1) };

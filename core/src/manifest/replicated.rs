@@ -1,0 +1,229 @@
+//! What a rank's manifest says of the tensors that other ranks hold alike, and whether all of them
+//! say the same.
+//!
+//! # Invariants
+//!
+//! - A tensor is in the payload of the rank that stores it and in no other of its group.
+//! - Every rank of a group has the checksum of every tensor of it in its own manifest, taken from its
+//!   own memory: no rank believes another.
+//! - No difference: every replicated tensor is stored, once, and all ranks had those bytes.
+
+use std::collections::{BTreeMap, HashMap};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Identity, ShardManifest, TensorEntry, crcs_hex};
+use crate::{cascade::ranks as in_words, state::dtype::Dtype};
+
+/// The feature that a reader must know: tensors of the tree lie in other ranks' payloads.
+pub(crate) const FEATURE: &str = "replicated";
+
+/// The tensors that this rank holds as others do.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Replicated {
+    /// Groups of ranks, each rising.
+    pub groups: Vec<Vec<u32>>,
+    /// By name.
+    pub tensors: Vec<Replica>,
+    /// CRC-32 of each tensor's bytes, row-major, in the order of `tensors`: eight hex digits each, in
+    /// one string.
+    #[serde(with = "crcs_hex")]
+    pub crcs: Vec<u32>,
+}
+
+/// One tensor that several ranks hold.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Replica {
+    /// The escaped path.
+    pub name: String,
+    /// As in [`TensorEntry`].
+    pub dtype: String,
+    /// In elements.
+    pub shape: Vec<u64>,
+    /// Index of its group.
+    pub group: usize,
+    /// The rank whose payload has it.
+    pub saver: u32,
+}
+
+impl Replicated {
+    pub(super) fn check(&self, identity: &Identity, stored: &[TensorEntry]) -> Result<(), String> {
+        for group in &self.groups {
+            let rises = group.is_sorted_by(|a, b| a < b) && group.len() > 1;
+            let known = group.iter().all(|rank| identity.savers.binary_search(rank).is_ok());
+            if !rises || !known || group.binary_search(&identity.rank).is_err() {
+                return Err(format!("{group:?} is no group of rank {} that saves", identity.rank));
+            }
+        }
+        if self.crcs.len() != self.tensors.len() {
+            let (have, want) = (self.crcs.len(), self.tensors.len());
+            return Err(format!("{have} checksums for {want} replicated tensors"));
+        }
+        if !self.tensors.is_sorted_by(|a, b| a.name < b.name) {
+            return Err("replicated tensors are not in the order of their names".into());
+        }
+        let stored: HashMap<&str, &TensorEntry> =
+            stored.iter().map(|tensor| (tensor.name.as_str(), tensor)).collect();
+        for tensor in &self.tensors {
+            let name = &tensor.name;
+            let group = self.groups.get(tensor.group);
+            if group.is_none_or(|group| group.binary_search(&tensor.saver).is_err()) {
+                return Err(format!("{name} is stored by a rank outside of its group"));
+            }
+            let dtype = Dtype::parse(&tensor.dtype);
+            if dtype.and_then(|dtype| dtype.bytes_of(&tensor.shape)).is_none() {
+                return Err(format!("{name} is {} {:?}", tensor.dtype, tensor.shape));
+            }
+            let entry = stored.get(name.as_str());
+            let fits = match entry {
+                Some(e) => e.dtype == tensor.dtype && e.shape == tensor.shape,
+                None => true,
+            };
+            if entry.is_some() != (tensor.saver == identity.rank) || !fits {
+                return Err(format!("{name} is not where the table of replicated tensors says"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The tensors that other ranks store.
+    pub fn elsewhere(&self, rank: u32) -> impl Iterator<Item = &Replica> {
+        self.tensors.iter().filter(move |tensor| tensor.saver != rank)
+    }
+
+    fn group(&self, tensor: &Replica) -> &[u32] {
+        self.groups.get(tensor.group).map_or(&[], Vec::as_slice)
+    }
+}
+
+/// What one rank says of one tensor.
+struct Said<'a> {
+    rank: u32,
+    tensor: &'a Replica,
+    crc: u32,
+}
+
+/// Where the manifests of one checkpoint, all of them, do not agree: a sentence for each tensor, with
+/// the ranks.
+#[must_use]
+pub fn differences<'a>(shards: impl IntoIterator<Item = &'a ShardManifest>) -> Vec<String> {
+    let mut all: BTreeMap<(&str, &[u32]), Vec<Said<'_>>> = BTreeMap::new();
+    for shard in shards {
+        let Some(replicated) = &shard.replicated else { continue };
+        for (tensor, crc) in replicated.tensors.iter().zip(&replicated.crcs) {
+            let said = Said { rank: shard.identity.rank, tensor, crc: *crc };
+            all.entry((&tensor.name, replicated.group(tensor))).or_default().push(said);
+        }
+    }
+    all.into_iter().filter_map(|((name, group), said)| difference(name, group, &said)).collect()
+}
+
+fn difference(name: &str, group: &[u32], said: &[Said<'_>]) -> Option<String> {
+    let silent: Vec<u32> =
+        group.iter().copied().filter(|rank| said.iter().all(|s| s.rank != *rank)).collect();
+    if !silent.is_empty() {
+        let (all, not) = (in_words(group), in_words(&silent));
+        return Some(format!("{name} is said to be the same on {all}, but not by {not}"));
+    }
+    let first = &said[0];
+    let form = |s: &Said<'_>| (s.tensor.dtype.clone(), s.tensor.shape.clone());
+    if let Some(other) = said.iter().find(|s| form(s) != form(first)) {
+        return Some(format!(
+            "{name} is {} {:?} on rank {} and {} {:?} on rank {}",
+            first.tensor.dtype,
+            first.tensor.shape,
+            first.rank,
+            other.tensor.dtype,
+            other.tensor.shape,
+            other.rank
+        ));
+    }
+    // The bytes that most ranks have, of as many the lowest rank's.
+    let mut counts: BTreeMap<u32, usize> = BTreeMap::new();
+    said.iter().for_each(|s| *counts.entry(s.crc).or_default() += 1);
+    let most = said.iter().rev().max_by_key(|s| counts[&s.crc])?.crc;
+    let with = |same: bool| -> Vec<u32> {
+        said.iter().filter(|s| (s.crc == most) == same).map(|s| s.rank).collect()
+    };
+    let odd = with(false);
+    if !odd.is_empty() {
+        let (odd, others) = (in_words(&odd), in_words(&with(true)));
+        return Some(format!("{name} has other bytes on {odd} than on {others}"));
+    }
+    // Ranks that share out different lists of tensors; those that differ are told as well.
+    let other = said.iter().find(|s| s.tensor.saver != first.tensor.saver)?;
+    Some(format!(
+        "{name} is left to rank {} by rank {}, and to rank {} by rank {}",
+        first.tensor.saver, first.rank, other.tensor.saver, other.rank
+    ))
+}
+
+/// Some of them in one line.
+#[must_use]
+pub(crate) fn differences_in_words(all: &[String]) -> String {
+    let shown = all.iter().take(4).cloned().collect::<Vec<_>>().join("; ");
+    let more = if all.len() > 4 { format!("; and {} more", all.len() - 4) } else { String::new() };
+    format!("replicated tensors differ between the ranks: {shown}{more}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::names::{AttemptRef, Id};
+
+    fn identity(rank: u32) -> Identity {
+        let id = Id([7; 16]);
+        let attempt = AttemptRef { number: 1, id };
+        Identity { run_id: id, attempt, writer: id, step: 1, rank, savers: vec![0, 1, 2] }
+    }
+
+    /// Rank 0 of three: `a` is here, `b` on rank 1.
+    fn table() -> Replicated {
+        let replica = |name: &str, saver| Replica {
+            name: name.into(),
+            dtype: "F32".into(),
+            shape: vec![2],
+            group: 0,
+            saver,
+        };
+        let tensors = vec![replica("a", 0), replica("b", 1)];
+        Replicated { groups: vec![vec![0, 1]], tensors, crcs: vec![1, 2] }
+    }
+
+    fn stored(name: &str, shape: u64) -> TensorEntry {
+        TensorEntry {
+            name: name.into(),
+            dtype: "F32".into(),
+            shape: vec![shape],
+            global_shape: None,
+            offset: None,
+            at: [0, 8],
+        }
+    }
+
+    #[test]
+    fn a_table_that_contradicts_itself_or_its_payload_is_refused() {
+        assert_eq!(table().check(&identity(0), &[stored("a", 2)]), Ok(()));
+        let bad = |spoil: &dyn Fn(&mut Replicated)| {
+            let mut table = table();
+            spoil(&mut table);
+            table.check(&identity(0), &[stored("a", 2)]).unwrap_err()
+        };
+        assert!(bad(&|t| t.groups[0] = vec![1, 0]).contains("no group of rank 0"));
+        assert!(bad(&|t| t.groups[0] = vec![0, 9]).contains("no group of rank 0"));
+        assert!(bad(&|t| t.groups[0] = vec![1, 2]).contains("no group of rank 0"));
+        assert!(bad(&|t| t.groups[0] = vec![0]).contains("no group of rank 0"));
+        assert!(bad(&|t| t.crcs.truncate(1)).contains("1 checksums for 2"));
+        assert!(bad(&|t| t.tensors.reverse()).contains("order of their names"));
+        assert!(bad(&|t| t.tensors[1].name = "a".into()).contains("order of their names"));
+        assert!(bad(&|t| t.tensors[1].group = 5).contains("outside of its group"));
+        assert!(bad(&|t| t.tensors[1].saver = 2).contains("outside of its group"));
+        assert!(bad(&|t| t.tensors[1].dtype = "F99".into()).contains("b is F99"));
+        assert!(bad(&|t| t.tensors[1].shape = vec![u64::MAX, 9]).contains("b is F32"));
+        // Said to be here and is not, or the other way round, or in another form.
+        for (rank, stored) in [(0, vec![]), (1, vec![stored("a", 2)]), (0, vec![stored("a", 4)])] {
+            let why = table().check(&identity(rank), &stored).unwrap_err();
+            assert!(why.contains("is not where the table"), "{why}");
+        }
+    }
+}
