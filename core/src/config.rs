@@ -70,7 +70,7 @@ impl Config {
         Ok(Self {
             destination,
             ram_root: default_ram_root(),
-            ram_bytes_max: number("TIERKEEP_RAM_BYTES_MAX")?,
+            ram_bytes_max: ram_bytes_max()?,
             rank: 0,
             world: 1,
             savers: vec![0],
@@ -195,6 +195,14 @@ pub fn default_ram_root() -> PathBuf {
         || format!("/dev/shm/tierkeep-{}", rustix::process::getuid().as_raw()).into(),
         PathBuf::from,
     )
+}
+
+/// `TIERKEEP_RAM_BYTES_MAX`, where it is set.
+///
+/// # Errors
+/// It is not a whole number.
+pub fn ram_bytes_max() -> Result<Option<u64>> {
+    number("TIERKEEP_RAM_BYTES_MAX")
 }
 
 pub(crate) fn absolute(path: &Path) -> Result<PathBuf> {

@@ -32,6 +32,9 @@ pub mod retain;
 pub mod verify;
 pub mod upkeep;
 
+pub mod passing;
+pub mod probe;
+
 pub mod names;
 pub mod observe;
 pub mod clock;

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand};
 
 const EXIT_CODES: &str = "\
@@ -60,6 +61,21 @@ pub(crate) enum Command {
     /// pinned ones and what a live job is writing are never deleted.
     #[command(after_help = EXIT_CODES)]
     Gc(Gc),
+    /// Try what this host offers a job: memory, disk, limits; and say what to do
+    ///
+    /// Writes 64 MiB beside DEST, or where it will be, and removes them again.
+    #[command(after_help = EXIT_CODES)]
+    Doctor(Doctor),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Doctor {
+    /// The run's directory; it need not be there yet
+    pub(crate) dest: Option<PathBuf>,
+    /// Memory that the job's slots need on this host, as in 160GiB: bytes of the state of each rank,
+    /// times the ranks on the host, times `slots` (2)
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) need: Option<ByteSize>,
 }
 
 /// Which checkpoint, where it need not be named.

@@ -8,6 +8,7 @@
 
 mod cli;
 mod commands;
+mod doctor;
 mod export;
 
 mod fail;

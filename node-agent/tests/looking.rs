@@ -175,3 +175,20 @@ fn a_reader_that_goes_away_is_no_error() {
     assert_eq!(ended.status.code(), Some(0), "{ended:?}");
     assert_eq!(String::from_utf8_lossy(&ended.stderr), "");
 }
+
+#[test]
+fn the_doctor_tries_and_leaves_nothing() {
+    let place = Place::new();
+    let ran = place.on("doctor", &["--need", "1MiB"]).ok();
+    ran.says("ok       disk");
+    ran.says("ok       memory");
+    assert!(ran.err.starts_with("0 errors"), "{ran:?}");
+    assert!(!place.run().exists(), "it made the run's directory");
+    let ran = place.tierkeep(&["doctor", "--json", "--need", "1 PiB"]);
+    assert_eq!(ran.code, 1, "{ran:?}");
+    let data: serde_json::Value = serde_json::from_str(&ran.out).unwrap();
+    assert_eq!(data["errors"], 1);
+    assert_eq!(data["findings"][0]["level"], "error");
+    assert!(data["findings"][0]["fix"].is_string());
+    assert_eq!(place.tierkeep(&["doctor", "--need", "much"]).code, 2);
+}

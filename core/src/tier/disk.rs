@@ -193,13 +193,7 @@ impl Tier for DiskTier {
 
 /// Writes the payload into an open file of any length and leaves it with its exact length.
 fn write_payload(file: &File, staged: &Path, payload: &dyn Payload) -> Result<()> {
-    let flags = rustix::fs::OFlags::DIRECT.bits().cast_signed();
-    let direct = OpenOptions::new().write(true).custom_flags(flags).open(staged);
-    let direct = match direct {
-        Ok(direct) => Some(direct),
-        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => None,
-        Err(e) => return Err(e).at("open", staged),
-    };
+    let direct = open_direct(staged)?;
     match write_blocks(direct.as_ref().unwrap_or(file), staged, payload) {
         // Opened, and refused at the first write: some file systems only say so then.
         Err(Error::Io { source, .. })
@@ -211,6 +205,16 @@ fn write_payload(file: &File, staged: &Path, payload: &dyn Payload) -> Result<()
     }
     drop(direct);
     file.set_len(payload.len()).at("set the length of", staged)
+}
+
+/// A file for writes around the page cache; `None` where the file system has none.
+pub(crate) fn open_direct(path: &Path) -> Result<Option<File>> {
+    let flags = rustix::fs::OFlags::DIRECT.bits().cast_signed();
+    match OpenOptions::new().write(true).custom_flags(flags).open(path) {
+        Ok(direct) => Ok(Some(direct)),
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => Ok(None),
+        Err(e) => Err(e).at("open", path),
+    }
 }
 
 fn write_blocks(file: &File, staged: &Path, payload: &dyn Payload) -> Result<()> {

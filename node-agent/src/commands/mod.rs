@@ -17,7 +17,7 @@ use tierkeep::{
 
 use crate::{
     cli::{Cli, Command, Which},
-    export,
+    doctor, export,
     fail::{Failure, NOT_FOUND, runs_below, say},
     show,
 };
@@ -38,26 +38,29 @@ impl Context<'_> {
 
 /// Runs one command; its exit code.
 pub(crate) fn run(cli: &Cli, out: &mut dyn Write) -> Result<i32, Failure> {
-    let dest = match &cli.command {
-        Command::Ls(a) => &a.dest,
-        Command::Inspect(a) => &a.dest,
-        Command::Verify(a) => &a.dest,
-        Command::Restore(a) => &a.dest,
-        Command::Export(a) => &a.dest,
-        Command::Pin(a) => &a.dest,
-        Command::Gc(a) => &a.dest,
-    };
     let ram_dir = cli.ram_dir.as_deref();
-    let mut context = Context { dest, ram_dir, json: cli.json, out };
-    let ended = match &cli.command {
-        Command::Ls(args) => ls::run(&mut context, args),
-        Command::Inspect(args) => inspect::run(&mut context, args),
-        Command::Verify(args) => verify::run(&mut context, args),
-        Command::Restore(args) => restore::run(&mut context, args),
-        Command::Export(args) => export::run(&mut context, args),
-        Command::Pin(args) => pin::run(&mut context, args),
-        Command::Gc(args) => gc::run(&mut context, args),
-    };
+    let json = cli.json;
+    match &cli.command {
+        Command::Ls(args) => on(cli, out, &args.dest, |c| ls::run(c, args)),
+        Command::Inspect(args) => on(cli, out, &args.dest, |c| inspect::run(c, args)),
+        Command::Verify(args) => on(cli, out, &args.dest, |c| verify::run(c, args)),
+        Command::Restore(args) => on(cli, out, &args.dest, |c| restore::run(c, args)),
+        Command::Export(args) => on(cli, out, &args.dest, |c| export::run(c, args)),
+        Command::Pin(args) => on(cli, out, &args.dest, |c| pin::run(c, args)),
+        Command::Gc(args) => on(cli, out, &args.dest, |c| gc::run(c, args)),
+        Command::Doctor(args) => doctor::run(args, ram_dir, json, out),
+    }
+}
+
+/// Runs a command on one run.
+fn on(
+    cli: &Cli,
+    out: &mut dyn Write,
+    dest: &Path,
+    command: impl FnOnce(&mut Context<'_>) -> Result<i32, Failure>,
+) -> Result<i32, Failure> {
+    let ram_dir = cli.ram_dir.as_deref();
+    let ended = command(&mut Context { dest, ram_dir, json: cli.json, out });
     ended.map_err(|failure| failure.about(dest, ram_dir))
 }
 
