@@ -118,6 +118,30 @@ impl Agreements {
         Ok(self.said(&format!("ram-{step:020}"))?.map(|word| InRam::of(&word)))
     }
 
+    /// This rank's words about what it holds as other ranks do, at `step` (`replicated::words`).
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn say_alike(&self, step: u64, rank: u32, words: &str) -> Result<()> {
+        let (name, text) = (format!("alike-{step:020}-{rank}"), format!("!{words}"));
+        let said = self.record(&name, &text)?;
+        if let (Some(dir), true) = (&self.dir, said.is_some_and(|said| said != text)) {
+            // A save of this step that failed, and is tried again: nobody has counted on it.
+            remove(&dir.join(&name))?;
+            self.record(&name, &text)?;
+        }
+        Ok(())
+    }
+
+    /// What `rank` said so, if it did.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn said_alike(&self, step: u64, rank: u32) -> Result<Option<String>> {
+        let said = self.said(&format!("alike-{step:020}-{rank}"))?;
+        Ok(said.map(|text| said_in(&text)))
+    }
+
     /// The leader: `step` is the next one that goes to disk. False: a rank passed it over before.
     ///
     /// # Errors
@@ -214,22 +238,28 @@ impl Agreements {
                 remove(&dir.join(format!("{prefix}{old:020}")))?;
             }
         }
+        let end = format!("alike-{step:020}");
+        for name in self.names()?.into_iter().filter(|n| n.starts_with("alike-") && *n < end) {
+            remove(&dir.join(name))?;
+        }
         Ok(())
     }
 
-    fn steps(&self, prefix: &str) -> Result<Vec<u64>> {
+    fn names(&self) -> Result<Vec<String>> {
         let Some(dir) = &self.dir else { return Ok(Vec::new()) };
         let entries = match fs::read_dir(dir) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             other => other.at("list", dir)?,
         };
-        let mut steps = Vec::new();
-        for entry in entries {
-            let name = entry.at("list", dir)?.file_name();
-            let step = name.to_str().and_then(|n| n.strip_prefix(prefix)?.parse::<u64>().ok());
-            steps.extend(step);
-        }
-        Ok(steps)
+        let name = |entry: io::Result<fs::DirEntry>| {
+            Ok(entry.at("list", dir)?.file_name().to_string_lossy().into_owned())
+        };
+        entries.map(name).collect()
+    }
+
+    fn steps(&self, prefix: &str) -> Result<Vec<u64>> {
+        let names = self.names()?.into_iter();
+        Ok(names.filter_map(|n| n.strip_prefix(prefix)?.parse().ok()).collect())
     }
 
     /// What is recorded, if anything is.
@@ -272,5 +302,32 @@ fn read(path: &Path) -> Result<Option<String>> {
         Ok(text) => Ok(Some(text.to_string_lossy().into_owned())),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(e).at("read", path),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::names::Id;
+
+    #[test]
+    fn a_ranks_own_words_are_those_of_its_last_try_and_go_with_the_step() {
+        let dir = tempfile::tempdir().unwrap();
+        let attempt = AttemptRef { number: 1, id: Id([1; 16]) };
+        let all = Agreements::new(dir.path(), &attempt, false);
+        assert_eq!(all.said_alike(5, 0).unwrap(), None);
+        for words in ["2:aa:bb", "2:aa:cc", ""] {
+            all.say_alike(5, 0, words).unwrap();
+            assert_eq!(all.said_alike(5, 0).unwrap().as_deref(), Some(words));
+        }
+        all.say_alike(6, 0, "x").unwrap();
+        assert_eq!(
+            all.in_ram(5, InRam::GivenUp("why".into())).unwrap(),
+            InRam::GivenUp("why".into())
+        );
+        assert_eq!(all.in_ram(5, InRam::Whole).unwrap(), InRam::GivenUp("why".into()));
+        all.forget_before(6).unwrap();
+        assert_eq!((all.said_alike(5, 0).unwrap(), all.was_in_ram(5).unwrap()), (None, None));
+        assert_eq!(all.said_alike(6, 0).unwrap().as_deref(), Some("x"));
     }
 }

@@ -266,8 +266,10 @@ fn join_attempt(place: &Place, record: &AttemptRecord) -> Result<Started> {
 }
 
 fn find_shard(place: &Place, record: &AttemptRecord, key: &CheckpointKey) -> Result<Restorable> {
-    let (rank, mends) = (Rank(place.config.shard_rank()), place.config.saves());
-    let mut own = find_shard_of(place, record, key, rank, mends)?;
+    let (rank, saves) = (Rank(place.config.shard_rank()), place.config.saves());
+    let mut own = find_shard_of(place, record, key, rank, saves)?;
+    // Each rank mends its own shard alone, but whoever cannot restore says so: the shard's own rank
+    // may not read what is lost.
     let savers = own.leaves_to().into_iter();
     let others = savers.map(|saver| find_shard_of(place, record, key, saver, false));
     own.others = others.collect::<Result<_>>()?;
@@ -281,6 +283,7 @@ fn find_shard_of(
     rank: Rank,
     mends: bool,
 ) -> Result<Restorable> {
+    let marks = place.config.saves();
     let (mut tiers, mut listings, mut silent) = (Vec::new(), Vec::new(), None);
     for tier in [&place.ram, &place.disk] {
         match Listing::of(&**tier, key) {
@@ -319,7 +322,7 @@ fn find_shard_of(
         } else {
             bad.iter().map(|b| b.why.clone()).collect::<Vec<_>>().join("; ")
         };
-        if mends {
+        if marks {
             mark_bad(&*place.disk, &place.observer, key, rank);
         }
         return Err(Error::Lost { step: key.step, rank, why });
@@ -333,6 +336,7 @@ fn find_shard_of(
         slot: None,
         observer: place.observer.clone(),
         mends,
+        marks,
         others: Vec::new(),
     })
 }

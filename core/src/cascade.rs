@@ -37,7 +37,10 @@ use crate::{
     commit::{Gathered, Listing, gather},
     config::Config,
     error::{Error, Result},
-    manifest::{Identity, replicated::differences_in_words},
+    manifest::{
+        Identity,
+        replicated::{differences_in_words, say_the_same},
+    },
     names::{CheckpointKey, Rank, Step},
     observe::{Observer, locked},
     save::{Level, Save},
@@ -270,7 +273,7 @@ impl Cascade {
                 Ok(Standing::Whole) => None,
                 Ok(Standing::GivenUp(why)) => Some(why),
                 Ok(Standing::Missing(missing)) => {
-                    Some(format!("{} did not save it", ranks(&missing)))
+                    Some(format!("{} did not save it", whom(&missing)))
                 }
                 Err(_) => Some("another rank did not save it".into()),
             };
@@ -295,7 +298,7 @@ impl Cascade {
         let Some(shard) = found else { return Ok(false) };
         let step = shard.key.step.0;
         let Standing::Missing(missing) = self.in_ram(&shard.key)? else { return Ok(false) };
-        let why = format!("{} did not save it in time", ranks(&missing));
+        let why = format!("{} did not save it in time", whom(&missing));
         let said = self.parts.agreements.in_ram(step, InRam::GivenUp(why.clone()))?;
         if said != InRam::GivenUp(why.clone()) {
             return Ok(false); // Another rank has decided: so shall we, at the next turn.
@@ -354,17 +357,31 @@ impl Cascade {
             return Ok(None);
         }
         let mut seen = InRam::Whole;
-        if !self.parts.config.replicated.is_empty() {
-            seen = match gather(&*self.parts.ram, key, &self.parts.config.savers)? {
-                Gathered::Complete(_) => seen,
-                Gathered::Differ(list) => InRam::GivenUp(differences_in_words(&list)),
+        if !self.parts.config.replicated.is_empty() && !self.say_the_same(key.step.0)? {
+            seen = match gather(&*self.parts.ram, key, &self.parts.config.savers) {
+                Ok(Gathered::Complete(_)) => seen,
+                Ok(Gathered::Differ(list)) => InRam::GivenUp(differences_in_words(&list)),
+                Err(e @ Error::Damaged { .. }) => InRam::GivenUp(e.chain()),
                 // A slot was used again: whoever did it has recorded why it could.
-                Gathered::Missing(_) | Gathered::Deleted => {
+                Ok(Gathered::Missing(_) | Gathered::Deleted) => {
+                    return agreements.was_in_ram(key.step.0);
+                }
+                // RAM has trouble, not the disk: what is on its way there goes on.
+                Err(e) => {
+                    tracing::warn!("{key} could not be compared: {}", e.chain());
                     return agreements.was_in_ram(key.step.0);
                 }
             };
         }
         agreements.in_ram(key.step.0, seen).map(Some)
+    }
+
+    /// What the ranks hold alike is the same, by their own words: no manifest need be read.
+    fn say_the_same(&self, step: u64) -> Result<bool> {
+        let savers = self.parts.config.savers.iter();
+        let said = savers.map(|rank| self.parts.agreements.said_alike(step, *rank));
+        let said: Option<Vec<String>> = said.collect::<Result<_>>()?;
+        Ok(said.is_some_and(|said| say_the_same(said.iter().map(String::as_str))))
     }
 
     fn completed(&self, work: &mut Work, step: u64) {
@@ -555,6 +572,11 @@ impl Cascade {
         }
         Ok(due)
     }
+}
+
+/// Nobody: a rank whose shard is there and cannot be compared.
+fn whom(list: &[u32]) -> String {
+    if list.is_empty() { "another rank".into() } else { ranks(list) }
 }
 
 /// `rank 3`, `ranks 3, 5 and 2 more`

@@ -51,7 +51,7 @@ use crate::{
         layout::Layout,
         slot::SlotPayload,
     },
-    state::{State, TensorSpec},
+    state::{State, Tensor, TensorSpec},
     tier::{Tier, TierKind, disk::DiskTier, memory::MemoryTier, wrap::Retried},
 };
 
@@ -100,6 +100,8 @@ struct Inner {
     decisions: Mutex<u32>,
     saves: Mutex<BTreeMap<u64, Save>>,
     layout: Mutex<Option<Arc<Layout>>>,
+    /// That a pattern matches no tensor is told once.
+    told_unused: AtomicBool,
     stopping: Mutex<stopping::Stopping>,
     /// Copies that are being taken behind: tensors must not change.
     copying: AtomicUsize,
@@ -198,6 +200,7 @@ impl Checkpointer {
             decisions: Mutex::new(0),
             saves: Mutex::new(BTreeMap::new()),
             layout: Mutex::new(None),
+            told_unused: AtomicBool::new(false),
             stopping: Mutex::default(),
             copying: AtomicUsize::new(0),
             copying_host: AtomicUsize::new(0),
@@ -290,13 +293,14 @@ impl Checkpointer {
     /// does not save has none.
     ///
     /// # Errors
-    /// [`Error::Budget`] with the sum, at once.
-    pub fn prepare(&self, specs: Vec<Arc<TensorSpec>>) -> Result<()> {
+    /// [`Error::Budget`] with the sum, at once; a replicated tensor lies on a device.
+    pub fn prepare(&self, tensors: &[Tensor]) -> Result<()> {
         self.check_open(false)?;
         if !self.config().saves() {
             return Ok(());
         }
-        let layout = self.layout(specs.iter())?;
+        let layout = self.layout(tensors.iter().map(|t| &t.spec))?;
+        layout.check_memory(tensors)?;
         let (arena, observer) = (self.inner.place.arena.clone(), self.inner.place.observer.clone());
         arena.check_budget(layout.len)?;
         let mut preparing = locked(&self.inner.preparing);
@@ -483,7 +487,7 @@ fn resumed_shard(found: &Restorable) -> Option<Shard> {
         key: found.key.clone(),
         identity: copy.manifest.identity.clone(),
         payload: SlotPayload { slot: found.slot.clone()?, len: payload.length },
-        manifest: Arc::new(copy.bytes.clone()),
+        manifest: copy.bytes.clone(),
         save: Save::new(found.key.step.0),
         published: true,
         complete: false,

@@ -29,7 +29,7 @@ pub struct Config {
     /// Every rank that saves, rising. The others restore what these saved.
     pub savers: Vec<u32>,
     /// Tensors that several of `savers` hold alike: stored once, the work spread. The first rule that
-    /// matches counts; the same on all ranks.
+    /// matches counts; what other ranks share is this one's own. The same on all ranks.
     pub replicated: Vec<Rule>,
     /// The id of this start of the job, the same for all ranks, where something can tell them.
     /// `None`: rank 0 draws it, the others find it in the record whose lock rank 0 holds.
@@ -112,11 +112,11 @@ impl Config {
             "keep_last = 0: the last good checkpoint is never deleted, say 1 or more".into()
         } else if self.threads == Some(0) {
             "threads = 0: at least 1".into()
-        } else if let Some(rule) = self.replicated.iter().find(|rule| !self.may_share(rule)) {
+        } else if let Some(rule) = self.replicated.iter().find(|rule| !self.is_known(rule)) {
             format!(
-                "replicated: {:?} over ranks {:?}: they must be rising, among those that save \
-                 ({savers:?}), and rank {} one of them",
-                rule.pattern, rule.ranks, self.rank
+                "replicated: {:?} over ranks {:?}: they must be rising, and among those that save \
+                 ({savers:?})",
+                rule.pattern, rule.ranks
             )
         } else {
             return Ok(());
@@ -124,11 +124,9 @@ impl Config {
         Err(Error::invalid(wrong))
     }
 
-    fn may_share(&self, rule: &Rule) -> bool {
-        let ranks = &rule.ranks;
-        let own = !self.saves() || ranks.contains(&self.rank);
-        let known = ranks.iter().all(|rank| self.savers.contains(rank));
-        ranks.is_empty() || ranks.is_sorted_by(|a, b| a < b) && known && own
+    fn is_known(&self, rule: &Rule) -> bool {
+        let known = rule.ranks.iter().all(|rank| self.savers.contains(rank));
+        known && rule.ranks.is_sorted_by(|a, b| a < b)
     }
 
     /// The rank that creates attempt records and leads the disk tier.

@@ -295,6 +295,7 @@ impl Reader {
             slot: None,
             observer: Observer::default(),
             mends: false,
+            marks: false,
             others: Vec::new(),
         })
     }

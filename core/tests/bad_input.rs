@@ -347,7 +347,7 @@ fn a_ram_of_64_mib_is_refused_with_the_sum() {
     let config = common::config(&places.destination().join("run"), &mount.0.join("ram"), 0, 1);
     let ckpt = Checkpointer::open(config).unwrap();
     resume(&ckpt, &SMALL).unwrap();
-    let error = ckpt.prepare(Model::new(0, &[100 << 20]).specs()).unwrap_err();
+    let error = ckpt.prepare(&Model::new(0, &[100 << 20]).state(0).tensors).unwrap_err();
     assert!(matches!(error, Error::Budget { .. }), "{error}");
     assert!(error.to_string().contains("2 slots x 100.0 MiB"), "{error}");
     // A save that does not fit is told; one that fits goes through.

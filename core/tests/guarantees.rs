@@ -188,7 +188,7 @@ fn memory_stays_inside_the_budget() {
             .sum();
         assert!(used < 100_000 + 8192, "{used} bytes: {:?}", files(places.ram()));
     }
-    let error = ckpt.prepare(Model::new(0, &[90_000]).specs()).unwrap_err();
+    let error = ckpt.prepare(&Model::new(0, &[90_000]).state(0).tensors).unwrap_err();
     assert!(error.to_string().contains("2 slots x"), "{error}");
 }
 

@@ -388,3 +388,20 @@ fn a_rank_whose_save_failed_tells_the_others_when_it_ends() {
     assert!(error.to_string().ends_with(": its save failed on rank 1"), "{error}");
     assert!(well.close(Duration::from_secs(10), false).unwrap(), "it waited for what cannot come");
 }
+
+#[test]
+fn slots_of_a_larger_state_are_used_for_a_smaller_one() {
+    let places = Places::new();
+    let large = [300_000, 13, 0];
+    let ckpt = places.open();
+    resume(&ckpt, &large).unwrap();
+    train(&ckpt, &large, [1, 2]);
+    drop(ckpt);
+    let ckpt = places.open();
+    ckpt.begin(&Begin { fresh: true, ..Begin::default() }).unwrap();
+    let small = Model::at(0, &SMALL, 1);
+    ckpt.prepare(&small.state(1).tensors).unwrap();
+    train(&ckpt, &SMALL, [1, 2, 3]);
+    close(&ckpt);
+    assert_eq!(events(&ckpt), Vec::<String>::new());
+}

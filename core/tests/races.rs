@@ -246,7 +246,7 @@ fn preparing_before_restoring_keeps_what_ram_holds() {
     c.close(Duration::ZERO, true).unwrap();
     drop(c);
     let c = Checkpointer::open(cfg.clone()).unwrap();
-    c.prepare(Model::new(0, &SMALL).specs()).unwrap();
+    c.prepare(&Model::new(0, &SMALL).state(0).tensors).unwrap();
     std::thread::sleep(Duration::from_millis(200));
     println!("resume: {:?}", resume(&c, &SMALL));
     println!("after {:#?}", files(p.ram()));
@@ -265,7 +265,7 @@ fn preparing_before_restoring_keeps_what_ram_holds() {
 fn preparing_before_the_first_save_is_allowed() {
     let p = Places::new();
     let c = p.open();
-    c.prepare(Model::new(0, &SMALL).specs()).unwrap();
+    c.prepare(&Model::new(0, &SMALL).state(0).tensors).unwrap();
     std::thread::sleep(Duration::from_millis(200));
     for step in 1..=3 {
         let s = Model::at(0, &SMALL, step).save(&c, step).unwrap();
@@ -441,7 +441,7 @@ fn nothing_is_made_in_ram_after_the_end() {
     for _ in 0..5 {
         let c = p.open();
         let huge = Model::new(0, &[200 << 20]);
-        c.prepare(huge.specs()).unwrap();
+        c.prepare(&huge.state(0).tensors).unwrap();
         c.close(Duration::ZERO, true).unwrap();
         drop(c);
         p.wipe_ram();

@@ -266,7 +266,7 @@ fn what_ranks_say_must_be_the_same() {
     };
     assert!(error(&[rule("*", &[0, 5])], 0).contains("\"*\" over ranks [0, 5]"));
     assert!(error(&[rule("*", &[1, 0])], 0).contains("rising"));
-    assert!(error(&[rule("a", &[0, 1]), rule("*", &[0])], 1).contains("\"*\" over ranks [0]"));
+    assert!(error(&[rule("a", &[0, 1]), rule("*", &[3])], 1).contains("\"*\" over ranks [3]"));
 
     // One rank declares, the other does not: found at the start, whichever it is.
     for (leader, other) in [(true, false), (false, true)] {
@@ -298,14 +298,92 @@ fn what_ranks_say_must_be_the_same() {
             "{why}"
         );
     }
-    // Another shape on one rank.
+    // Another shape on one rank: told, and not that the shares of the others shift by it.
     let small = Model::at(ALIKE, &[13, 40_000, 13, 0, 5, 4096], 2);
     let saves = [
         Model::at(ALIKE, &SIZES, 2).save(&ranks[0], 2).unwrap(),
         small.save(&ranks[1], 2).unwrap(),
     ];
     let why = failure(&saves[0], Level::Ram);
+    assert!(why.contains("t2 is said to be the same on ranks 0, 1, but not by rank 1; t0 is U8"));
     assert!(why.contains("t0 is U8 [4194328] on rank 0 and U8 [13] on rank 1"), "{why}");
+    assert!(!why.contains("is left to"), "{why}");
+}
+
+#[test]
+fn a_damaged_manifest_in_ram_costs_its_step_and_no_other() {
+    let places = Places::new();
+    let rules = [rule("*", &[0, 1])];
+    let ranks = open(&places, 2, &rules);
+    begin(&ranks);
+    for save in save(&ranks, 1, |_| ALIKE) {
+        wait(&save, Level::Disk);
+    }
+    let first = Model::at(ALIKE, &SIZES, 2).save(&ranks[0], 2).unwrap();
+    let ram = ranks[0].config().ram_dir();
+    let manifest = |p: &&std::path::PathBuf| {
+        let name = p.to_string_lossy().into_owned();
+        name.starts_with(&format!("{:020}", 2)) && name.ends_with("rank-000000.json")
+    };
+    flip(&ram.join(files(&ram).iter().find(manifest).unwrap()), 400);
+    // Its words say the same, so nobody reads it: it was good when it was compared.
+    let second = Model::at(ALIKE, &SIZES, 2).save(&ranks[1], 2).unwrap();
+    for save in [first, second] {
+        wait(&save, Level::Ram);
+    }
+    // Without its words, the manifest is read.
+    let models = [3, 3].map(|step| Model::at(ALIKE, &SIZES, step));
+    let first = models[0].save(&ranks[0], 3).unwrap();
+    let manifest = |p: &&std::path::PathBuf| {
+        let name = p.to_string_lossy().into_owned();
+        name.starts_with(&format!("{:020}", 3)) && name.ends_with("rank-000000.json")
+    };
+    flip(&ram.join(files(&ram).iter().find(manifest).unwrap()), 400);
+    let decisions = places.destination().join("_decisions");
+    let words = files(&decisions)
+        .into_iter()
+        .find(|p| p.to_string_lossy().ends_with(&format!("alike-{:020}-0", 3)));
+    std::fs::remove_file(decisions.join(words.unwrap())).unwrap();
+    let second = models[1].save(&ranks[1], 3).unwrap();
+    for save in [&first, &second] {
+        assert!(failure(save, Level::Ram).contains("rank-000000.json is damaged"));
+    }
+    for step in 4..=6 {
+        for save in save(&ranks, step, |_| ALIKE) {
+            wait(&save, Level::Disk);
+        }
+    }
+    ranks.iter().for_each(close);
+}
+
+#[test]
+fn what_the_storing_rank_does_not_read_is_marked_by_the_rank_that_cannot_restore() {
+    let places = Places::new();
+    let rules = [rule("*", &[0, 1])];
+    let ranks = open(&places, 2, &rules);
+    begin(&ranks);
+    for step in 1..=2 {
+        for save in save(&ranks, step, |_| ALIKE) {
+            wait(&save, Level::Disk);
+        }
+    }
+    drop(ranks);
+    places.wipe_ram();
+    let of_leader = |p: &&std::path::PathBuf| {
+        let name = p.to_string_lossy().into_owned();
+        name.starts_with(&format!("{:020}", 2)) && name.contains("rank-000000-")
+    };
+    let payload = files(&places.destination()).iter().find(of_leader).unwrap().clone();
+    flip(&places.destination().join(payload), 30_000_000);
+    let ranks = open(&places, 2, &rules);
+    let found = begin(&ranks).pop().unwrap().unwrap();
+    let error = Model::new(ALIKE, &SIZES).read(&found).unwrap_err();
+    assert!(error.to_string().starts_with("step 2, rank 0: no tier has a good copy"), "{error}");
+    drop(ranks);
+    for found in begin(&open(&places, 2, &rules)).into_iter().map(Option::unwrap) {
+        assert_eq!(found.step().0, 1);
+        read(&found, ALIKE);
+    }
 }
 
 #[test]
@@ -317,6 +395,11 @@ fn a_tensor_on_a_device_cannot_be_declared_replicated() {
     let mut request = model.request(1);
     for tensor in &mut request.state.tensors {
         tensor.memory = Memory::InSlot;
+    }
+    // On every rank, whether it stores the tensor or not, and before the first save.
+    for ckpt in &ranks {
+        let error = ckpt.prepare(&request.state.tensors).unwrap_err();
+        assert!(error.to_string().contains("lies on a device"), "{error}");
     }
     // SAFETY: no memory is named.
     let error = unsafe { ranks[0].save(request) }.unwrap_err();

@@ -1,6 +1,6 @@
 //! `Found`: one rank's shard of a checkpoint that can be read, and its way into live memory.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use pyo3::{
     prelude::*,
@@ -66,6 +66,14 @@ impl Found {
             table.set_item(&tensor.name, (&tensor.dtype, shape))?;
         }
         Ok(table)
+    }
+
+    /// Its tensors that other ranks store: a dict from name to rank.
+    #[getter]
+    fn elsewhere(&self) -> BTreeMap<&str, u32> {
+        let manifest = self.core.manifest();
+        let elsewhere = manifest.replicated.iter().flat_map(|r| r.elsewhere(self.core.rank.0));
+        elsewhere.map(|tensor| (tensor.name.as_str(), tensor.saver)).collect()
     }
 
     /// What the user said when saving: a dict of `metrics`, `tags` and `saved_unix_ms`.

@@ -40,7 +40,7 @@ impl Reader {
     }
 
     /// The checkpoint that a resume would take, or the one that is named: (what these ranks get back,
-    /// sentences about newer ones that were passed over).
+    /// or without `ranks` every rank's shard alone; sentences about newer ones that were passed over).
     #[pyo3(signature = (step = None, attempt = None, ranks = None))]
     fn choose(
         &self,
@@ -53,10 +53,15 @@ impl Reader {
         wait::apart(py, move || {
             let wish = Wish { step: step.map(Step), attempt, accept_older: false };
             let (key, savers, passed_over) = core.choose(&wish)?;
-            let mut shards = Vec::new();
-            for rank in ranks.unwrap_or(savers) {
-                shards.push((rank, Found::new(core.state(&key, Rank(rank))?)));
-            }
+            let found = |rank: u32| {
+                let shard = match &ranks {
+                    Some(_) => core.state(&key, Rank(rank)),
+                    None => core.shard(&key, Rank(rank)),
+                };
+                shard.map(|shard| (rank, Found::new(shard)))
+            };
+            let wanted = ranks.as_ref().unwrap_or(&savers).iter();
+            let shards = wanted.map(|rank| found(*rank)).collect::<Result<_, _>>()?;
             Ok((shards, passed_over))
         })
     }

@@ -18,17 +18,14 @@ mod instance;
 mod leaf;
 mod walk;
 
-use std::{
-    collections::{HashMap, HashSet},
-    sync::Arc,
-};
+use std::collections::{HashMap, HashSet};
 
 use pyo3::{
     prelude::*,
     types::{PyDict, PyList, PyTuple},
 };
 use tierkeep::state::{
-    Memory, Tensor, TensorSpec,
+    Memory, Tensor,
     path::{self, Key},
     value::Value,
 };
@@ -80,13 +77,6 @@ pub(crate) struct Walked {
     pub(crate) keep: Vec<Py<PyAny>>,
     /// Tensors that lie on a device, in the order of `tensors`.
     pub(crate) on_device: Vec<OnDevice>,
-}
-
-impl Walked {
-    /// The names, types and shapes.
-    pub(crate) fn specs(self) -> Vec<Arc<TensorSpec>> {
-        self.tensors.into_iter().map(|tensor| tensor.spec).collect()
-    }
 }
 
 /// Walks `state`.

@@ -42,10 +42,48 @@ def test_what_cannot_be_meant_is_refused(said: Any, run: Path) -> None:
         tierkeep.Checkpointer(run, rank=0, world_size=2, replicated=said)
 
 
-def test_ranks_that_do_not_save_or_are_others_are_refused(run: Path) -> None:
-    for said in ([0, 7], [1, 2]):
+def test_ranks_that_do_not_save_are_refused(run: Path) -> None:
+    for said in ([0, 7], {"a": [1, 2], "*": [0, 3]}):
         with pytest.raises(tierkeep.InvalidError, match="among those that save"):
             tierkeep.Checkpointer(run, rank=0, world_size=3, replicated=said)
+
+
+def test_one_mapping_for_all_ranks_and_a_pattern_without_a_tensor(
+    run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = {"a": [0, 1], "b": [2, 3], "modle/*": True}
+    ckpts = [tierkeep.Checkpointer(run, rank=r, world_size=4, replicated=said) for r in range(4)]
+    states = [{"a": np.full(3, r // 2), "b": np.full(3, r // 2)} for r in range(4)]
+    for ckpt, state in zip(ckpts, states, strict=True):
+        ckpt.restore(state)
+    for save in [c.save(1, s) for c, s in zip(ckpts, states, strict=True)]:
+        save.wait("disk", 30)
+    for ckpt in ckpts:
+        ckpt.close()
+    assert "no tensor matches modle/*" in caplog.text
+    for rank in range(4):
+        loaded = tierkeep.load(run, rank=rank)
+        assert loaded["a"].tolist() == loaded["b"].tolist() == [rank // 2] * 3
+
+
+def test_a_module_of_another_run_is_taken_from_whoever_stores_it(run: Path) -> None:
+    ckpts = both(run, replicated={"own": False, "*": True})
+    model, _ = replica()
+    for rank, ckpt in enumerate(ckpts):
+        ckpt.restore({})
+        ckpt.save(1, {"model": model["model"], "own": np.full(2, rank)}).staged()
+    for ckpt in ckpts:
+        ckpt.close()
+    fresh, _ = replica()
+    nn.init.zeros_(fresh["model"][0].weight)
+    with tierkeep.Checkpointer(run.parent / "other", init_from=run) as ckpt:
+        assert ckpt.restore({"model": fresh["model"]}) is None
+    assert fingerprint(fresh["model"].state_dict()) == fingerprint(model["model"].state_dict())
+    with (
+        tierkeep.Checkpointer(run.parent / "another", init_from=run) as ckpt,
+        pytest.raises(tierkeep.MismatchError, match="own: rank 0 and rank 1"),
+    ):
+        ckpt.restore({"own": np.zeros(2, dtype=int)})
 
 
 def replica() -> tuple[dict[str, Any], Any]:

@@ -73,8 +73,9 @@ class Checkpointer:
             their checksums: where one differs, the checkpoint is not made and the error names
             tensor and ranks. True: every tensor, over all ranks that save; patterns over paths, as
             in `["model/*"]`; ranks or a process group; or a mapping from patterns to one of these,
-            False for what each rank has alone (the first that matches counts). Plain values are
-            every rank's own. Only for tensors in memory of the host.
+            False for what each rank has alone, as BatchNorm's running statistics and random number
+            states (the first that matches counts). Plain values are every rank's own. Only for
+            tensors in memory of the host.
         attempt_id: 32 hex digits, drawn anew at each start of the job and the same on all ranks.
             Default: broadcast once over an initialised process group, else found on the host.
         ram_dir: where the ram tier keeps its files; a directory on tmpfs that jobs may share.

@@ -95,7 +95,7 @@ class Origin:
         shards, _ = reader.choose(step, attempt)
         where = f"{self.path}, step {step} of attempt {attempt}"
         if [rank for rank, _ in shards] == self.savers:
-            shards = [row for row in shards if row[0] == self.shard_rank]
+            shards, _ = reader.choose(step, attempt, [self.shard_rank])
         return shards, where
 
 
@@ -221,8 +221,13 @@ class _Shards:
         #: Path to (rank, name there).
         self._places: dict[str, list[tuple[int, str]]] = {}
         for rank, found in shards:
+            elsewhere = found.elsewhere
             for path, tensor in _rename.tensors(found.tree):
-                self._places.setdefault(path, []).append((rank, tensor.name))
+                # What ranks hold alike lies in one place.
+                place = (elsewhere.get(tensor.name, rank), tensor.name)
+                places = self._places.setdefault(path, [])
+                if place not in places:
+                    places.append(place)
         self.tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
         for path, places in self._places.items():
             for rank, name in places:

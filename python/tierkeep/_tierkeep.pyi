@@ -124,6 +124,10 @@ class Found:
         """Names to (dtype as in safetensors, shape)."""
 
     @property
+    def elsewhere(self) -> dict[str, int]:
+        """Names of tensors that other ranks store, to the rank."""
+
+    @property
     def meta(self) -> dict[str, Any]:
         """`metrics`, `tags`, `saved_unix_ms`."""
 

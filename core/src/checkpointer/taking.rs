@@ -127,6 +127,12 @@ impl Checkpointer {
             interrupted,
         } = request;
         let layout = self.layout(state.tensors.iter().map(|t| &t.spec))?;
+        if !layout.unused.is_empty() && !inner.told_unused.swap(true, Ordering::Relaxed) {
+            let patterns = layout.unused.join(", ");
+            let text =
+                format!("replicated: no tensor matches {patterns}: nothing is compared there");
+            inner.place.observer.warn("replicated_unused", Some(step), text);
+        }
         let snapshot = Snapshot::new(state, layout, inner.place.config.threads)?;
         save.set_bytes(snapshot.len());
         let Some(filling) =
@@ -297,10 +303,17 @@ impl Inner {
     /// cascade knows the shard and everybody can see it: nobody can take it in between.
     fn publish(&self, job: Job, taken: Taken) -> Result<()> {
         let Job { snapshot, filling, identity, meta, save, cascade, .. } = job;
-        let manifest = Arc::new(snapshot.manifest(&identity, &meta, taken)?);
+        let (manifest, words) = snapshot.manifest(&identity, &meta, taken)?;
+        let manifest = Arc::new(manifest);
         let payload = SlotPayload { slot: filling.slot().clone(), len: snapshot.len() };
         let key = identity.key();
         let ram = &*self.place.ram;
+        // Before the manifest: whoever sees that finds these too. Without, the manifests are read.
+        if let Some(words) = words.filter(|_| !self.place.config.replicated.is_empty())
+            && let Err(e) = cascade.agreements().say_alike(identity.step, identity.rank, &words)
+        {
+            tracing::warn!("what {} holds as others do is not recorded: {}", key, e.chain());
+        }
         cascade.announce(Shard {
             key: key.clone(),
             identity: identity.clone(),

@@ -11,12 +11,16 @@
 use std::collections::{BTreeMap, HashMap};
 
 use serde::{Deserialize, Serialize};
+use sha2::Digest as _;
 
 use super::{Identity, ShardManifest, TensorEntry, crcs_hex};
-use crate::{cascade::ranks as in_words, state::dtype::Dtype};
+use crate::{cascade::ranks as in_words, names::hex, state::dtype::Dtype};
 
 /// The feature that a reader must know: tensors of the tree lie in other ranks' payloads.
 pub(crate) const FEATURE: &str = "replicated";
+
+/// What a decision's text takes.
+const WORDS_MAX: usize = 2000;
 
 /// The tensors that this rank holds as others do.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -96,6 +100,37 @@ impl Replicated {
     }
 }
 
+/// What a rank says of its groups in a line of words, for others to compare without reading its
+/// manifest: for each group the number of its ranks, a digest of their list, and one of all that the
+/// rank holds as they do. `None`: there is more to say than a decision's text holds.
+#[must_use]
+pub(crate) fn words(replicated: &Replicated) -> Option<String> {
+    let mut words = Vec::new();
+    for (index, ranks) in replicated.groups.iter().enumerate() {
+        let mut all = sha2::Sha256::new();
+        let of_group = replicated.tensors.iter().zip(&replicated.crcs);
+        for (tensor, crc) in of_group.filter(|(tensor, _)| tensor.group == index) {
+            let line = (&tensor.name, &tensor.dtype, &tensor.shape, tensor.saver, crc);
+            all.update(serde_json::to_vec(&line).ok()?);
+        }
+        let list = sha2::Sha256::digest(serde_json::to_vec(ranks).ok()?);
+        let (list, all) = (hex(&list[..8]), hex(&all.finalize()[..16]));
+        words.push(format!("{}:{list}:{all}", ranks.len()));
+    }
+    let line = words.join(" ");
+    (line.len() < WORDS_MAX).then_some(line)
+}
+
+/// True where all ranks of every group say the same. False says nothing: then the manifests tell.
+#[must_use]
+pub(crate) fn say_the_same<'a>(ranks: impl IntoIterator<Item = &'a str>) -> bool {
+    let mut count: BTreeMap<&str, usize> = BTreeMap::new();
+    for word in ranks.into_iter().flat_map(str::split_whitespace) {
+        *count.entry(word).or_default() += 1;
+    }
+    count.into_iter().all(|(word, said)| word.split(':').next() == Some(&said.to_string()))
+}
+
 /// What one rank says of one tensor.
 struct Said<'a> {
     rank: u32,
@@ -115,20 +150,36 @@ pub fn differences<'a>(shards: impl IntoIterator<Item = &'a ShardManifest>) -> V
             all.entry((&tensor.name, replicated.group(tensor))).or_default().push(said);
         }
     }
-    all.into_iter().filter_map(|((name, group), said)| difference(name, group, &said)).collect()
+    let told = all.into_iter().filter_map(|((name, group), s)| difference(name, group, &s));
+    let mut told: Vec<(Kind, String)> = told.collect();
+    // One tensor that a rank has not, or in another size, shifts the shares of the others.
+    let worst = told.iter().map(|(kind, _)| *kind).min();
+    told.retain(|(kind, _)| *kind < Kind::Share || worst == Some(Kind::Share));
+    told.sort_by_key(|(kind, _)| *kind);
+    told.into_iter().map(|(_, text)| text).collect()
 }
 
-fn difference(name: &str, group: &[u32], said: &[Said<'_>]) -> Option<String> {
+/// What differs, the likeliest cause first.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Kind {
+    Silence,
+    Form,
+    Bytes,
+    Share,
+}
+
+fn difference(name: &str, group: &[u32], said: &[Said<'_>]) -> Option<(Kind, String)> {
     let silent: Vec<u32> =
         group.iter().copied().filter(|rank| said.iter().all(|s| s.rank != *rank)).collect();
     if !silent.is_empty() {
         let (all, not) = (in_words(group), in_words(&silent));
-        return Some(format!("{name} is said to be the same on {all}, but not by {not}"));
+        let text = format!("{name} is said to be the same on {all}, but not by {not}");
+        return Some((Kind::Silence, text));
     }
     let first = &said[0];
     let form = |s: &Said<'_>| (s.tensor.dtype.clone(), s.tensor.shape.clone());
     if let Some(other) = said.iter().find(|s| form(s) != form(first)) {
-        return Some(format!(
+        let text = format!(
             "{name} is {} {:?} on rank {} and {} {:?} on rank {}",
             first.tensor.dtype,
             first.tensor.shape,
@@ -136,7 +187,8 @@ fn difference(name: &str, group: &[u32], said: &[Said<'_>]) -> Option<String> {
             other.tensor.dtype,
             other.tensor.shape,
             other.rank
-        ));
+        );
+        return Some((Kind::Form, text));
     }
     // The bytes that most ranks have, of as many the lowest rank's.
     let mut counts: BTreeMap<u32, usize> = BTreeMap::new();
@@ -148,14 +200,15 @@ fn difference(name: &str, group: &[u32], said: &[Said<'_>]) -> Option<String> {
     let odd = with(false);
     if !odd.is_empty() {
         let (odd, others) = (in_words(&odd), in_words(&with(true)));
-        return Some(format!("{name} has other bytes on {odd} than on {others}"));
+        return Some((Kind::Bytes, format!("{name} has other bytes on {odd} than on {others}")));
     }
     // Ranks that share out different lists of tensors; those that differ are told as well.
     let other = said.iter().find(|s| s.tensor.saver != first.tensor.saver)?;
-    Some(format!(
+    let text = format!(
         "{name} is left to rank {} by rank {}, and to rank {} by rank {}",
         first.tensor.saver, first.rank, other.tensor.saver, other.rank
-    ))
+    );
+    Some((Kind::Share, text))
 }
 
 /// Some of them in one line.

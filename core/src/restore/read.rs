@@ -52,6 +52,8 @@ pub struct Restorable {
     pub(crate) observer: Observer,
     /// The owner of the run mends; a mere reader does not write.
     pub(crate) mends: bool,
+    /// A rank of the run that finds no good copy says so to the next decision.
+    pub(crate) marks: bool,
     /// The shards of other ranks that have tensors of this one. They are only read.
     pub others: Vec<Restorable>,
 }

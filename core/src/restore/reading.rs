@@ -10,7 +10,7 @@
 //! - Bytes that come from a file reach the caller's memory only after they were checked.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeSet, HashMap, HashSet},
     sync::{
         Mutex,
         atomic::{AtomicUsize, Ordering},
@@ -43,8 +43,8 @@ pub struct Reading {
     from: Restorable,
     /// As `from.copies`.
     read: Vec<Read>,
-    /// As `from.others`.
-    others: Vec<Reading>,
+    /// As `from.others`, with the names of what is read there.
+    others: Vec<(HashSet<String>, Reading)>,
 }
 
 impl Reading {
@@ -52,7 +52,11 @@ impl Reading {
     #[must_use]
     pub fn of(from: Restorable) -> Self {
         let read = from.copies.iter().map(|_| Read::default()).collect();
-        let others = from.others.iter().cloned().map(Self::of).collect();
+        let of = |other: &Restorable| {
+            let names = from.left_to(other.rank).into_iter().map(String::from).collect();
+            (names, Self::of(other.clone()))
+        };
+        let others = from.others.iter().map(of).collect();
         Self { from, read, others }
     }
 
@@ -73,8 +77,7 @@ impl Reading {
     ) -> Result<()> {
         // SAFETY: the caller's promise.
         unsafe { self.fill_own(targets, threads) }?;
-        for other in &mut self.others {
-            let names = self.from.left_to(other.from.rank);
+        for (names, other) in &mut self.others {
             let theirs = targets.iter().filter(|(name, _)| names.contains(name.as_str()));
             let theirs: HashMap<_, _> = theirs.map(|(n, m)| (n.clone(), m.clone())).collect();
             if !theirs.is_empty() {
@@ -129,7 +132,7 @@ impl Reading {
             return Err(e); // A tier that did not answer may have good bytes: nothing is marked bad.
         }
         let from = &self.from;
-        if let (true, Some(home)) = (from.mends, from.tiers.last()) {
+        if let (true, Some(home)) = (from.marks, from.tiers.last()) {
             mark_bad(&**home, &from.observer, &from.key, from.rank);
         }
         Err(from.lost(&self.sentences()))
@@ -145,7 +148,7 @@ impl Reading {
     fn end(mut self) -> (usize, ReadReport) {
         let others = std::mem::take(&mut self.others);
         let (mut most, mut report) = self.end_own();
-        for (chunks, other) in others.into_iter().map(Self::end) {
+        for (chunks, other) in others.into_iter().map(|(_, other)| other.end()) {
             report.damaged.extend(other.damaged);
             if chunks > most {
                 (most, report.tier) = (chunks, other.tier);

@@ -11,7 +11,7 @@
 //!   the right length, and they agree on what several of them hold; a tombstone anywhere means
 //!   deleted.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use crate::{
     commit::{Listing, read_manifest, read_seal, same_checkpoint},
@@ -90,9 +90,9 @@ pub struct ShardCopy {
     /// Index into the tiers.
     pub tier: usize,
     /// The manifest.
-    pub manifest: ShardManifest,
+    pub manifest: Arc<ShardManifest>,
     /// Its bytes, as they lie.
-    pub bytes: Vec<u8>,
+    pub bytes: Arc<Vec<u8>>,
 }
 
 /// What was wrong with a copy.
@@ -122,12 +122,15 @@ pub fn copies(
         }
         match copy_in(*tier, found, listing, rank, run_id) {
             // Tiers keep copies of one manifest: another one is not a copy, whatever its checksum.
-            Ok((_, bytes)) if good.first().is_some_and(|g: &ShardCopy| g.bytes != bytes) => {
+            Ok((_, bytes)) if good.first().is_some_and(|g: &ShardCopy| *g.bytes != bytes) => {
                 let file = label(*tier, &manifest_label(&found.key, rank));
                 let why = format!("{file} is damaged: it differs from the copy in a nearer tier");
                 bad.push(BadCopy { tier: tier.kind(), why });
             }
-            Ok((manifest, bytes)) => good.push(ShardCopy { tier: index, manifest, bytes }),
+            Ok((manifest, bytes)) => {
+                let (manifest, bytes) = (Arc::new(manifest), Arc::new(bytes));
+                good.push(ShardCopy { tier: index, manifest, bytes });
+            }
             Err(Error::Damaged { file, why }) => {
                 bad.push(BadCopy { tier: tier.kind(), why: format!("{file} is damaged: {why}") });
             }
@@ -250,7 +253,7 @@ fn reach_of(
     let mut ranks: Vec<Rank> = found.listings.iter().flat_map(|l| l.manifests.clone()).collect();
     ranks.sort_unstable();
     ranks.dedup();
-    let mut first: Option<ShardManifest> = None;
+    let mut first: Option<Arc<ShardManifest>> = None;
     let mut trouble = Vec::new();
     let mut reached = Vec::new();
     let mut replicas = Vec::new();
@@ -268,7 +271,7 @@ fn reach_of(
         };
         *saved_unix_ms = (*saved_unix_ms).max(copy.manifest.meta.saved_unix_ms);
         let savers = first.as_ref().map_or(&copy.manifest.identity.savers, |m| &m.identity.savers);
-        match same_checkpoint(&copy.manifest, first.as_ref(), &savers.clone()) {
+        match same_checkpoint(&copy.manifest, first.as_deref(), &savers.clone()) {
             Ok(()) => reached.push(rank.0),
             Err(why) => trouble.push(format!("{rank}: {why}")),
         }
@@ -284,7 +287,7 @@ fn reach_of(
     let savers = first.identity.savers.clone();
     let missing: Vec<u32> = savers.iter().copied().filter(|r| !reached.contains(r)).collect();
     match (missing.is_empty(), found.sealed()) {
-        (true, _) => match differences(&replicas) {
+        (true, _) => match differences(replicas.iter().map(|shard| &**shard)) {
             list if list.is_empty() => Ok(Reach::Whole(savers)),
             list => Ok(Reach::Broken(vec![differences_in_words(&list)])),
         },

@@ -20,8 +20,8 @@ use crate::{
         replicated::{Replica, Replicated},
     },
     state::{
-        TensorSpec,
-        replicas::{Rule, Share, share},
+        Memory, Tensor, TensorSpec,
+        replicas::{Rule, Share, share, unused},
     },
 };
 
@@ -47,6 +47,8 @@ pub struct Layout {
     pub tags: Vec<Option<usize>>,
     /// (index into the specs, bytes) of the tensors that other ranks store.
     pub elsewhere: Vec<(usize, u64)>,
+    /// Patterns of tensors that ranks hold alike, and that no tensor matches.
+    pub unused: Vec<String>,
     specs: Vec<Arc<TensorSpec>>,
 }
 
@@ -76,7 +78,7 @@ impl Layout {
             }
             sizes.push(spec.bytes()?);
         }
-        let shares = share(rules, &specs)?;
+        let shares = share(rules, &specs, rank)?;
         let is_elsewhere = |i: &usize| shares[*i].is_some_and(|share| share.saver != rank);
         let (elsewhere, mut order): (Vec<usize>, Vec<usize>) =
             (0..specs.len()).partition(is_elsewhere);
@@ -102,7 +104,32 @@ impl Layout {
             serde_json::to_vec(&entries).map_err(|e| Error::Bug(format!("tensor table: {e}")))?;
         let elsewhere = elsewhere.into_iter().map(|index| (index, sizes[index])).collect();
         let len = at;
-        Ok(Self { header, len, order: placed, tensors_json, replicated, tags, elsewhere, specs })
+        let unused = unused(rules, &specs, rank);
+        Ok(Self {
+            header,
+            len,
+            order: placed,
+            tensors_json,
+            replicated,
+            tags,
+            elsewhere,
+            unused,
+            specs,
+        })
+    }
+
+    /// # Errors
+    /// A tensor that other ranks hold alike lies on a device.
+    pub(crate) fn check_memory(&self, tensors: &[Tensor]) -> Result<()> {
+        let shared = tensors.iter().zip(&self.tags).filter(|(_, tag)| tag.is_some());
+        let mut on_device = shared.filter(|(t, _)| matches!(t.memory, Memory::InSlot));
+        match on_device.next() {
+            None => Ok(()),
+            Some((tensor, _)) => Err(Error::invalid(format!(
+                "{} lies on a device: only tensors in memory of the host can be declared replicated",
+                tensor.spec.name
+            ))),
+        }
     }
 
     /// True where a state with these specs, in this order, has this layout.

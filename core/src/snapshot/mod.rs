@@ -27,7 +27,10 @@ use self::{
 use crate::{
     chunk::CHUNK_BYTES,
     error::{Error, Result},
-    manifest::{Identity, Meta, Parts, PayloadInfo, combine, encode, replicated::Replicated},
+    manifest::{
+        Identity, Meta, Parts, PayloadInfo, combine, encode,
+        replicated::{Replicated, words},
+    },
     state::{
         Memory, State,
         value::{EncodeError, Value},
@@ -68,6 +71,7 @@ impl Snapshot {
     /// # Errors
     /// The tree cannot be stored, or the state's memory does not fit its shapes.
     pub fn new(state: State, layout: Arc<Layout>, threads: Option<usize>) -> Result<Self> {
+        layout.check_memory(&state.tensors)?;
         let size = |n: u64| usize::try_from(n).map_err(|_| Error::Bug("a 32-bit machine".into()));
         let mut pieces = Vec::with_capacity(layout.order.len() + 1);
         let mut on_device = Vec::new();
@@ -105,7 +109,7 @@ impl Snapshot {
             let memory = match &tensor.memory {
                 Memory::Contiguous(address) => copy::Memory::Bytes(*address),
                 Memory::Strided(strided) => copy::Memory::Strided(strided.clone()),
-                Memory::InSlot => return Err(on_a_device(&tensor.spec.name)),
+                Memory::InSlot => continue, // Refused by `check_memory`.
             };
             let Some(tag) = layout.tags[*index] else { continue };
             let len = size(*bytes)?;
@@ -229,7 +233,8 @@ impl Snapshot {
         Taken { chunks: sums.chunks, replicas: whole(sums.parts, tags) }
     }
 
-    /// The shard manifest over the filled slot.
+    /// The shard manifest over the filled slot, and this rank's words about what it holds as others
+    /// do.
     ///
     /// # Errors
     /// None that a caller can cause.
@@ -238,7 +243,7 @@ impl Snapshot {
         identity: &Identity,
         meta: &Meta,
         taken: Taken,
-    ) -> Result<Vec<u8>> {
+    ) -> Result<(Vec<u8>, Option<String>)> {
         let crcs = taken.chunks;
         let payload = PayloadInfo {
             file: identity.payload_name(),
@@ -253,21 +258,17 @@ impl Snapshot {
         self.tree.write_json(&mut tree_json).map_err(unstorable)?;
         let replicated = self.layout.replicated.clone();
         let replicated = replicated.map(|table| Replicated { crcs: taken.replicas, ..table });
-        encode(&Parts {
+        let manifest = encode(&Parts {
             identity,
             payload: &payload,
             tensors_json: &self.layout.tensors_json,
             tree_json: &tree_json,
             replicated: replicated.as_ref(),
             meta,
-        })
+        })?;
+        let words = replicated.as_ref().map_or_else(|| Some(String::new()), words);
+        Ok((manifest, words))
     }
-}
-
-fn on_a_device(name: &str) -> Error {
-    Error::invalid(format!(
-        "{name} lies on a device: only tensors in memory of the host can be declared replicated"
-    ))
 }
 
 fn unstorable(e: EncodeError) -> Error {

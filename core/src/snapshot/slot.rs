@@ -112,19 +112,34 @@ impl Slot {
             if !go_on() {
                 return Err(Error::Fenced { why: "this Checkpointer was closed".into() });
             }
-            let len = (self.capacity - offset).min(piece);
-            sys::populate(&self.map, offset, len).at("populate", &self.path())?;
+            loop {
+                let here = self.mapped()?;
+                if here <= offset {
+                    return Ok(());
+                }
+                let len = (here - offset).min(piece);
+                match sys::populate(&self.map, offset, len) {
+                    // It was made shorter meanwhile, for the next payload.
+                    Err(e) if e.raw_os_error() == Some(libc::EFAULT) && self.mapped()? < here => {}
+                    other => break other.at("populate", &self.path())?,
+                }
+            }
         }
         Ok(())
+    }
+
+    /// Bytes of the map that lie inside the file now: behind a file that was made shorter there are
+    /// no pages.
+    fn mapped(&self) -> Result<usize> {
+        let len = usize::try_from(self.file_len()?).unwrap_or(usize::MAX);
+        Ok(padded(len.max(1)).min(self.capacity))
     }
 
     /// Makes it known to a device, once; its pages are in place.
     pub(super) fn pin(&self, pin: &Arc<dyn Pin>) -> Result<()> {
         let mut known = locked(&self.known);
         if matches!(*known, Known::Unasked) {
-            // Of a map that reaches behind a shrunken file the rest has no pages.
-            let len = usize::try_from(self.file_len()?).unwrap_or(usize::MAX);
-            let len = padded(len.max(1)).min(self.capacity);
+            let len = self.mapped()?;
             *known = match pin.pin(self.map.as_mut_ptr() as usize, len) {
                 true => Known::Pinned(pin.clone()),
                 false => Known::Refused,

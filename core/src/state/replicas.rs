@@ -16,9 +16,12 @@ use std::{
 };
 
 use super::TensorSpec;
-use crate::{error::Result, glob::covers};
+use crate::{
+    error::{Error, Result},
+    glob::covers,
+};
 
-/// What the user says of the tensors whose path matches.
+/// What the user says of the tensors whose path matches, the same on all ranks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rule {
     /// A pattern over escaped paths, which takes in all below what it matches (`glob::covers`).
@@ -39,19 +42,36 @@ pub struct Share<'a> {
 /// Largest first: bytes, name, index.
 type Tensors<'a> = Vec<(Reverse<u64>, &'a str, usize)>;
 
-/// For each tensor its share; `None`: this rank's own. The first rule that matches counts.
+impl Rule {
+    /// `rank` holds what matches as others do.
+    fn shares(&self, rank: u32) -> bool {
+        self.ranks.len() > 1 && self.ranks.contains(&rank)
+    }
+}
+
+/// For each tensor its share; `None`: `rank`'s own. The first rule that matches counts.
 ///
 /// Largest first, each to the rank that has the fewest bytes so far ("longest processing time
 /// first": R. L. Graham, Bounds on multiprocessing timing anomalies, 1969).
 ///
 /// # Errors
-/// A tensor's size overflows.
-pub fn share<'a>(rules: &'a [Rule], specs: &[Arc<TensorSpec>]) -> Result<Vec<Option<Share<'a>>>> {
+/// A tensor's size overflows, or it is a part of one that is cut.
+pub fn share<'a>(
+    rules: &'a [Rule],
+    specs: &[Arc<TensorSpec>],
+    rank: u32,
+) -> Result<Vec<Option<Share<'a>>>> {
     let mut shares = vec![None; specs.len()];
     let mut groups: BTreeMap<&[u32], Tensors<'_>> = BTreeMap::new();
     for (index, spec) in specs.iter().enumerate() {
         let rule = rules.iter().find(|rule| covers(&rule.pattern, &spec.name));
-        if let Some(rule) = rule.filter(|rule| rule.ranks.len() > 1) {
+        if let Some(rule) = rule.filter(|rule| rule.shares(rank)) {
+            if spec.part_of.is_some() {
+                return Err(Error::invalid(format!(
+                    "{} is a part of a tensor: only whole ones can be declared replicated",
+                    spec.name
+                )));
+            }
             let row = (Reverse(spec.bytes()?), &*spec.name, index);
             groups.entry(&rule.ranks).or_default().push(row);
         }
@@ -66,6 +86,13 @@ pub fn share<'a>(rules: &'a [Rule], specs: &[Arc<TensorSpec>]) -> Result<Vec<Opt
         }
     }
     Ok(shares)
+}
+
+/// The patterns of `rules` that `rank` shares, and that no tensor matches.
+pub fn unused(rules: &[Rule], specs: &[Arc<TensorSpec>], rank: u32) -> Vec<String> {
+    let matches = |rule: &Rule| specs.iter().any(|spec| covers(&rule.pattern, &spec.name));
+    let idle = rules.iter().filter(|rule| rule.shares(rank) && !matches(rule));
+    idle.map(|rule| rule.pattern.clone()).collect()
 }
 
 #[cfg(test)]
@@ -89,12 +116,21 @@ mod tests {
         let rules = [rule("rng", &[]), rule("model/*", &[0, 2]), rule("*", &[0, 1, 2])];
         let names = ["rng/torch", "model/a", "optim/b", "rngs"];
         let specs: Vec<_> = names.iter().map(|name| spec(name, 4)).collect();
-        let shares = share(&rules, &specs).unwrap();
+        let shares = share(&rules, &specs, 2).unwrap();
         let ranks: Vec<_> = shares.iter().map(|s| s.map(|s| s.ranks)).collect();
         let expected: [Option<&[u32]>; 4] =
             [None, Some(&[0, 2]), Some(&[0, 1, 2]), Some(&[0, 1, 2])];
         assert_eq!(ranks, expected);
-        assert!(share(&[], &specs).unwrap().iter().all(Option::is_none));
+        assert!(share(&[], &specs, 0).unwrap().iter().all(Option::is_none));
+        // Of another group: this rank's own.
+        let theirs = share(&rules, &specs, 1).unwrap();
+        assert_eq!(
+            theirs.iter().map(Option::is_some).collect::<Vec<_>>(),
+            [false, false, true, true]
+        );
+        let rules =
+            [rule("rng", &[]), rule("modle/*", &[0, 1]), rule("x", &[1, 2]), rule("*", &[0, 1])];
+        assert_eq!(unused(&rules, &specs, 0), ["modle/*"]);
     }
 
     proptest! {
@@ -106,7 +142,7 @@ mod tests {
             let mut specs: Vec<_> =
                 sizes.iter().enumerate().map(|(i, n)| spec(&format!("t{i}"), *n)).collect();
             let by_name = |specs: &[Arc<TensorSpec>]| -> BTreeMap<Arc<str>, u32> {
-                let shares = share(&rules, specs).unwrap();
+                let shares = share(&rules, specs, 0).unwrap();
                 specs.iter().zip(shares).map(|(s, x)| (s.name.clone(), x.unwrap().saver)).collect()
             };
             let savers = by_name(&specs);
