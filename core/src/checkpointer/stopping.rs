@@ -53,10 +53,10 @@ impl Checkpointer {
     #[must_use]
     pub fn stop_requested(&self, step: u64, every: u64, asked: bool) -> bool {
         let inner = &self.inner;
-        if inner.check_pid().is_err() {
+        if inner.keeper.check_pid().is_err() {
             return false;
         }
-        let lone = inner.place.config.is_lone();
+        let lone = inner.keeper.place.config.is_lone();
         let Some((attempt, cascade)) = self.begun() else { return lone && asked };
         if lone {
             if asked {
@@ -68,7 +68,8 @@ impl Checkpointer {
         if known.attempt != Some(attempt) {
             *known = Stopping { attempt: Some(attempt), ..Stopping::default() };
         }
-        let stops = known.ask(cascade.agreements(), &inner.place.observer, step, every, asked);
+        let stops =
+            known.ask(cascade.agreements(), &inner.keeper.place.observer, step, every, asked);
         if let Some(last) = known.last {
             cascade.stop_after(last);
         }
@@ -76,7 +77,7 @@ impl Checkpointer {
     }
 
     fn begun(&self) -> Option<(AttemptRef, Arc<Cascade>)> {
-        locked(&self.inner.running).as_ref().map(|r| (r.record.attempt, r.cascade.clone()))
+        self.inner.keeper.running().map(|(record, cascade)| (record.attempt, cascade))
     }
 }
 

@@ -7,26 +7,19 @@ use std::{
         atomic::{AtomicBool, Ordering},
         mpsc,
     },
-    time::Duration,
 };
 
-use super::{Checkpointer, Inner, Interrupted, SAVES_KEPT, SaveRequest};
+use super::{Checkpointer, Inner, SAVES_KEPT, SaveRequest};
 use crate::{
-    agree::Saving,
     attempt::AttemptRecord,
-    cascade::{Cascade, Shard},
-    clock::Deadline,
-    commit::publish_shard,
+    cascade::Cascade,
     error::{Error, ErrorKind, Hint, Result},
+    keeper::Filled,
     manifest::{Identity, Meta},
-    names::{CheckpointKey, Rank, Step},
     observe::{add, locked},
     save::{Level, Save},
-    snapshot::{Snapshot, Taken, arena::Filling, device::Flight, slot::SlotPayload},
+    snapshot::{Snapshot, Taken, arena::Filling, device::Flight},
 };
-
-/// How often a save that waits asks whether it is to go on.
-const ASK: Duration = Duration::from_millis(100);
 
 impl Checkpointer {
     /// Saves a state. Returns when the caller may go on: the copy is done and published in RAM, or,
@@ -43,7 +36,7 @@ impl Checkpointer {
     /// The memory that the state points to is readable until the save is staged, and nobody writes
     /// to it meanwhile.
     pub unsafe fn save(&self, request: SaveRequest) -> Result<Save> {
-        self.check_open(false)?;
+        self.check_open()?;
         let (record, cascade) = self.running()?;
         if let Some(save) = self.earlier(request.step)? {
             return Ok(save);
@@ -131,28 +124,33 @@ impl Checkpointer {
             let patterns = layout.unused.join(", ");
             let text =
                 format!("replicated: no tensor matches {patterns}: nothing is compared there");
-            inner.place.observer.warn("replicated_unused", Some(step), text);
+            inner.keeper.place.observer.warn("replicated_unused", Some(step), text);
         }
-        let snapshot = Snapshot::new(state, layout, inner.place.config.threads)?;
+        let snapshot = Snapshot::new(state, layout, inner.keeper.place.config.threads)?;
         save.set_bytes(snapshot.len());
-        let Some(filling) =
-            self.slot(save, snapshot.len(), skip_if_busy, interrupted.as_ref(), cascade)?
+        let Some(filling) = inner.keeper.lease(
+            save,
+            snapshot.len(),
+            skip_if_busy,
+            interrupted.as_deref(),
+            cascade,
+        )?
         else {
             return Ok(());
         };
         let identity = Identity {
             run_id: record.run_id,
             attempt: record.attempt,
-            writer: inner.place.nonce,
+            writer: inner.keeper.place.nonce,
             step,
-            rank: inner.place.config.rank,
-            savers: inner.place.config.savers.clone(),
+            rank: inner.keeper.place.config.rank,
+            savers: inner.keeper.place.config.savers.clone(),
         };
-        meta.saved_unix_ms = inner.place.clock.unix_ms();
+        meta.saved_unix_ms = inner.keeper.place.clock.unix_ms();
         if bring.is_none() && !snapshot.on_device().is_empty() {
             return Err(Error::Bug("a tensor of a device, and nobody who brings it".into()));
         }
-        let begun = inner.place.clock.monotonic();
+        let begun = inner.keeper.place.clock.monotonic();
         let len = usize::try_from(snapshot.len()).unwrap_or(usize::MAX);
         let flight = Flight::begin(bring, filling.slot(), len, snapshot.on_device())?;
         let mut job = Job {
@@ -183,64 +181,12 @@ impl Checkpointer {
                 }
             }
         };
-        let took = inner.place.clock.monotonic().saturating_sub(begun);
-        add(&inner.place.observer.counters.stall_ns, u64::try_from(took.as_nanos()).unwrap_or(0));
+        let took = inner.keeper.place.clock.monotonic().saturating_sub(begun);
+        add(
+            &inner.keeper.place.observer.counters.stall_ns,
+            u64::try_from(took.as_nanos()).unwrap_or(0),
+        );
         done
-    }
-
-    /// A slot for the snapshot; `None`: the step is skipped, by this rank's wish or another's.
-    fn slot(
-        &self,
-        save: &Save,
-        len: u64,
-        skip_if_busy: bool,
-        interrupted: Option<&Interrupted>,
-        cascade: &Arc<Cascade>,
-    ) -> Result<Option<Filling>> {
-        let place = &self.inner.place;
-        let may_go = |key: &CheckpointKey| cascade.release(key);
-        let mut filling = place.arena.acquire(len, &may_go)?;
-        let may_skip = skip_if_busy && !cascade.is_last(save.step());
-        let wish = if filling.is_none() && may_skip { Saving::Skip } else { Saving::Save };
-        if cascade.agreements().saving(save.step(), wish)? == Saving::Skip {
-            let why = "every slot is in use: the disk is slower than the saves";
-            add(&place.observer.counters.saves_skipped, 1);
-            place.observer.warn(
-                "skipped",
-                Some(save.step()),
-                format!("step {}: {why}", save.step()),
-            );
-            save.skip(why);
-            return Ok(None);
-        }
-        let deadline = Deadline::after(&*place.clock, place.config.slot_wait);
-        let stragglers = Deadline::after(&*place.clock, place.config.stragglers_wait);
-        let mut ask = Deadline::after(&*place.clock, ASK);
-        while filling.is_none() {
-            let seen = place.signal.seen();
-            filling = place.arena.acquire(len, &may_go)?;
-            if filling.is_some() {
-                break;
-            }
-            if ask.left(&*place.clock).is_none() {
-                if interrupted.is_some_and(|interrupted| interrupted()) {
-                    let why = "the wait for a free slot was interrupted".into();
-                    return Err(Error::Skipped { step: Step(save.step()), why });
-                }
-                ask = Deadline::after(&*place.clock, ASK);
-            }
-            if stragglers.left(&*place.clock).is_none() && cascade.give_up_straggler()? {
-                continue;
-            }
-            if deadline.left(&*place.clock).is_none() {
-                return Err(deadline.passed(
-                    format!("a free slot for step {}", save.step()),
-                    "the disk tier has not finished with an older step",
-                ));
-            }
-            place.signal.wait(seen, Duration::from_millis(20));
-        }
-        Ok(filling)
     }
 }
 
@@ -267,7 +213,7 @@ impl Behind {
         if self.copying.swap(false, Ordering::AcqRel) {
             self.inner.copying.fetch_sub(1, Ordering::AcqRel);
             self.inner.copying_host.fetch_sub(usize::from(self.host), Ordering::AcqRel);
-            self.inner.place.signal.notify();
+            self.inner.keeper.place.signal.notify();
         }
     }
 }
@@ -280,7 +226,7 @@ impl Drop for Behind {
         }
         self.copied();
         self.inner.publishing.fetch_sub(1, Ordering::AcqRel);
-        self.inner.place.signal.notify();
+        self.inner.keeper.place.signal.notify();
     }
 }
 
@@ -299,48 +245,12 @@ struct Job {
 }
 
 impl Inner {
-    /// Gives the filled slot its name in the ram tier, manifest last. The slot stays busy until the
-    /// cascade knows the shard and everybody can see it: nobody can take it in between.
     fn publish(&self, job: Job, taken: Taken) -> Result<()> {
         let Job { snapshot, filling, identity, meta, save, cascade, .. } = job;
         let (manifest, words) = snapshot.manifest(&identity, &meta, taken)?;
-        let manifest = Arc::new(manifest);
-        let payload = SlotPayload { slot: filling.slot().clone(), len: snapshot.len() };
-        let key = identity.key();
-        let ram = &*self.place.ram;
-        // Before the manifest: whoever sees that finds these too. Without, the manifests are read.
-        if let Some(words) = words.filter(|_| !self.place.config.replicated.is_empty())
-            && let Err(e) = cascade.agreements().say_alike(identity.step, identity.rank, &words)
-        {
-            tracing::warn!("what {} holds as others do is not recorded: {}", key, e.chain());
-        }
-        cascade.announce(Shard {
-            key: key.clone(),
-            identity: identity.clone(),
-            payload: payload.clone(),
-            manifest: manifest.clone(),
-            save,
-            published: false,
-            complete: false,
-            resumed: false,
-            chunks: Vec::new(),
-        });
-        let put = ram.put(&key.file(&identity.payload_name()), &payload);
-        let published = put.and_then(|receipt| publish_shard(ram, &identity, &manifest, receipt));
-        if let Err(e) = published {
-            cascade.withdraw(identity.step);
-            // The manifest may be there and only the answer was lost: then the slot is not free.
-            if ram.delete(&key.manifest(Rank(identity.rank))).is_err() {
-                self.place.arena.hold(filling, key);
-            }
-            return Err(e);
-        }
-        add(&self.place.observer.counters.saves, 1);
-        add(&self.place.observer.counters.captured_bytes, payload.len);
-        cascade.confirm(identity.step);
-        self.place.arena.hold(filling, key);
-        self.place.arena.tidy();
-        Ok(())
+        let len = snapshot.len();
+        let filled = Filled { filling, identity, len, manifest, words, save };
+        self.keeper.publish(filled, &cascade)
     }
 
     fn copy_behind(
@@ -397,9 +307,9 @@ impl Inner {
 
     fn failed(&self, save: &Save, error: &Error) {
         // Told before those who wait are woken: they may look at once.
-        add(&self.place.observer.counters.saves_failed, 1);
+        add(&self.keeper.place.observer.counters.saves_failed, 1);
         let text = format!("step {} was not saved: {}", save.step(), error.chain());
-        self.place.observer.error("save_failed", Some(save.step()), text);
+        self.keeper.place.observer.error("save_failed", Some(save.step()), text);
         save.fail(Level::Staged, error);
     }
 }

@@ -1,0 +1,302 @@
+//! The owner of one rank of a run: its lock, its tiers and slots, its attempt, and what carries its
+//! shards on.
+//!
+//! open -> begin (the restore decision, recorded) -> lease a slot, publish it -> shut
+//!
+//! It sees slots and manifests, never a tensor: all of this can live in another process than the
+//! training. It does not own the state, the copy of it, nor its checksums (`checkpointer`).
+//!
+//! # Invariants
+//!
+//! - Nothing is published before the attempt is recorded and the rank claimed.
+//! - A slot that was leased is busy until it is published or given back.
+//! - In a fork's child every call is refused and nothing is touched.
+
+mod ending;
+mod slots;
+
+use std::{
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::JoinHandle,
+};
+
+pub(crate) use self::slots::Filled;
+use crate::{
+    agree::Agreements,
+    attempt::AttemptRecord,
+    begin::{Begin, begin},
+    cascade::{Cascade, Parts, Shard},
+    chunk::CHUNK_BYTES,
+    clock::{SharedClock, SystemClock},
+    commit::Listing,
+    config::Config,
+    error::{Error, Result},
+    names::{Id, Rank},
+    observe::{Observer, locked},
+    ownership::{FileId, Ownership},
+    place::Place,
+    restore::{read::Restorable, survey::ShardCopy},
+    save::Save,
+    signal::Signal,
+    snapshot::{arena::Arena, budget::Budget, slot::SlotPayload},
+    tier::{Tier, TierKind, disk::DiskTier, memory::MemoryTier, wrap::Retried},
+};
+
+/// Why an older owner in this process does nothing more.
+const TAKEN_OVER: &str = "a newer Checkpointer of this process has taken over this run";
+
+/// An attempt that goes on.
+struct Running {
+    record: AttemptRecord,
+    cascade: Arc<Cascade>,
+    thread: JoinHandle<()>,
+    /// The thread has nothing more to do.
+    over: Arc<AtomicBool>,
+}
+
+/// The owner of one rank of a run.
+pub(crate) struct Keeper {
+    pub(crate) place: Place,
+    ownership: Ownership,
+    /// Held by the leader: others find its record by it.
+    start_lock: Option<Ownership>,
+    running: Mutex<Option<Running>>,
+    /// Decisions begun so far; held while one is made.
+    decisions: Mutex<u32>,
+    /// The thread that makes the slots ready, if there was one.
+    preparing: Mutex<Option<JoinHandle<()>>>,
+    pid: u32,
+}
+
+impl Keeper {
+    /// Takes the rank: opens the tiers and the locks. Nothing is recorded yet. `wrap` puts something
+    /// around each tier; `takes_over` ends an earlier owner in this process, known by its lock, before
+    /// its slots are touched.
+    ///
+    /// # Errors
+    /// A place cannot be used, or another live process has the rank.
+    pub(crate) fn open(
+        config: Config,
+        wrap: &dyn Fn(Arc<dyn Tier>) -> Arc<dyn Tier>,
+        takes_over: &dyn Fn(FileId) -> Result<()>,
+    ) -> Result<Self> {
+        config.check()?;
+        let clock: SharedClock = Arc::new(SystemClock);
+        let disk = DiskTier::open(&config.destination)?;
+        let budget = Budget::open(&config.ram_root, config.ram_bytes_max)?;
+        let ram = wrap(Arc::new(MemoryTier::open(&config.ram_dir(), budget.clone())?));
+        let lock = config.destination.join(format!("_locks/rank-{:06}", config.rank));
+        let ownership = Ownership::take_over(
+            &lock,
+            &format!("rank {} of {}", config.rank, config.destination.display()),
+            config.lock_wait,
+            &*clock,
+        )?;
+        takes_over(ownership.id())?;
+        disk.sweep(Rank(config.rank), true)?;
+        let disk = wrap(Arc::new(Retried::new(disk, clock.clone())));
+        let signal = Arc::new(Signal::default());
+        let arena = Arena::new(
+            ram.clone(),
+            config.ram_dir(),
+            Rank(config.rank),
+            config.slots,
+            budget,
+            signal.clone(),
+        );
+        arena.adopt()?;
+        let start = config.attempt_id.map_or_else(Id::random, Ok)?;
+        let observer = Observer::default();
+        let nonce = Id::random()?;
+        let closed = AtomicBool::new(false);
+        let place =
+            Place { ram, disk, arena, observer, clock, signal, closed, start, nonce, config };
+        let start_lock = if place.config.leads() { Some(place.start_lock()?) } else { None };
+        Ok(Self {
+            place,
+            ownership,
+            start_lock,
+            running: Mutex::new(None),
+            decisions: Mutex::new(0),
+            preparing: Mutex::new(None),
+            pid: std::process::id(),
+        })
+    }
+
+    /// Its lock, by which an earlier owner is known.
+    pub(crate) fn id(&self) -> FileId {
+        self.ownership.id()
+    }
+
+    /// Decides, or learns, where this attempt begins, and records and claims it. `None`: at step 0.
+    /// Called again in a running process (a rollback), it begins a new attempt: between the two,
+    /// `quiet` waits for what the old one has in hand, and `forget` forgets it.
+    ///
+    /// # Errors
+    /// A tier did not answer, rank 0's record did not come, the rank is claimed, or the shard of
+    /// the decided step has no good copy here.
+    pub(crate) fn begin(
+        &self,
+        how: &Begin,
+        quiet: &dyn Fn() -> Result<()>,
+        forget: &dyn Fn(),
+    ) -> Result<Option<Restorable>> {
+        self.check_open(true)?;
+        let mut decisions = locked(&self.decisions);
+        let place = &self.place;
+        // Until the new decision is recorded the old attempt goes on.
+        let started = begin(place, how, *decisions)?;
+        *decisions += 1;
+        quiet()?;
+        let old = locked(&self.running).take();
+        if let Some(old) = old {
+            old.stop(place, Vec::new(), None, place.config.slot_wait)?;
+        }
+        let keep = started.record.parent.map(|p| p.key());
+        if place.config.saves() {
+            place.arena.trim(keep.as_ref())?;
+        } else {
+            place.arena.give_back()?; // Of an attempt in which this rank did save.
+        }
+        forget();
+        let restorable = started.restorable.map(|mut found| {
+            found.slot = place.arena.find(&found.key);
+            found
+        });
+        let waits = match &keep {
+            Some(key) => !Listing::of(&*place.disk, key)?.sealed,
+            None => false,
+        };
+        let resumed = restorable.as_ref().filter(|_| waits).and_then(resumed_shard);
+        let mut running = locked(&self.running);
+        // Closing says so first and takes what runs after: nothing starts behind its back.
+        place.check_closed()?;
+        *running = Some(self.run(started.record, waits, resumed)?);
+        Ok(restorable)
+    }
+
+    fn run(
+        &self,
+        record: AttemptRecord,
+        parent_waits: bool,
+        resumed: Option<Shard>,
+    ) -> Result<Running> {
+        let place = &self.place;
+        let lone = place.config.is_lone();
+        let agreements = Agreements::new(&place.config.destination, &record.attempt, lone);
+        let parts = Parts {
+            config: place.config.clone(),
+            record: record.clone(),
+            ram: place.ram.clone(),
+            disk: place.disk.clone(),
+            agreements,
+            observer: place.observer.clone(),
+            clock: place.clock.clone(),
+            signal: place.signal.clone(),
+        };
+        let cascade = Cascade::new(parts, parent_waits, resumed);
+        let runner = cascade.clone();
+        let over = Arc::new(AtomicBool::new(false));
+        let told = over.clone();
+        let signal = place.signal.clone();
+        let thread = std::thread::Builder::new()
+            .name("tierkeep-disk".into())
+            .spawn(move || {
+                runner.run();
+                told.store(true, Ordering::Release);
+                signal.notify();
+            })
+            .map_err(|source| Error::Io { what: "start the disk tier's thread".into(), source })?;
+        Ok(Running { record, cascade, thread, over })
+    }
+
+    /// Makes every slot ready for `len` bytes, behind.
+    ///
+    /// # Errors
+    /// [`Error::Budget`] with the sum, at once.
+    pub(crate) fn prepare(&self, len: u64) -> Result<()> {
+        let (arena, observer) = (self.place.arena.clone(), self.place.observer.clone());
+        arena.check_budget(len)?;
+        let mut preparing = locked(&self.preparing);
+        self.place.check_closed()?;
+        let before = preparing.take();
+        let work = move || {
+            // One after the other: two at once would take each other's slots for busy.
+            if let Some(before) = before
+                && before.join().is_err()
+            {
+                observer.error("prepare_failed", None, "the thread that prepares slots panicked");
+            }
+            if let Err(e) = arena.prepare(len)
+                && !matches!(e, Error::Fenced { .. })
+            {
+                observer.warn(
+                    "prepare_failed",
+                    None,
+                    format!("slots were not prepared: {}", e.chain()),
+                );
+            }
+        };
+        let spawned = std::thread::Builder::new().name("tierkeep-prepare".into()).spawn(work);
+        *preparing =
+            Some(spawned.map_err(|source| Error::Io { what: "start a thread".into(), source })?);
+        Ok(())
+    }
+
+    /// The attempt that goes on, and what carries its shards.
+    pub(crate) fn running(&self) -> Option<(AttemptRecord, Arc<Cascade>)> {
+        let running = locked(&self.running);
+        running.as_ref().map(|r| (r.record.clone(), r.cascade.clone()))
+    }
+
+    /// `begins`: a new attempt, which may have been recorded by a rank that was quicker.
+    pub(crate) fn check_open(&self, begins: bool) -> Result<()> {
+        self.check_pid()?;
+        let superseded = !self.ownership.is_current();
+        let fenced = locked(&self.running)
+            .as_ref()
+            .is_some_and(|r| r.cascade.is_fenced() && !(begins && r.cascade.is_fenced_by_us()));
+        if superseded || fenced {
+            let why =
+                if superseded { TAKEN_OVER } else { "a newer attempt has taken over this run" };
+            return Err(Error::Fenced { why: why.into() });
+        }
+        self.place.check_closed()
+    }
+
+    pub(crate) fn check_pid(&self) -> Result<()> {
+        if self.pid == std::process::id() {
+            return Ok(());
+        }
+        Err(Error::Fenced {
+            why: format!(
+                "this Checkpointer belongs to process {}: it does nothing in a forked child",
+                self.pid
+            ),
+        })
+    }
+}
+
+/// The shard that an attempt resumes from, if it lies in a slot of this process.
+fn resumed_shard(found: &Restorable) -> Option<Shard> {
+    let in_ram = |c: &&ShardCopy| found.tiers[c.tier].kind() == TierKind::Ram;
+    let copy = found.copies.iter().find(in_ram)?;
+    let payload = &copy.manifest.payload;
+    if payload.chunk_bytes != CHUNK_BYTES {
+        return None; // Of another build: it is checked in its chunks, and goes with the next save.
+    }
+    Some(Shard {
+        key: found.key.clone(),
+        identity: copy.manifest.identity.clone(),
+        payload: SlotPayload { slot: found.slot.clone()?, len: payload.length },
+        manifest: copy.bytes.clone(),
+        save: Save::new(found.key.step.0),
+        published: true,
+        complete: false,
+        resumed: true,
+        chunks: payload.chunks.clone(),
+    })
+}

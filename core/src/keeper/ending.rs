@@ -1,0 +1,113 @@
+//! How an owner ends: closed, taken over, dropped, or left behind in a fork's child.
+//!
+//! # Invariants
+//!
+//! - After `shut` no thread of the owner runs, but one that a hanging disk keeps.
+//! - Memory goes back only where the newest checkpoint is durable elsewhere.
+
+use std::{sync::atomic::Ordering, time::Duration};
+
+use super::{Keeper, Running, TAKEN_OVER};
+use crate::{
+    clock::Deadline,
+    error::{Error, Result},
+    observe::locked,
+    place::{Place, start_lock_path},
+};
+
+/// How long an owner that is closed or dropped waits for its disk thread.
+const STOP_WAIT: Duration = Duration::from_secs(1);
+
+impl Running {
+    /// Ends the disk tier's thread. It stops at its next block; a disk that hangs in a system call
+    /// keeps it, and is left behind after `wait`.
+    pub(super) fn stop(
+        self,
+        place: &Place,
+        failed: Vec<u64>,
+        fenced: Option<&Error>,
+        wait: Duration,
+    ) -> Result<()> {
+        self.cascade.stop(failed, fenced);
+        let deadline = Deadline::after(&*place.clock, wait);
+        loop {
+            let seen = place.signal.seen();
+            if self.over.load(Ordering::Acquire) || self.thread.is_finished() {
+                break;
+            }
+            let Some(left) = deadline.left(&*place.clock) else {
+                return Err(deadline.passed("the end of the disk tier's thread", "the disk hangs"));
+            };
+            place.signal.wait(seen, left.min(Duration::from_millis(50)));
+        }
+        if self.thread.join().is_err() {
+            return Err(Error::Bug("the disk tier's thread panicked".into()));
+        }
+        Ok(())
+    }
+}
+
+impl Keeper {
+    /// Ends the threads and gives the locks up. Memory goes back only where the newest checkpoint
+    /// is durable elsewhere. `failed`: steps whose saves failed here.
+    pub(crate) fn shut(&self, clean: bool, failed: &dyn Fn() -> Vec<u64>) {
+        if self.place.closed.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        self.place.arena.close();
+        let preparing = locked(&self.preparing).take();
+        if preparing.is_some_and(|thread| thread.join().is_err()) {
+            self.place.observer.error(
+                "stop_failed",
+                None,
+                "the thread that prepares slots panicked",
+            );
+        }
+        let running = locked(&self.running).take();
+        if let Some(running) = running {
+            let cascade = running.cascade.clone();
+            let current = self.ownership.is_current();
+            let failed = if current { failed() } else { Vec::new() };
+            // What is in RAM is the newer handle's: it carries it on.
+            let fenced = (!current).then(|| Error::Fenced { why: TAKEN_OVER.into() });
+            let stopped = running.stop(&self.place, failed, fenced.as_ref(), STOP_WAIT);
+            if let Err(e) = &stopped {
+                self.place.observer.error("stop_failed", None, e.chain());
+            }
+            let durable = cascade.newest().is_some_and(|k| cascade.sealed() == Some(k.step.0));
+            if clean
+                && durable
+                && current
+                && stopped.is_ok()
+                && let Err(e) = self.place.arena.give_back()
+            {
+                let text = format!("memory was not given back: {}", e.chain());
+                self.place.observer.warn("give_back_failed", None, text);
+            }
+        }
+        self.place.observer.close();
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        if self.pid == std::process::id() {
+            self.shut(false, &Vec::new);
+            if self.start_lock.take().is_some_and(|lock| lock.is_current()) {
+                // A dead start's lock file is of no use; left behind it would be swept at the next.
+                let path = start_lock_path(&self.place.config.destination, &self.place.start);
+                let _ = crate::tier::publish::remove(&path);
+            }
+            return;
+        }
+        // A fork's child has neither the threads nor the locks, and its slots are not mapped
+        // (MADV_DONTFORK): nothing of this may run or be unmapped here.
+        std::mem::forget(self.place.arena.clone());
+        if let Ok(mut running) = self.running.try_lock() {
+            std::mem::forget(running.take());
+        }
+        if let Ok(mut preparing) = self.preparing.try_lock() {
+            std::mem::forget(preparing.take());
+        }
+    }
+}
