@@ -16,11 +16,10 @@ use std::time::Duration;
 
 use crate::{
     attempt::{self, AttemptRecord, Attempts},
-    cascade::ranks,
     clock::Deadline,
     commit::Listing,
     error::{Error, Hint, Result},
-    names::{AttemptDir, AttemptRef, CheckpointKey, Id, Rank},
+    names::{AttemptDir, AttemptRef, CheckpointKey, Id, Rank, ranks},
     ownership::is_held,
     place::{Place, start_lock_path},
     record,

@@ -41,7 +41,7 @@ use crate::{
         Identity,
         replicated::{differences_in_words, say_the_same},
     },
-    names::{CheckpointKey, Rank, Step},
+    names::{CheckpointKey, Rank, Step, ranks},
     observe::{Observer, locked},
     save::{Level, Save},
     signal::Signal,
@@ -577,14 +577,4 @@ impl Cascade {
 /// Nobody: a rank whose shard is there and cannot be compared.
 fn whom(list: &[u32]) -> String {
     if list.is_empty() { "another rank".into() } else { ranks(list) }
-}
-
-/// `rank 3`, `ranks 3, 5 and 2 more`
-pub(crate) fn ranks(list: &[u32]) -> String {
-    let shown: Vec<String> = list.iter().take(4).map(ToString::to_string).collect();
-    match list.len() {
-        1 => format!("rank {}", list[0]),
-        n if n <= 4 => format!("ranks {}", shown.join(", ")),
-        n => format!("ranks {} and {} more", shown.join(", "), n - 4),
-    }
 }

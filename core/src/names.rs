@@ -316,3 +316,13 @@ fn digits<T: std::str::FromStr>(text: &str, width: usize) -> Option<T> {
     }
     text.parse().ok()
 }
+
+/// `rank 3`, `ranks 3, 5 and 2 more`
+pub(crate) fn ranks(list: &[u32]) -> String {
+    let shown: Vec<String> = list.iter().take(4).map(ToString::to_string).collect();
+    match list.len() {
+        1 => format!("rank {}", list[0]),
+        n if n <= 4 => format!("ranks {}", shown.join(", ")),
+        n => format!("ranks {} and {} more", shown.join(", "), n - 4),
+    }
+}

@@ -370,7 +370,7 @@ impl Work<'_> {
         let missing: Vec<u32> =
             savers.iter().copied().filter(|r| !self.lost.contains_key(&Rank(*r))).collect();
         if !missing.is_empty() && !sealed {
-            let why = format!("it is not complete: {} missing", crate::cascade::ranks(&missing));
+            let why = format!("it is not complete: {} missing", crate::names::ranks(&missing));
             self.note(reader.home(), &self.key.dir(), &why);
         }
         let differences = self.differences();

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{Carry, Cascade, Shard, Work, ranks};
+use super::{Carry, Cascade, Shard, Work};
 use crate::{
     attempt::Attempts,
     chunk::{CHUNK_BYTES, chunk_len},
@@ -11,7 +11,7 @@ use crate::{
     commit::{Gathered, Listing, gather, publish_shard},
     error::{Error, Result},
     manifest::replicated::differences_in_words,
-    names::{ATTEMPTS, CheckpointKey, Rank, Step, parse_attempt_file},
+    names::{ATTEMPTS, CheckpointKey, Rank, Step, parse_attempt_file, ranks},
     observe::{add, locked},
     restore::{decide::lineage_of, survey::survey},
     retain,

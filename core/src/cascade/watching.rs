@@ -10,12 +10,12 @@
 //! - A level that is told was seen, or recorded by a rank that saw it.
 //! - Nothing is decided here, but that a step is in RAM, which whoever sees it may record.
 
-use super::{Cascade, ranks};
+use super::Cascade;
 use crate::{
     agree::{InRam, Saving},
     commit::Listing,
     error::{Error, Result},
-    names::Step,
+    names::{Step, ranks},
     observe::locked,
     save::{Level, Save},
 };

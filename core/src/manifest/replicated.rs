@@ -14,7 +14,10 @@ use serde::{Deserialize, Serialize};
 use sha2::Digest as _;
 
 use super::{Identity, ShardManifest, TensorEntry, crcs_hex};
-use crate::{cascade::ranks as in_words, names::hex, state::dtype::Dtype};
+use crate::{
+    names::{hex, ranks as in_words},
+    state::dtype::Dtype,
+};
 
 /// The feature that a reader must know: tensors of the tree lie in other ranks' payloads.
 pub(crate) const FEATURE: &str = "replicated";
