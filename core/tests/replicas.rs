@@ -406,3 +406,25 @@ fn a_tensor_on_a_device_cannot_be_declared_replicated() {
     assert_eq!(error.kind(), ErrorKind::Invalid);
     assert!(error.to_string().contains("lies on a device"), "{error}");
 }
+
+#[test]
+fn a_rank_whose_words_cannot_be_recorded_publishes_nothing() {
+    let places = Places::new();
+    let ranks = open(&places, 2, &[rule("*", &[0, 1])]);
+    begin(&ranks);
+    let decisions = places.destination().join("_decisions");
+    for save in save(&ranks, 1, |_| ALIKE) {
+        wait(&save, Level::Disk);
+    }
+    let attempt = std::fs::read_dir(&decisions).unwrap().next().unwrap().unwrap().path();
+    // What stands there is not this rank's, and does not go.
+    std::fs::create_dir(attempt.join(format!("alike-{:020}-0", 2))).unwrap();
+    let saved = Model::at(ALIKE, &SIZES, 2).save(&ranks[0], 2).unwrap();
+    assert!(failure(&saved, Level::Ram).contains("alike-"), "{saved:?}");
+    let in_ram = files(&ranks[0].config().ram_dir());
+    let of_step = |p: &&std::path::PathBuf| p.starts_with(format!("{:020}", 2));
+    assert_eq!(in_ram.iter().find(of_step), None);
+    for save in save(&ranks, 3, |_| ALIKE) {
+        wait(&save, Level::Disk);
+    }
+}

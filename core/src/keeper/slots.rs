@@ -101,11 +101,10 @@ impl Keeper {
         let payload = SlotPayload { slot: filling.slot().clone(), len };
         let key = identity.key();
         let ram = &*self.place.ram;
-        // Before the manifest: whoever sees that finds these too. Without, the manifests are read.
-        if let Some(words) = words.filter(|_| !self.place.config.replicated.is_empty())
-            && let Err(e) = cascade.agreements().say_alike(identity.step, identity.rank, &words)
-        {
-            tracing::warn!("what {} holds as others do is not recorded: {}", key, e.chain());
+        // Before the manifest: whoever sees that finds these too. Words of an earlier try that stayed
+        // would vouch for bytes that nobody compared, so without an answer nothing is published.
+        if let Some(words) = words.filter(|_| !self.place.config.replicated.is_empty()) {
+            cascade.agreements().say_alike(identity.step, identity.rank, &words)?;
         }
         cascade.announce(Shard {
             key: key.clone(),
