@@ -66,9 +66,8 @@ pub(crate) struct Shard {
     pub(crate) published: bool,
     /// All ranks have theirs in RAM.
     pub(crate) complete: bool,
-    /// Found, not copied by this process: checked before it goes anywhere, against `chunks`.
-    pub(crate) resumed: bool,
-    pub(crate) chunks: Vec<u32>,
+    /// Of a copy that this process did not take: checked before it goes anywhere.
+    pub(crate) chunks: Option<Vec<u32>>,
 }
 
 /// How a step stands in RAM.

@@ -28,15 +28,16 @@ use std::{
 use crate::{
     attempt::AttemptRecord,
     begin::Begin,
-    cascade::Cascade,
     clock::Deadline,
     config::Config,
-    error::Result,
-    keeper::Keeper,
+    error::{Error, Result},
+    keeper::{Keeper, Local},
     manifest::Meta,
-    names::{Id, Step},
+    names::Id,
     observe::{Observer, locked},
+    owner::{Going, Owner},
     ownership::FileId,
+    place::Desk,
     restore::read::Restorable,
     save::Save,
     snapshot::{
@@ -75,7 +76,7 @@ pub struct SaveRequest {
 pub type Interrupted = Box<dyn Fn() -> bool + Send + Sync>;
 
 struct Inner {
-    keeper: Keeper,
+    owner: Arc<dyn Owner>,
     saves: Mutex<BTreeMap<u64, Save>>,
     layout: Mutex<Option<Arc<Layout>>>,
     /// That a pattern matches no tensor is told once.
@@ -89,7 +90,12 @@ struct Inner {
     publishing: AtomicUsize,
     /// To the thread that copies behind, once there is one.
     copier: Mutex<Option<mpsc::Sender<taking::Work>>>,
-    pid: u32,
+}
+
+impl Inner {
+    fn desk(&self) -> &Desk {
+        self.owner.desk()
+    }
 }
 
 /// One rank's handle on a run. Clones are the same handle.
@@ -100,7 +106,7 @@ pub struct Checkpointer {
 
 impl std::fmt::Debug for Checkpointer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let config = &self.inner.keeper.place.config;
+        let config = self.config();
         f.debug_struct("Checkpointer")
             .field("destination", &config.destination)
             .field("rank", &config.rank)
@@ -134,7 +140,7 @@ impl Checkpointer {
     ) -> Result<Self> {
         let takes_over = |lock: FileId| {
             let first = locked(&HANDLES).get(&lock).and_then(Weak::upgrade);
-            match first.filter(|first| first.pid == std::process::id()) {
+            match first.filter(|first| first.desk().is_ours()) {
                 Some(first) => first.taken_over(),
                 None => Ok(()),
             }
@@ -142,7 +148,7 @@ impl Checkpointer {
         let keeper = Keeper::open(config, wrap, &takes_over)?;
         let id = keeper.id();
         let inner = Arc::new(Inner {
-            keeper,
+            owner: Arc::new(Local(Arc::new(keeper))),
             saves: Mutex::new(BTreeMap::new()),
             layout: Mutex::new(None),
             told_unused: AtomicBool::new(false),
@@ -151,7 +157,6 @@ impl Checkpointer {
             copying_host: AtomicUsize::new(0),
             publishing: AtomicUsize::new(0),
             copier: Mutex::new(None),
-            pid: std::process::id(),
         });
         locked(&HANDLES).insert(id, Arc::downgrade(&inner));
         Ok(Self { inner })
@@ -166,7 +171,7 @@ impl Checkpointer {
     pub fn begin(&self, how: &Begin) -> Result<Option<Restorable>> {
         let inner = &self.inner;
         let quiet = || inner.quiet(self.config().slot_wait);
-        inner.keeper.begin(how, &quiet, &|| locked(&inner.saves).clear())
+        inner.owner.begin(how, &quiet, &|| locked(&inner.saves).clear())
     }
 
     /// Makes the slots for a state of this form and puts their pages in place, behind. A rank that
@@ -181,7 +186,7 @@ impl Checkpointer {
         }
         let layout = self.layout(tensors.iter().map(|t| &t.spec))?;
         layout.check_memory(tensors)?;
-        self.inner.keeper.prepare(layout.len)
+        self.inner.owner.prepare(layout.len)
     }
 
     fn layout<'a>(
@@ -208,14 +213,13 @@ impl Checkpointer {
     /// The directory did not answer.
     pub fn agree_on_init(&self, wish: &str) -> Result<String> {
         self.check_open()?;
-        let (_, cascade) = self.running()?;
-        cascade.agreements().init(wish)
+        self.going()?.init(wish)
     }
 
     /// Slots are made known to a device from here on: before they are used, or at the next
     /// [`prepare`](Self::prepare).
     pub fn pin_with(&self, pin: Arc<dyn Pin>) {
-        self.inner.keeper.place.arena.pin_with(pin);
+        self.inner.owner.pin_with(pin);
     }
 
     /// Waits up to `timeout` until no copy is being taken behind; then any tensor may be changed.
@@ -236,8 +240,8 @@ impl Checkpointer {
     }
 
     fn wait_for_none(&self, copying: &AtomicUsize, timeout: Duration) -> Result<bool> {
-        self.inner.keeper.check_pid()?;
-        let place = &self.inner.keeper.place;
+        let place = self.inner.desk();
+        place.check_pid()?;
         let deadline = Deadline::after(&*place.clock, timeout);
         loop {
             let seen = place.signal.seen();
@@ -249,47 +253,47 @@ impl Checkpointer {
         }
     }
 
-    fn running(&self) -> Result<(AttemptRecord, Arc<Cascade>)> {
-        if let Some(running) = self.inner.keeper.running() {
-            return Ok(running);
+    fn going(&self) -> Result<Arc<dyn Going>> {
+        if let Some(going) = self.inner.owner.going() {
+            return Ok(going);
         }
         // The first save without `restore`: right on a new run, an error on any other.
         self.begin(&Begin { only_new: true, ..Begin::default() })?;
-        self.running()
+        self.inner.owner.going().ok_or_else(|| Error::Bug("an attempt that did not begin".into()))
     }
 
     fn check_open(&self) -> Result<()> {
-        self.inner.keeper.check_open(false)
+        self.inner.owner.check_open(false)
     }
 
     /// Events and counters.
     #[must_use]
     pub fn observer(&self) -> &Observer {
-        &self.inner.keeper.place.observer
+        &self.inner.desk().observer
     }
 
     /// The settings.
     #[must_use]
     pub fn config(&self) -> &Config {
-        &self.inner.keeper.place.config
+        &self.inner.desk().config
     }
 
     /// The id of this process start: rank 0's, given to the others, makes them one attempt.
     #[must_use]
     pub fn start_id(&self) -> Id {
-        self.inner.keeper.place.start
+        self.inner.desk().start
     }
 
     /// The attempt, once begun.
     #[must_use]
     pub fn attempt(&self) -> Option<AttemptRecord> {
-        self.inner.keeper.running().map(|(record, _)| record)
+        self.inner.owner.going().map(|going| going.record().clone())
     }
 
     /// The tiers, nearest first.
     #[must_use]
     pub fn tiers(&self) -> Vec<Arc<dyn Tier>> {
-        vec![self.inner.keeper.place.ram.clone(), self.inner.keeper.place.disk.clone()]
+        self.inner.owner.tiers()
     }
 
     /// Pins a step of this run's lineage, or takes the pin away.
@@ -298,6 +302,6 @@ impl Checkpointer {
     /// No such complete checkpoint, or the tier did not answer.
     pub fn pin(&self, step: u64, pinned: bool) -> Result<()> {
         self.check_open()?;
-        crate::reader::Reader::of(self.tiers()).pin(Step(step), None, pinned)
+        self.inner.owner.pin(step, pinned)
     }
 }

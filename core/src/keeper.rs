@@ -13,6 +13,7 @@
 //! - In a fork's child every call is refused and nothing is touched.
 
 mod ending;
+mod local;
 mod slots;
 
 use std::{
@@ -23,7 +24,7 @@ use std::{
     thread::JoinHandle,
 };
 
-pub(crate) use self::slots::Filled;
+pub(crate) use self::local::Local;
 use crate::{
     agree::Agreements,
     attempt::AttemptRecord,
@@ -37,7 +38,7 @@ use crate::{
     names::{Id, Rank},
     observe::{Observer, locked},
     ownership::{FileId, Ownership},
-    place::Place,
+    place::{Desk, Place},
     restore::{read::Restorable, survey::ShardCopy},
     save::Save,
     signal::Signal,
@@ -68,7 +69,6 @@ pub(crate) struct Keeper {
     decisions: Mutex<u32>,
     /// The thread that makes the slots ready, if there was one.
     preparing: Mutex<Option<JoinHandle<()>>>,
-    pid: u32,
 }
 
 impl Keeper {
@@ -106,14 +106,16 @@ impl Keeper {
             config.slots,
             budget,
             signal.clone(),
+            true,
         );
         arena.adopt()?;
         let start = config.attempt_id.map_or_else(Id::random, Ok)?;
         let observer = Observer::default();
         let nonce = Id::random()?;
         let closed = AtomicBool::new(false);
-        let place =
-            Place { ram, disk, arena, observer, clock, signal, closed, start, nonce, config };
+        let pid = std::process::id();
+        let desk = Arc::new(Desk { config, observer, clock, signal, closed, start, nonce, pid });
+        let place = Place { desk, ram, disk, arena };
         let start_lock = if place.config.leads() { Some(place.start_lock()?) } else { None };
         Ok(Self {
             place,
@@ -122,7 +124,6 @@ impl Keeper {
             running: Mutex::new(None),
             decisions: Mutex::new(0),
             preparing: Mutex::new(None),
-            pid: std::process::id(),
         })
     }
 
@@ -163,14 +164,15 @@ impl Keeper {
         }
         forget();
         let restorable = started.restorable.map(|mut found| {
-            found.slot = place.arena.find(&found.key);
+            found.slot = place.arena.find(&found.key).and_then(|slot| slot.map().cloned());
             found
         });
         let waits = match &keep {
             Some(key) => !Listing::of(&*place.disk, key)?.sealed,
             None => false,
         };
-        let resumed = restorable.as_ref().filter(|_| waits).and_then(resumed_shard);
+        let resumed = restorable.as_ref().filter(|_| waits);
+        let resumed = resumed.and_then(|found| resumed_shard(&place.arena, found));
         let mut running = locked(&self.running);
         // Closing says so first and takes what runs after: nothing starts behind its back.
         place.check_closed()?;
@@ -254,7 +256,7 @@ impl Keeper {
 
     /// `begins`: a new attempt, which may have been recorded by a rank that was quicker.
     pub(crate) fn check_open(&self, begins: bool) -> Result<()> {
-        self.check_pid()?;
+        self.place.check_pid()?;
         let superseded = !self.ownership.is_current();
         let fenced = locked(&self.running)
             .as_ref()
@@ -267,21 +269,14 @@ impl Keeper {
         self.place.check_closed()
     }
 
-    pub(crate) fn check_pid(&self) -> Result<()> {
-        if self.pid == std::process::id() {
-            return Ok(());
-        }
-        Err(Error::Fenced {
-            why: format!(
-                "this Checkpointer belongs to process {}: it does nothing in a forked child",
-                self.pid
-            ),
-        })
+    /// The tiers, nearest first.
+    pub(crate) fn tiers(&self) -> Vec<Arc<dyn Tier>> {
+        vec![self.place.ram.clone(), self.place.disk.clone()]
     }
 }
 
 /// The shard that an attempt resumes from, if it lies in a slot of this process.
-fn resumed_shard(found: &Restorable) -> Option<Shard> {
+fn resumed_shard(arena: &Arena, found: &Restorable) -> Option<Shard> {
     let in_ram = |c: &&ShardCopy| found.tiers[c.tier].kind() == TierKind::Ram;
     let copy = found.copies.iter().find(in_ram)?;
     let payload = &copy.manifest.payload;
@@ -291,12 +286,11 @@ fn resumed_shard(found: &Restorable) -> Option<Shard> {
     Some(Shard {
         key: found.key.clone(),
         identity: copy.manifest.identity.clone(),
-        payload: SlotPayload { slot: found.slot.clone()?, len: payload.length },
+        payload: SlotPayload { slot: arena.find(&found.key)?, len: payload.length },
         manifest: copy.bytes.clone(),
         save: Save::new(found.key.step.0),
         published: true,
         complete: false,
-        resumed: true,
-        chunks: payload.chunks.clone(),
+        chunks: Some(payload.chunks.clone()),
     })
 }

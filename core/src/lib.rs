@@ -8,6 +8,7 @@
 //! `core/FORMAT.md`.
 
 pub mod checkpointer;
+mod owner;
 mod keeper;
 pub mod config;
 mod place;

@@ -1,6 +1,8 @@
-//! What one rank has in its hands before and after it has an attempt: tiers, slots, clock, ids.
+//! What one rank has in its hands before and after it has an attempt: settings, clock and ids, which
+//! the one who copies has too ([`Desk`]), and tiers and slots, which only the owner has ([`Place`]).
 
 use std::{
+    ops::Deref,
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -20,12 +22,10 @@ use crate::{
     tier::Tier,
 };
 
-/// The tiers and locks of one rank, before and after it has an attempt.
-pub(crate) struct Place {
+/// The settings of one rank's handle, and what its parts share.
+#[derive(Debug)]
+pub(crate) struct Desk {
     pub(crate) config: Config,
-    pub(crate) ram: Arc<dyn Tier>,
-    pub(crate) disk: Arc<dyn Tier>,
-    pub(crate) arena: Arc<Arena>,
     pub(crate) observer: Observer,
     pub(crate) clock: SharedClock,
     pub(crate) signal: Arc<Signal>,
@@ -34,6 +34,49 @@ pub(crate) struct Place {
     pub(crate) start: Id,
     /// Of this writer; in its payloads' names.
     pub(crate) nonce: Id,
+    /// Whose it is: a fork's child does nothing with it.
+    pub(crate) pid: u32,
+}
+
+impl Desk {
+    pub(crate) fn check_closed(&self) -> Result<()> {
+        if self.closed.load(Ordering::Acquire) {
+            return Err(Error::invalid("this Checkpointer is closed"));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn check_pid(&self) -> Result<()> {
+        if self.is_ours() {
+            return Ok(());
+        }
+        Err(Error::Fenced {
+            why: format!(
+                "this Checkpointer belongs to process {}: it does nothing in a forked child",
+                self.pid
+            ),
+        })
+    }
+
+    /// False in a fork's child.
+    pub(crate) fn is_ours(&self) -> bool {
+        self.pid == std::process::id()
+    }
+}
+
+/// The tiers and slots of one rank.
+pub(crate) struct Place {
+    pub(crate) desk: Arc<Desk>,
+    pub(crate) ram: Arc<dyn Tier>,
+    pub(crate) disk: Arc<dyn Tier>,
+    pub(crate) arena: Arc<Arena>,
+}
+
+impl Deref for Place {
+    type Target = Desk;
+    fn deref(&self) -> &Desk {
+        &self.desk
+    }
 }
 
 impl Place {
@@ -41,13 +84,6 @@ impl Place {
     pub(crate) fn start_lock(&self) -> Result<Ownership> {
         let path = start_lock_path(&self.config.destination, &self.start);
         Ownership::take_over(&path, "this start of the job", self.config.lock_wait, &*self.clock)
-    }
-
-    pub(crate) fn check_closed(&self) -> Result<()> {
-        if self.closed.load(Ordering::Acquire) {
-            return Err(Error::invalid("this Checkpointer is closed"));
-        }
-        Ok(())
     }
 }
 

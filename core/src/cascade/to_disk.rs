@@ -410,8 +410,8 @@ impl Cascade {
     }
 }
 
-/// The shard's payload on its way: its bytes are counted for the progress bar, a resumed one's are
-/// checked, and a cascade that was stopped hands out no more.
+/// The shard's payload on its way: its bytes are counted for the progress bar, those of a copy that
+/// another process took are checked, and a cascade that was stopped hands out no more.
 struct Counted<'a> {
     shard: &'a Shard,
     cascade: &'a Cascade,
@@ -432,8 +432,8 @@ impl Payload for Counted<'_> {
             return Err(Error::Fenced { why: "the attempt ended in this process".into() });
         }
         let block = self.shard.payload.block(offset, len, scratch)?;
-        if self.shard.resumed {
-            self.shard.check_block(offset, block)?;
+        if let Some(chunks) = &self.shard.chunks {
+            self.shard.check_block(chunks, offset, block)?;
         }
         self.shard.save.add_disk_bytes((len as u64).min(self.len().saturating_sub(offset)));
         Ok(block)
@@ -442,10 +442,10 @@ impl Payload for Counted<'_> {
 
 impl Shard {
     /// Blocks are chunks (`DiskTier` asks for no others), so each can be checked alone.
-    fn check_block(&self, offset: u64, block: &[u8]) -> Result<()> {
+    fn check_block(&self, chunks: &[u32], offset: u64, block: &[u8]) -> Result<()> {
         let index = usize::try_from(offset / CHUNK_BYTES).unwrap_or(usize::MAX);
         let len = usize::try_from(chunk_len(self.payload.len, CHUNK_BYTES, index)).unwrap_or(0);
-        let good = self.chunks.get(index).copied();
+        let good = chunks.get(index).copied();
         let found = block.get(..len).map(crc32fast::hash);
         if offset.is_multiple_of(CHUNK_BYTES) && found.is_some() && found == good {
             return Ok(());

@@ -17,14 +17,14 @@ impl Checkpointer {
     /// # Errors
     /// A fork's child.
     pub fn close(&self, timeout: Duration, now: bool) -> Result<bool> {
-        self.inner.keeper.check_pid()?;
-        let place = &self.inner.keeper.place;
+        let place = self.inner.desk();
+        place.check_pid()?;
         let deadline = Deadline::after(&*place.clock, timeout);
-        let cascade = self.inner.keeper.running().map(|(_, cascade)| cascade);
+        let going = self.inner.owner.going();
         loop {
             let seen = place.signal.seen();
             let publishing = self.inner.publishing.load(Ordering::Acquire) > 0;
-            if !publishing && (now || cascade.as_ref().is_none_or(|c| !c.is_busy())) {
+            if !publishing && (now || going.as_ref().is_none_or(|going| !going.is_busy())) {
                 break;
             }
             let Some(left) = deadline.left(&*place.clock) else { return Ok(false) };
@@ -38,22 +38,23 @@ impl Checkpointer {
 impl Inner {
     /// Waits until every save that goes on behind is published or has failed.
     pub(super) fn quiet(&self, wait: Duration) -> Result<()> {
-        let deadline = Deadline::after(&*self.keeper.place.clock, wait);
+        let desk = self.desk();
+        let deadline = Deadline::after(&*desk.clock, wait);
         loop {
-            let seen = self.keeper.place.signal.seen();
+            let seen = desk.signal.seen();
             if self.publishing.load(Ordering::Acquire) == 0 {
                 return Ok(());
             }
-            let Some(left) = deadline.left(&*self.keeper.place.clock) else {
+            let Some(left) = deadline.left(&*desk.clock) else {
                 return Err(deadline.passed("the end of a copy of the state", ""));
             };
-            self.keeper.place.signal.wait(seen, left);
+            desk.signal.wait(seen, left);
         }
     }
 
     /// Another handle of this process takes the rank over: nothing of this one runs on.
     pub(super) fn taken_over(&self) -> Result<()> {
-        self.quiet(self.keeper.place.config.slot_wait)?;
+        self.quiet(self.desk().config.slot_wait)?;
         self.shut(false);
         Ok(())
     }
@@ -65,13 +66,13 @@ impl Inner {
 
     /// Ends the owner. Memory goes back only where the newest checkpoint is durable elsewhere.
     fn shut(&self, clean: bool) {
-        self.keeper.shut(clean, &|| self.failed_steps());
+        self.owner.shut(clean, &|| self.failed_steps());
     }
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        if self.pid == std::process::id() {
+        if self.desk().is_ours() {
             self.shut(false);
             return;
         }

@@ -15,12 +15,8 @@
 //! - A rank that learns of the step too late stops at once and tells both steps.
 //! - A stop belongs to its attempt: the next one begins without it.
 
-use std::sync::Arc;
-
 use super::Checkpointer;
 use crate::{
-    agree::Agreements,
-    cascade::Cascade,
     error::{Error, Result},
     names::AttemptRef,
     observe::{Observer, locked},
@@ -53,14 +49,16 @@ impl Checkpointer {
     #[must_use]
     pub fn stop_requested(&self, step: u64, every: u64, asked: bool) -> bool {
         let inner = &self.inner;
-        if inner.keeper.check_pid().is_err() {
+        let desk = inner.desk();
+        if !desk.is_ours() {
             return false;
         }
-        let lone = inner.keeper.place.config.is_lone();
-        let Some((attempt, cascade)) = self.begun() else { return lone && asked };
+        let lone = desk.config.is_lone();
+        let Some(going) = inner.owner.going() else { return lone && asked };
+        let attempt = going.record().attempt;
         if lone {
             if asked {
-                cascade.stop_after(step);
+                going.stop_after(step);
             }
             return asked;
         }
@@ -68,23 +66,21 @@ impl Checkpointer {
         if known.attempt != Some(attempt) {
             *known = Stopping { attempt: Some(attempt), ..Stopping::default() };
         }
-        let stops =
-            known.ask(cascade.agreements(), &inner.keeper.place.observer, step, every, asked);
+        let stops = known.ask(&|wish| going.stop(wish), &desk.observer, step, every, asked);
         if let Some(last) = known.last {
-            cascade.stop_after(last);
+            going.stop_after(last);
         }
         stops
     }
-
-    fn begun(&self) -> Option<(AttemptRef, Arc<Cascade>)> {
-        self.inner.keeper.running().map(|(record, cascade)| (record.attempt, cascade))
-    }
 }
+
+/// Asks for the recorded step, proposing one.
+type Ask<'a> = &'a dyn Fn(Option<u64>) -> Result<Option<u64>>;
 
 impl Stopping {
     fn ask(
         &mut self,
-        agreements: &Agreements,
+        stop: Ask<'_>,
         observer: &Observer,
         step: u64,
         every: u64,
@@ -95,7 +91,7 @@ impl Stopping {
         if self.last.is_none() && self.looked != Some(period) {
             self.looked = Some(period);
             let wish = asked.then(|| period.saturating_add(2).saturating_mul(every.max(1)));
-            self.learn(agreements.stop(wish), observer, (before, step), asked);
+            self.learn(stop(wish), observer, (before, step), asked);
         }
         self.last.is_some_and(|last| step >= last)
     }
@@ -154,7 +150,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::names::Id;
+    use crate::{agree::Agreements, names::Id};
 
     fn attempt(number: u32) -> AttemptRef {
         AttemptRef { number, id: Id([7; 16]) }
@@ -182,7 +178,8 @@ mod tests {
 
         fn ask(&mut self, step: u64, every: u64, asked: bool) -> bool {
             self.step = step;
-            let stops = self.stopping.ask(&self.agreements, &self.observer, step, every, asked);
+            let stop = |wish| self.agreements.stop(wish);
+            let stops = self.stopping.ask(&stop, &self.observer, step, every, asked);
             if stops {
                 self.stopped.get_or_insert(step);
             }

@@ -11,14 +11,12 @@ use std::{
 
 use super::{Checkpointer, Inner, SAVES_KEPT, SaveRequest};
 use crate::{
-    attempt::AttemptRecord,
-    cascade::Cascade,
     error::{Error, ErrorKind, Hint, Result},
-    keeper::Filled,
     manifest::{Identity, Meta},
     observe::{add, locked},
+    owner::{Filled, Going, Lease},
     save::{Level, Save},
-    snapshot::{Snapshot, Taken, arena::Filling, device::Flight},
+    snapshot::{Snapshot, Taken, device::Flight},
 };
 
 impl Checkpointer {
@@ -37,7 +35,8 @@ impl Checkpointer {
     /// to it meanwhile.
     pub unsafe fn save(&self, request: SaveRequest) -> Result<Save> {
         self.check_open()?;
-        let (record, cascade) = self.running()?;
+        let going = self.going()?;
+        let record = going.record();
         if let Some(save) = self.earlier(request.step)? {
             return Ok(save);
         }
@@ -49,14 +48,14 @@ impl Checkpointer {
             )));
         }
         let save = Save::new(request.step);
-        cascade.mark_due(&save);
+        going.mark_due(&save);
         locked(&self.inner.saves).insert(request.step, save.clone());
         if !self.config().saves() {
-            cascade.follow(&save);
+            going.follow(&save);
             return Ok(save);
         }
         // SAFETY: the caller's promise.
-        match unsafe { self.take(&save, request, &record, &cascade) } {
+        match unsafe { self.take(&save, request, &*going) } {
             Ok(()) => Ok(save),
             // Interrupted: the caller knows, and may save the step later.
             Err(e @ Error::Skipped { .. }) => {
@@ -101,14 +100,9 @@ impl Checkpointer {
 
     /// # Safety
     /// As [`save`](Self::save).
-    unsafe fn take(
-        &self,
-        save: &Save,
-        request: SaveRequest,
-        record: &AttemptRecord,
-        cascade: &Arc<Cascade>,
-    ) -> Result<()> {
+    unsafe fn take(&self, save: &Save, request: SaveRequest, going: &dyn Going) -> Result<()> {
         let inner = &self.inner;
+        let desk = inner.desk();
         let SaveRequest {
             step,
             state,
@@ -124,52 +118,37 @@ impl Checkpointer {
             let patterns = layout.unused.join(", ");
             let text =
                 format!("replicated: no tensor matches {patterns}: nothing is compared there");
-            inner.keeper.place.observer.warn("replicated_unused", Some(step), text);
+            desk.observer.warn("replicated_unused", Some(step), text);
         }
-        let snapshot = Snapshot::new(state, layout, inner.keeper.place.config.threads)?;
+        let snapshot = Snapshot::new(state, layout, desk.config.threads)?;
         save.set_bytes(snapshot.len());
-        let Some(filling) = inner.keeper.lease(
-            save,
-            snapshot.len(),
-            skip_if_busy,
-            interrupted.as_deref(),
-            cascade,
-        )?
-        else {
-            return Ok(());
-        };
+        let lease = going.lease(save, snapshot.len(), skip_if_busy, interrupted.as_deref())?;
+        let Some(lease) = lease else { return Ok(()) };
+        let record = going.record();
         let identity = Identity {
             run_id: record.run_id,
             attempt: record.attempt,
-            writer: inner.keeper.place.nonce,
+            writer: desk.nonce,
             step,
-            rank: inner.keeper.place.config.rank,
-            savers: inner.keeper.place.config.savers.clone(),
+            rank: desk.config.rank,
+            savers: desk.config.savers.clone(),
         };
-        meta.saved_unix_ms = inner.keeper.place.clock.unix_ms();
+        meta.saved_unix_ms = desk.clock.unix_ms();
         if bring.is_none() && !snapshot.on_device().is_empty() {
             return Err(Error::Bug("a tensor of a device, and nobody who brings it".into()));
         }
-        let begun = inner.keeper.place.clock.monotonic();
+        let begun = desk.clock.monotonic();
         let len = usize::try_from(snapshot.len()).unwrap_or(usize::MAX);
-        let flight = Flight::begin(bring, filling.slot(), len, snapshot.on_device())?;
-        let mut job = Job {
-            flight,
-            snapshot,
-            filling,
-            identity,
-            meta,
-            save: save.clone(),
-            cascade: cascade.clone(),
-        };
+        let flight = Flight::begin(bring, lease.map(), len, snapshot.on_device())?;
+        let mut job = Job { flight, snapshot, lease, identity, meta, save: save.clone() };
         let overlap = overlap && !job.snapshot.is_all_now();
         let done = if overlap {
             // SAFETY: the caller's promise.
-            unsafe { job.snapshot.begin(job.filling.slot()) };
+            unsafe { job.snapshot.begin(job.lease.map()) };
             inner.copy_behind(job, keep_alive)
         } else {
             // SAFETY: the caller's promise.
-            match unsafe { job.snapshot.take(job.filling.slot(), &mut job.flight) } {
+            match unsafe { job.snapshot.take(job.lease.map(), &mut job.flight) } {
                 Ok(taken) => {
                     save.reach(Level::Staged, false);
                     inner.publish(job, taken)
@@ -181,11 +160,8 @@ impl Checkpointer {
                 }
             }
         };
-        let took = inner.keeper.place.clock.monotonic().saturating_sub(begun);
-        add(
-            &inner.keeper.place.observer.counters.stall_ns,
-            u64::try_from(took.as_nanos()).unwrap_or(0),
-        );
+        let took = desk.clock.monotonic().saturating_sub(begun);
+        add(&desk.observer.counters.stall_ns, u64::try_from(took.as_nanos()).unwrap_or(0));
         done
     }
 }
@@ -213,7 +189,7 @@ impl Behind {
         if self.copying.swap(false, Ordering::AcqRel) {
             self.inner.copying.fetch_sub(1, Ordering::AcqRel);
             self.inner.copying_host.fetch_sub(usize::from(self.host), Ordering::AcqRel);
-            self.inner.keeper.place.signal.notify();
+            self.inner.desk().signal.notify();
         }
     }
 }
@@ -226,7 +202,7 @@ impl Drop for Behind {
         }
         self.copied();
         self.inner.publishing.fetch_sub(1, Ordering::AcqRel);
-        self.inner.keeper.place.signal.notify();
+        self.inner.desk().signal.notify();
     }
 }
 
@@ -237,20 +213,18 @@ struct Job {
     /// First: dropped before the slot is free for another.
     flight: Flight,
     snapshot: Snapshot,
-    filling: Filling,
+    lease: Box<dyn Lease>,
     identity: Identity,
     meta: Meta,
     save: Save,
-    cascade: Arc<Cascade>,
 }
 
 impl Inner {
     fn publish(&self, job: Job, taken: Taken) -> Result<()> {
-        let Job { snapshot, filling, identity, meta, save, cascade, .. } = job;
+        let Job { snapshot, lease, identity, meta, save, .. } = job;
         let (manifest, words) = snapshot.manifest(&identity, &meta, taken)?;
         let len = snapshot.len();
-        let filled = Filled { filling, identity, len, manifest, words, save };
-        self.keeper.publish(filled, &cascade)
+        lease.publish(Filled { identity, len, manifest, chunks: None, words, save })
     }
 
     fn copy_behind(
@@ -263,7 +237,7 @@ impl Inner {
         let work = move || {
             // SAFETY: `keep_alive` holds the memory, and the owners of `late` tensors wait for
             // `staged` before they write (the promise of `save`).
-            let taken = unsafe { job.snapshot.finish(job.filling.slot(), &mut job.flight) };
+            let taken = unsafe { job.snapshot.finish(job.lease.map(), &mut job.flight) };
             drop(keep_alive);
             let save = job.save.clone();
             let published = taken.and_then(|taken| {
@@ -307,9 +281,9 @@ impl Inner {
 
     fn failed(&self, save: &Save, error: &Error) {
         // Told before those who wait are woken: they may look at once.
-        add(&self.keeper.place.observer.counters.saves_failed, 1);
+        add(&self.desk().observer.counters.saves_failed, 1);
         let text = format!("step {} was not saved: {}", save.step(), error.chain());
-        self.keeper.place.observer.error("save_failed", Some(save.step()), text);
+        self.desk().observer.error("save_failed", Some(save.step()), text);
         save.fail(Level::Staged, error);
     }
 }

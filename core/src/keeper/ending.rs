@@ -91,7 +91,7 @@ impl Keeper {
 
 impl Drop for Keeper {
     fn drop(&mut self) {
-        if self.pid == std::process::id() {
+        if self.place.is_ours() {
             self.shut(false, &Vec::new);
             if self.start_lock.take().is_some_and(|lock| lock.is_current()) {
                 // A dead start's lock file is of no use; left behind it would be swept at the next.

@@ -15,27 +15,15 @@ use crate::{
     clock::Deadline,
     commit::publish_shard,
     error::{Error, Result},
-    manifest::Identity,
     names::{CheckpointKey, Rank, Step},
     observe::add,
+    owner::{Asked, Filled},
     save::Save,
     snapshot::{arena::Filling, slot::SlotPayload},
 };
 
 /// How often a save that waits asks whether it is to go on.
 const ASK: Duration = Duration::from_millis(100);
-
-/// A slot with a whole payload in it.
-pub(crate) struct Filled {
-    pub(crate) filling: Filling,
-    pub(crate) identity: Identity,
-    /// Exact bytes of the payload.
-    pub(crate) len: u64,
-    pub(crate) manifest: Vec<u8>,
-    /// What the rank holds as others do (`manifest::replicated`), where there is any such thing.
-    pub(crate) words: Option<String>,
-    pub(crate) save: Save,
-}
 
 impl Keeper {
     /// A slot for the snapshot; `None`: the step is skipped, by this rank's wish or another's.
@@ -44,7 +32,7 @@ impl Keeper {
         save: &Save,
         len: u64,
         skip_if_busy: bool,
-        interrupted: Option<&(dyn Fn() -> bool + Send + Sync)>,
+        interrupted: Asked<'_>,
         cascade: &Arc<Cascade>,
     ) -> Result<Option<Filling>> {
         let place = &self.place;
@@ -95,8 +83,13 @@ impl Keeper {
 
     /// Gives the filled slot its name in the ram tier, manifest last. The slot stays busy until the
     /// cascade knows the shard and everybody can see it: nobody can take it in between.
-    pub(crate) fn publish(&self, filled: Filled, cascade: &Cascade) -> Result<()> {
-        let Filled { filling, identity, len, manifest, words, save } = filled;
+    pub(crate) fn publish(
+        &self,
+        filling: Filling,
+        filled: Filled,
+        cascade: &Cascade,
+    ) -> Result<()> {
+        let Filled { identity, len, manifest, chunks, words, save } = filled;
         let manifest = Arc::new(manifest);
         let payload = SlotPayload { slot: filling.slot().clone(), len };
         let key = identity.key();
@@ -114,8 +107,7 @@ impl Keeper {
             save,
             published: false,
             complete: false,
-            resumed: false,
-            chunks: Vec::new(),
+            chunks,
         });
         let put = ram.put(&key.file(&identity.payload_name()), &payload);
         let published = put.and_then(|receipt| publish_shard(ram, &identity, &manifest, receipt));

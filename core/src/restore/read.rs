@@ -26,7 +26,7 @@ use crate::{
     manifest::{ShardManifest, TensorEntry},
     names::{CheckpointKey, Rank, Step},
     observe::{Observer, add, locked},
-    snapshot::{copy::Memory, slot::Slot},
+    snapshot::{copy::Memory, map::SlotMap},
     tier::{
         Payload, Source, Tier, TierKind,
         buffer::{AlignedBuf, padded},
@@ -48,7 +48,7 @@ pub struct Restorable {
     pub(crate) copies: Vec<ShardCopy>,
     pub(crate) bad: Vec<BadCopy>,
     /// The slot of this process that holds it, mapped.
-    pub(crate) slot: Option<Arc<Slot>>,
+    pub(crate) slot: Option<Arc<SlotMap>>,
     pub(crate) observer: Observer,
     /// The owner of the run mends; a mere reader does not write.
     pub(crate) mends: bool,

@@ -29,11 +29,7 @@ use crate::{
     names::{AttemptDir, CheckpointKey, Rank, parse_payload_name, parse_step_dir},
     observe::locked,
     signal::Signal,
-    tier::{
-        Source, Tier,
-        buffer::padded,
-        publish::{own_word, remove},
-    },
+    tier::{Source, Tier, buffer::padded, publish::own_word},
 };
 
 pub(crate) const SLOTS: &str = "_slots";
@@ -82,6 +78,8 @@ pub struct Arena {
     /// No slot is made or populated any more.
     closed: AtomicBool,
     signal: Arc<Signal>,
+    /// False where another process fills the slots: they are not mapped here.
+    mapped: bool,
     /// Of the device whose tensors the state holds, once one was seen.
     pin: OnceLock<Arc<dyn Pin>>,
 }
@@ -121,6 +119,7 @@ impl Arena {
         slots_max: usize,
         budget: Budget,
         signal: Arc<Signal>,
+        mapped: bool,
     ) -> Arc<Self> {
         assert!(slots_max >= 2, "a new snapshot never overwrites the newest complete one");
         let empty = || Held { slot: None, used: Use::Free, populated: false };
@@ -128,7 +127,19 @@ impl Arena {
         let closed = AtomicBool::new(false);
         let left = Mutex::default();
         let pin = OnceLock::new();
-        Arc::new(Self { tier, root, rank, slots_max, budget, held, left, closed, signal, pin })
+        Arc::new(Self {
+            tier,
+            root,
+            rank,
+            slots_max,
+            budget,
+            held,
+            left,
+            closed,
+            signal,
+            mapped,
+            pin,
+        })
     }
 
     /// From here on slots are made known to a device. The first one stays.
@@ -148,7 +159,7 @@ impl Arena {
         let mut held = locked(&self.held);
         held.retain(|h| h.slot.is_some());
         for (key, path) in found {
-            let slot = Arc::new(Slot::adopt(&path)?);
+            let slot = Arc::new(Slot::adopt(&path, self.mapped)?);
             let used = match key {
                 Some(key) => Use::Holds(key),
                 None => {
@@ -191,8 +202,8 @@ impl Arena {
         if let Use::Holds(key) = &held.used {
             self.tier.delete(&key.manifest(self.rank))?;
         }
-        if let Some(slot) = held.slot.as_ref().filter(|s| s.len_at_its_path().is_some()) {
-            remove(&slot.path())?;
+        if let Some(slot) = &held.slot {
+            slot.remove()?;
         }
         if let Use::Holds(key) = &held.used {
             self.tier.delete(&key.dir())?;
@@ -301,16 +312,14 @@ impl Arena {
                 return Ok(slot);
             }
             // Of no use for this length. Its memory is given back before more is asked for.
-            if slot.len_at_its_path().is_some() {
-                remove(&slot.path())?;
-            }
+            slot.remove()?;
             let place = &mut locked(&self.held)[index];
             place.slot = None;
             place.populated = false;
         }
         let path = slot_path(&self.root, self.rank);
         let go_on = || self.is_open();
-        let slot = Arc::new(Slot::create(&path, len, &self.budget, &go_on)?);
+        let slot = Arc::new(Slot::create(&path, len, self.mapped, &self.budget, &go_on)?);
         slot.fit(slot.file_len()?, len)?;
         self.put_in_place(&slot, false)?;
         let place = &mut locked(&self.held)[index];
@@ -320,10 +329,11 @@ impl Arena {
     }
 
     fn put_in_place(&self, slot: &Slot, populated: bool) -> Result<()> {
+        let Some(map) = slot.map() else { return Ok(()) };
         if !populated {
-            slot.populate(&|| self.is_open())?;
+            map.populate(&|| self.is_open())?;
         }
-        self.pin.get().map_or(Ok(()), |pin| slot.pin(pin))
+        self.pin.get().map_or(Ok(()), |pin| map.pin(pin))
     }
 
     fn is_open(&self) -> bool {

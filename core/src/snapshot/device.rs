@@ -18,7 +18,7 @@
 
 use std::{fmt::Debug, sync::Arc};
 
-use super::slot::Slot;
+use super::map::SlotMap;
 use crate::error::Result;
 
 /// Makes memory known to a device's DMA, and unknown again.
@@ -75,7 +75,7 @@ pub trait Landing: Send {
 pub(crate) struct Flight {
     landing: Option<Box<dyn Landing>>,
     len: usize,
-    _slot: Arc<Slot>,
+    _slot: Arc<SlotMap>,
 }
 
 impl Flight {
@@ -85,7 +85,7 @@ impl Flight {
     /// As [`Bring::begin`].
     pub(crate) fn begin(
         bring: Option<Box<dyn Bring>>,
-        slot: &Arc<Slot>,
+        slot: &Arc<SlotMap>,
         len: usize,
         places: &[Placement],
     ) -> Result<Self> {

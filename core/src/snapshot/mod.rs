@@ -8,6 +8,7 @@ pub mod budget;
 pub mod copy;
 pub mod device;
 pub mod layout;
+pub mod map;
 pub mod slot;
 pub mod strided;
 mod witness;
@@ -20,7 +21,7 @@ use self::{
     },
     device::{Flight, Placement},
     layout::Layout,
-    slot::Slot,
+    map::SlotMap,
     strided::Address,
     witness::{Seen, Witness},
 };
@@ -159,7 +160,7 @@ impl Snapshot {
         self.threads.unwrap_or_else(|| threads_for(self.plan.len() + self.witness.bytes(true)))
     }
 
-    fn check(&self, slot: &Slot) {
+    fn check(&self, slot: &SlotMap) {
         assert!(slot.capacity() >= self.plan.len(), "a slot that is too small");
     }
 
@@ -171,7 +172,7 @@ impl Snapshot {
     /// # Safety
     /// The state's memory is readable and nobody writes to it until this returns; the slot is being
     /// filled by this caller and `flight` alone.
-    pub(crate) unsafe fn take(&mut self, slot: &Slot, flight: &mut Flight) -> Result<Taken> {
+    pub(crate) unsafe fn take(&mut self, slot: &SlotMap, flight: &mut Flight) -> Result<Taken> {
         self.check(slot);
         let threads = self.threads();
         for now in [true, false] {
@@ -197,7 +198,7 @@ impl Snapshot {
     ///
     /// # Safety
     /// As [`take`](Self::take), for the tensors that are not `late`.
-    pub(crate) unsafe fn begin(&mut self, slot: &Slot) {
+    pub(crate) unsafe fn begin(&mut self, slot: &SlotMap) {
         self.check(slot);
         let bytes = self.plan.now_bytes() + self.witness.bytes(true);
         let threads = self.threads.unwrap_or(usize::MAX).min(threads_for(bytes));
@@ -215,7 +216,7 @@ impl Snapshot {
     /// # Safety
     /// As [`take`](Self::take), for the tensors that are `late`; [`begin`](Self::begin) came
     /// before.
-    pub(crate) unsafe fn finish(&mut self, slot: &Slot, flight: &mut Flight) -> Result<Taken> {
+    pub(crate) unsafe fn finish(&mut self, slot: &SlotMap, flight: &mut Flight) -> Result<Taken> {
         self.check(slot);
         // One thread: this runs beside the training, which wants the other cores.
         let threads = self.threads.unwrap_or(1);

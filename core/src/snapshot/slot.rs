@@ -1,24 +1,20 @@
-//! One slot: a tmpfs file, mapped, its pages in place. And a payload that lies in one.
+//! One slot: a tmpfs file, and a payload that lies in one.
 //!
 //! # Invariants
 //!
-//! - Bytes of a slot that may be stored to have pages: no store faults, and none meets a full tmpfs.
-//! - A file shrinks only when nobody else has it open or mapped; else the slot is of no use for that
-//!   length, and the arena makes another.
+//! - A file shrinks only when nobody else has it open; else the slot is of no use for that length, and
+//!   the arena makes another.
+//! - A slot that another process fills is never mapped here: its bytes come by calls that fail where
+//!   the filler has cut the file short, and that a load from a map would not survive.
 
 use std::{
     fs::{File, OpenOptions},
-    mem::ManuallyDrop,
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
 };
 
-use memmap2::{Advice, MmapOptions, MmapRaw};
-
-use super::{
-    budget::{Budget, PIECE_BYTES},
-    device::Pin,
-};
+use super::{budget::Budget, map::SlotMap};
 use crate::{
     error::{Doing, Error, Result},
     observe::locked,
@@ -30,49 +26,28 @@ use crate::{
     },
 };
 
-/// Whether a device knows the slot.
-#[derive(Debug, Default)]
-enum Known {
-    #[default]
-    Unasked,
-    /// It works without, and is not asked again.
-    Refused,
-    Pinned(Arc<dyn Pin>),
-}
-
-/// One mapped file.
+/// One file of the arena.
 #[derive(Debug)]
 pub struct Slot {
-    file: File,
-    map: ManuallyDrop<MmapRaw>,
-    /// Bytes of the map that lie inside the file, rounded up to pages.
+    file: Arc<File>,
+    /// `None` where another process fills it.
+    map: Option<Arc<SlotMap>>,
+    /// Bytes that it has room for, rounded up to pages.
     capacity: usize,
     path: Mutex<PathBuf>,
-    known: Mutex<Known>,
-}
-
-impl Drop for Slot {
-    fn drop(&mut self) {
-        if let Known::Pinned(pin) = std::mem::take(&mut *locked(&self.known))
-            && !pin.unpin(self.map.as_mut_ptr() as usize)
-        {
-            tracing::warn!("{} stays mapped: a device may know it", self.path().display());
-            return;
-        }
-        // SAFETY: nobody uses it after this.
-        unsafe { ManuallyDrop::drop(&mut self.map) };
-    }
 }
 
 impl Slot {
     pub(super) fn create(
         path: &Path,
         len: u64,
+        mapped: bool,
         budget: &Budget,
         go_on: &dyn Fn() -> bool,
     ) -> Result<Self> {
         let file = create_staged(path)?;
-        let made = budget.grow(&file, path, len, go_on).and_then(|()| Self::map(file, path, len));
+        let grown = budget.grow(&file, path, len, go_on);
+        let made = grown.and_then(|()| Self::new(file, path, len, mapped));
         if made.is_err() {
             // The error that matters is on its way up.
             let _ = remove(path);
@@ -80,81 +55,29 @@ impl Slot {
         made
     }
 
-    pub(super) fn adopt(path: &Path) -> Result<Self> {
+    pub(super) fn adopt(path: &Path, mapped: bool) -> Result<Self> {
         let file = OpenOptions::new().read(true).write(true).open(path).at("open", path)?;
         let len = file.metadata().at("stat", path)?.len();
-        Self::map(file, path, len)
+        Self::new(file, path, len, mapped)
     }
 
-    fn map(file: File, path: &Path, len: u64) -> Result<Self> {
-        let capacity = padded(usize::try_from(len.max(1)).unwrap_or(usize::MAX));
+    fn new(file: File, path: &Path, len: u64, mapped: bool) -> Result<Self> {
         if file.metadata().at("stat", path)?.len() == 0 {
             file.set_len(1).at("set the length of", path)?; // An empty file cannot be mapped.
         }
-        let map = MmapOptions::new().len(capacity).map_raw(&file).at("map", path)?;
-        // A fork's child (a data loader) must not get the slots: it would keep their memory.
-        map.advise(Advice::DontFork).at("advise", path)?;
-        // Where the kernel grants huge pages for tmpfs; most do not, and lose nothing by the
-        // asking.
-        let _ = map.advise(Advice::HugePage);
-        let (map, path) = (ManuallyDrop::new(map), Mutex::new(path.into()));
-        Ok(Self { file, map, capacity, path, known: Mutex::default() })
+        let file = Arc::new(file);
+        let map = mapped.then(|| SlotMap::new(file.clone(), len)).transpose()?.map(Arc::new);
+        let capacity = padded(usize::try_from(len.max(1)).unwrap_or(usize::MAX));
+        Ok(Self { file, map, capacity, path: Mutex::new(path.into()) })
     }
 
-    /// Puts every page in place, so that no store into the slot faults. `go_on` is asked now and
-    /// then; false ends it.
-    ///
-    /// # Errors
-    /// tmpfs is full, or [`Error::Fenced`] where `go_on` said no.
-    pub(super) fn populate(&self, go_on: &dyn Fn() -> bool) -> Result<()> {
-        let piece = usize::try_from(PIECE_BYTES).unwrap_or(usize::MAX);
-        for offset in (0..self.capacity).step_by(piece) {
-            if !go_on() {
-                return Err(Error::Fenced { why: "this Checkpointer was closed".into() });
-            }
-            loop {
-                let here = self.mapped()?;
-                if here <= offset {
-                    return Ok(());
-                }
-                let len = (here - offset).min(piece);
-                match sys::populate(&self.map, offset, len) {
-                    // It was made shorter meanwhile, for the next payload.
-                    Err(e) if e.raw_os_error() == Some(libc::EFAULT) && self.mapped()? < here => {}
-                    other => break other.at("populate", &self.path())?,
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Bytes of the map that lie inside the file now: behind a file that was made shorter there are
-    /// no pages.
-    fn mapped(&self) -> Result<usize> {
-        let len = usize::try_from(self.file_len()?).unwrap_or(usize::MAX);
-        Ok(padded(len.max(1)).min(self.capacity))
-    }
-
-    /// Makes it known to a device, once; its pages are in place.
-    pub(super) fn pin(&self, pin: &Arc<dyn Pin>) -> Result<()> {
-        let mut known = locked(&self.known);
-        if matches!(*known, Known::Unasked) {
-            let len = self.mapped()?;
-            *known = match pin.pin(self.map.as_mut_ptr() as usize, len) {
-                true => Known::Pinned(pin.clone()),
-                false => Known::Refused,
-            };
-        }
-        Ok(())
-    }
-
-    /// First byte of the slot.
+    /// The map to fill it through; `None` where another process does.
     #[must_use]
-    pub fn as_mut_ptr(&self) -> *mut u8 {
-        self.map.as_mut_ptr()
+    pub fn map(&self) -> Option<&Arc<SlotMap>> {
+        self.map.as_ref()
     }
 
-    /// Bytes that may be stored to.
+    /// Bytes that it has room for.
     #[must_use]
     pub fn capacity(&self) -> usize {
         self.capacity
@@ -174,15 +97,6 @@ impl Slot {
         locked(&self.path).clone()
     }
 
-    /// The first `len` bytes, rounded up to pages.
-    pub(crate) fn bytes(&self, len: usize) -> &[u8] {
-        assert!(padded(len) <= self.capacity, "{len} bytes of {}", self.capacity);
-        // SAFETY: the map has `capacity` bytes inside the file. While a slot holds a checkpoint
-        // nobody stores to it (but for mending, whose bytes are checked by whoever reads them); a
-        // filler reads through its own pointer.
-        unsafe { std::slice::from_raw_parts(self.map.as_ptr(), padded(len)) }
-    }
-
     /// The file's length; `None` where its name has gone or leads to another file: somebody cleaned
     /// up around us.
     pub(super) fn len_at_its_path(&self) -> Option<u64> {
@@ -190,6 +104,19 @@ impl Slot {
         let ours = self.file.metadata().ok()?;
         let there = std::fs::symlink_metadata(self.path()).ok()?;
         (ours.dev() == there.dev() && ours.ino() == there.ino()).then_some(ours.len())
+    }
+
+    /// Removes the file, unless its name leads to another one. Its memory goes at once also where
+    /// the process that filled it keeps its map.
+    pub(super) fn remove(&self) -> Result<()> {
+        if self.len_at_its_path().is_none() {
+            return Ok(());
+        }
+        let path = self.path();
+        if self.map.is_none() && sys::nobody_else_has_it_open(&self.file) {
+            self.file.set_len(0).at("set the length of", &path)?;
+        }
+        remove(&path)
     }
 
     /// Sets the file, which has `now` bytes, to exactly `len`, where that takes no pages from
@@ -246,14 +173,37 @@ pub struct SlotPayload {
     pub len: u64,
 }
 
+impl SlotPayload {
+    /// One block, by a call that fails where the file is shorter than it should be.
+    fn read<'a>(&self, offset: u64, len: usize, scratch: &'a mut AlignedBuf) -> Result<&'a [u8]> {
+        let there = usize::try_from(self.len.saturating_sub(offset)).unwrap_or(usize::MAX).min(len);
+        scratch.ensure(len);
+        match self.slot.file.read_exact_at(&mut scratch[..there], offset) {
+            Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
+                let file = self.slot.path().display().to_string();
+                return Err(Error::damaged(file, "it was cut short by whoever fills it"));
+            }
+            other => other.at("read", &self.slot.path())?,
+        }
+        scratch[there..len].fill(0);
+        Ok(&scratch[..len])
+    }
+}
+
 impl Payload for SlotPayload {
     fn len(&self) -> u64 {
         self.len
     }
 
-    fn block<'a>(&'a self, offset: u64, len: usize, _: &'a mut AlignedBuf) -> Result<&'a [u8]> {
+    fn block<'a>(
+        &'a self,
+        offset: u64,
+        len: usize,
+        scratch: &'a mut AlignedBuf,
+    ) -> Result<&'a [u8]> {
+        let Some(map) = self.slot.map() else { return self.read(offset, len, scratch) };
         let begin = usize::try_from(offset).unwrap_or(usize::MAX);
-        let all = self.slot.bytes(usize::try_from(self.len).unwrap_or(usize::MAX));
+        let all = map.bytes(usize::try_from(self.len).unwrap_or(usize::MAX));
         all.get(begin..begin.saturating_add(len))
             .ok_or_else(|| Error::Bug(format!("block {offset}+{len} of {} bytes", self.len)))
     }

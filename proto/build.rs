@@ -1,0 +1,8 @@
+//! Compiles the .proto files. protox is a compiler written in Rust: nobody needs protoc.
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    println!("cargo:rerun-if-changed=proto");
+    let files = protox::compile(["trainer.proto"], ["proto"])?;
+    prost_build::Config::new().compile_fds(files)?;
+    Ok(())
+}

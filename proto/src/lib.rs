@@ -1,0 +1,11 @@
+//! What tierkeep's processes say to each other, as types. The sentences are in `proto/*.proto`.
+
+/// A trainer and the agent of its node, over one unix socket.
+///
+/// A frame is four bytes of length (little-endian), then a message: [`Request`](trainer::Request)
+/// from the trainer, [`Reply`](trainer::Reply) from the agent. Descriptors travel beside a frame's
+/// first byte.
+#[allow(missing_docs, unreachable_pub, clippy::all)]
+pub mod trainer {
+    include!(concat!(env!("OUT_DIR"), "/tierkeep.trainer.rs"));
+}
