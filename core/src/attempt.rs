@@ -328,6 +328,20 @@ pub fn claim(tier: &dyn Tier, attempt: &AttemptRef, rank: Rank, nonce: &Id) -> R
     }
 }
 
+/// Whether the writer with this nonce has claimed a rank of an attempt.
+///
+/// # Errors
+/// The tier did not answer.
+pub fn is_claimed_by(
+    tier: &dyn Tier,
+    attempt: &AttemptRef,
+    rank: Rank,
+    nonce: &Id,
+) -> Result<bool> {
+    let said = find_record(tier, &claim_name(attempt, rank))?;
+    Ok(said.is_some_and(|text| text == format!("{nonce}\n").as_bytes()))
+}
+
 /// Whether a process has claimed a rank of an attempt.
 ///
 /// # Errors

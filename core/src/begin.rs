@@ -10,6 +10,7 @@
 //! - Rank 0's claim says that the record stands: no rank follows a record that will be succeeded.
 //! - A checkpoint that is not the newest is resumed from only by a rollback: else the newer ones
 //!   would be in nobody's way and the first save would use their slots.
+//! - A decision that is asked for again because its answer was lost is the same decision.
 //! - `fresh` and rollbacks are recorded as such: what they leave behind is abandoned at once.
 
 use std::time::Duration;
@@ -57,9 +58,13 @@ const POLL: Duration = Duration::from_millis(10);
 pub(crate) fn begin(place: &Place, how: &Begin, decision: u32) -> Result<Started> {
     let deadline = Deadline::after(&*place.clock, place.config.attempt_wait);
     if place.config.leads() {
+        let mut earlier = own_record(place, decision)?;
         // The step that was decided on can go while we decide: then decide again.
         loop {
-            let record = record_decision(place, how, decision)?;
+            let record = match earlier.take() {
+                Some(record) => record,
+                None => record_decision(place, how, decision)?,
+            };
             clear_old(place, &record);
             match join_attempt(place, &record) {
                 Err(e) if e.is_not_found() && deadline.left(&*place.clock).is_some() => {
@@ -106,6 +111,16 @@ fn no_record(place: &Place, deadline: &Deadline) -> Error {
             config.leader()
         ),
     )
+}
+
+/// Rank 0: its own record of this decision, whose answer was lost with the agent that made it.
+fn own_record(place: &Place, decision: u32) -> Result<Option<AttemptRecord>> {
+    let attempts = Attempts::load(&[&*place.disk, &*place.ram])?;
+    let Some(newest) = attempts.newest() else { return Ok(None) };
+    let ours = newest.attempt.id == place.start && newest.decision == decision;
+    let rank = Rank(place.config.rank);
+    let stands = ours && attempt::is_claimed_by(&*place.disk, &newest.attempt, rank, &place.nonce)?;
+    Ok(stands.then(|| newest.clone()))
 }
 
 /// Rank 0: decides and records.
@@ -336,6 +351,7 @@ fn find_shard_of(
         observer: place.observer.clone(),
         mends,
         marks,
+        care: None,
         others: Vec::new(),
     })
 }

@@ -41,7 +41,7 @@ use crate::{
         Identity,
         replicated::{differences_in_words, say_the_same},
     },
-    names::{CheckpointKey, Rank, Step, ranks},
+    names::{AttemptRef, CheckpointKey, Rank, Step, ranks},
     observe::{Observer, locked},
     save::{Level, Save},
     signal::Signal,
@@ -110,7 +110,7 @@ struct Work {
     /// The newer attempt is this process start's own: a rollback that another rank was quicker with.
     fenced_by_us: bool,
     /// The disk tier did not answer at the last turn: nothing is kept for it.
-    trouble: bool,
+    trouble: Option<String>,
     stop: bool,
     /// Steps whose saves failed here and are not tried again: the other ranks need not wait for them.
     failed: Vec<u64>,
@@ -150,15 +150,19 @@ impl std::fmt::Debug for Cascade {
 }
 
 impl Cascade {
-    /// `parent_waits`: what this attempt resumed from is not sealed on disk; `resumed`: this rank's
-    /// slot holds its shard of it.
-    pub(crate) fn new(parts: Parts, parent_waits: bool, resumed: Option<Shard>) -> Arc<Self> {
+    /// `parent_waits`: what this attempt resumed from is not sealed on disk; `found`: shards that
+    /// this rank's slots hold of it, and of this attempt where it goes on under a new owner.
+    ///
+    /// # Errors
+    /// The directory of the decisions did not answer.
+    pub(crate) fn new(parts: Parts, parent_waits: bool, found: Vec<Shard>) -> Result<Arc<Self>> {
         let newest = parts.record.parent.map(|p| p.key());
-        let mut work = Work { newest, parent_waits, ..Work::default() };
-        if let Some(shard) = resumed {
-            work.shards.insert(shard.key.step.0, shard);
-        }
-        Arc::new(Self { parts, work: Mutex::new(work), last: AtomicU64::new(u64::MAX) })
+        let shards = found.into_iter().map(|shard| (shard.key.step.0, shard)).collect();
+        let work = Work { newest, parent_waits, shards, unchecked: true, ..Work::default() };
+        let last = AtomicU64::new(u64::MAX);
+        let cascade = Arc::new(Self { parts, work: Mutex::new(work), last });
+        cascade.resume_carry()?;
+        Ok(cascade)
     }
 
     pub(crate) fn agreements(&self) -> &Agreements {
@@ -254,7 +258,7 @@ impl Cascade {
     /// another step is on its way this rank may say so itself: the disk is slower than the saves.
     fn passed(&self, work: &Work, step: u64) -> bool {
         let agreements = &self.parts.agreements;
-        if work.trouble {
+        if work.trouble.is_some() {
             let _ = agreements.pass_over(step);
             return true; // Nothing is kept for a disk that does not answer.
         }
@@ -438,6 +442,39 @@ impl Cascade {
         locked(&self.work).sealed
     }
 
+    /// True where what is newest in RAM is sealed on disk, or nothing is there.
+    pub(crate) fn is_durable(&self) -> bool {
+        let work = locked(&self.work);
+        match &work.newest {
+            Some(key) => {
+                work.sealed == Some(key.step.0)
+                    || (self.is_parent(key.step.0) && !work.parent_waits)
+            }
+            None => true,
+        }
+    }
+
+    /// The step that is on its way to disk.
+    pub(crate) fn carrying(&self) -> Option<u64> {
+        locked(&self.work).carry.as_ref().map(|carry| carry.step)
+    }
+
+    /// Why the disk tier does not answer, where it does not.
+    pub(crate) fn trouble(&self) -> Option<String> {
+        locked(&self.work).trouble.clone()
+    }
+
+    /// The attempt that it carries.
+    pub(crate) fn attempt(&self) -> AttemptRef {
+        self.parts.record.attempt
+    }
+
+    /// Steps whose saves failed here and are not tried again: the other ranks need not wait.
+    pub(crate) fn fail_steps(&self, failed: &[u64]) {
+        locked(&self.work).failed.extend(failed);
+        self.tell_failed();
+    }
+
     pub(crate) fn newest(&self) -> Option<CheckpointKey> {
         locked(&self.work).newest.clone()
     }
@@ -510,8 +547,9 @@ impl Cascade {
         ];
         let moved = stages.iter().any(|s| matches!(s, Ok(true)));
         let failed = stages.into_iter().find_map(Result::err);
-        let before = std::mem::replace(&mut locked(&self.work).trouble, failed.is_some());
-        if before != failed.is_some() {
+        let trouble = failed.as_ref().map(Error::chain);
+        let before = std::mem::replace(&mut locked(&self.work).trouble, trouble);
+        if before.is_some() != failed.is_some() {
             self.parts.signal.notify();
         }
         let Some(error) = failed else { return Ok(moved) };

@@ -17,6 +17,7 @@ mod taking;
 use std::{
     any::Any,
     collections::{BTreeMap, HashMap},
+    path::PathBuf,
     sync::{
         Arc, LazyLock, Mutex, Weak,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -31,7 +32,8 @@ use crate::{
     clock::Deadline,
     config::Config,
     error::{Error, Result},
-    keeper::{Keeper, Local},
+    keeper::{Ground, Keeper, Local},
+    link::Far,
     manifest::Meta,
     names::Id,
     observe::{Observer, locked},
@@ -114,9 +116,17 @@ impl std::fmt::Debug for Checkpointer {
     }
 }
 
-/// The handles of this process by their rank's lock: a second one stops the first before it touches
-/// the slots.
-static HANDLES: LazyLock<Mutex<HashMap<FileId, Weak<Inner>>>> = LazyLock::new(Mutex::default);
+/// What two handles of one rank in this process have in common.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Seat {
+    /// The rank's lock.
+    Lock(FileId),
+    /// An agent's socket, the run and the rank.
+    Agent(PathBuf, PathBuf, u32),
+}
+
+/// The handles of this process: a second one of a rank stops the first before it touches the slots.
+static HANDLES: LazyLock<Mutex<HashMap<Seat, Weak<Inner>>>> = LazyLock::new(Mutex::default);
 
 /// How many past saves keep their handle: a second `save` of an older step than that is an error.
 const SAVES_KEPT: usize = 64;
@@ -138,17 +148,29 @@ impl Checkpointer {
         config: Config,
         wrap: &dyn Fn(Arc<dyn Tier>) -> Arc<dyn Tier>,
     ) -> Result<Self> {
-        let takes_over = |lock: FileId| {
-            let first = locked(&HANDLES).get(&lock).and_then(Weak::upgrade);
+        let takes_over = |seat: &Seat| {
+            let first = locked(&HANDLES).get(seat).and_then(Weak::upgrade);
             match first.filter(|first| first.desk().is_ours()) {
                 Some(first) => first.taken_over(),
                 None => Ok(()),
             }
         };
-        let keeper = Keeper::open(config, wrap, &takes_over)?;
-        let id = keeper.id();
+        let (owner, id): (Arc<dyn Owner>, Seat) = match config.agent.clone() {
+            Some(socket) => {
+                let run = crate::config::real(&config.destination);
+                let seat = Seat::Agent(socket.clone(), run, config.rank);
+                takes_over(&seat)?;
+                (Arc::new(Far::open(config, socket)?), seat)
+            }
+            None => {
+                let by_lock = |lock| takes_over(&Seat::Lock(lock));
+                let keeper = Keeper::open(config, Ground::Trainer, wrap, &by_lock)?;
+                let seat = Seat::Lock(keeper.id());
+                (Arc::new(Local(Arc::new(keeper))), seat)
+            }
+        };
         let inner = Arc::new(Inner {
-            owner: Arc::new(Local(Arc::new(keeper))),
+            owner,
             saves: Mutex::new(BTreeMap::new()),
             layout: Mutex::new(None),
             told_unused: AtomicBool::new(false),

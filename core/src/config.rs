@@ -16,6 +16,8 @@ use crate::{
 pub struct Config {
     /// `<root>/<run>`: the disk tier's directory of this run.
     pub destination: PathBuf,
+    /// The socket of the agent that owns the ram tier and this rank; `None`: this process does.
+    pub agent: Option<PathBuf>,
     /// The directory that all runs of this user share for the ram tier. `TIERKEEP_RAM_DIR`; else
     /// `/dev/shm/tierkeep-<uid>`.
     pub ram_root: PathBuf,
@@ -69,6 +71,7 @@ impl Config {
         let seconds = Duration::from_secs;
         Ok(Self {
             destination,
+            agent: None,
             ram_root: default_ram_root(),
             ram_bytes_max: ram_bytes_max()?,
             rank: 0,
@@ -169,18 +172,22 @@ impl Config {
     }
 }
 
-/// `<ram_root>/<run>-<8 hex of the destination's hash>`
-#[must_use]
-pub fn ram_dir(ram_root: &Path, destination: &Path) -> PathBuf {
-    use std::os::unix::ffi::OsStrExt;
-    // A link to the destination is the same destination.
-    let real = destination.canonicalize().unwrap_or_else(|_| {
+/// A link to the destination is the same destination.
+pub(crate) fn real(destination: &Path) -> PathBuf {
+    destination.canonicalize().unwrap_or_else(|_| {
         let parent = destination.parent().and_then(|p| p.canonicalize().ok());
         match (parent, destination.file_name()) {
             (Some(parent), Some(name)) => parent.join(name),
             _ => destination.into(),
         }
-    });
+    })
+}
+
+/// `<ram_root>/<run>-<8 hex of the destination's hash>`
+#[must_use]
+pub fn ram_dir(ram_root: &Path, destination: &Path) -> PathBuf {
+    use std::os::unix::ffi::OsStrExt;
+    let real = real(destination);
     let hash = crate::manifest::sha256(real.as_os_str().as_bytes());
     let run = real.file_name().unwrap_or_default().to_string_lossy();
     ram_root.join(format!("{run}-{}", &hash[..8]))

@@ -234,6 +234,14 @@ impl Error {
         }
     }
 
+    /// Without its hint.
+    pub(crate) fn plain(&self) -> &Self {
+        match self {
+            Self::Hinted(hinted) => &hinted.error,
+            other => other,
+        }
+    }
+
     pub(crate) fn with_hint(self, hint: Hint) -> Self {
         Self::Hinted(Hinted { error: Box::new(self), hint })
     }

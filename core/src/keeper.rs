@@ -12,6 +12,7 @@
 //! - A slot that was leased is busy until it is published or given back.
 //! - In a fork's child every call is refused and nothing is touched.
 
+mod again;
 mod ending;
 mod local;
 mod slots;
@@ -58,12 +59,20 @@ struct Running {
     over: Arc<AtomicBool>,
 }
 
+/// Where an owner lives.
+pub(crate) enum Ground {
+    /// In the process that trains.
+    Trainer,
+    /// In an agent, whose budget this is; the trainer drew the ids.
+    Agent { budget: Budget, start: Id, nonce: Id },
+}
+
 /// The owner of one rank of a run.
 pub(crate) struct Keeper {
     pub(crate) place: Place,
     ownership: Ownership,
     /// Held by the leader: others find its record by it.
-    start_lock: Option<Ownership>,
+    start_lock: Mutex<Option<Ownership>>,
     running: Mutex<Option<Running>>,
     /// Decisions begun so far; held while one is made.
     decisions: Mutex<u32>,
@@ -80,13 +89,20 @@ impl Keeper {
     /// A place cannot be used, or another live process has the rank.
     pub(crate) fn open(
         config: Config,
+        ground: Ground,
         wrap: &dyn Fn(Arc<dyn Tier>) -> Arc<dyn Tier>,
         takes_over: &dyn Fn(FileId) -> Result<()>,
     ) -> Result<Self> {
         config.check()?;
         let clock: SharedClock = Arc::new(SystemClock);
         let disk = DiskTier::open(&config.destination)?;
-        let budget = Budget::open(&config.ram_root, config.ram_bytes_max)?;
+        let (budget, start, nonce, mapped) = match ground {
+            Ground::Trainer => {
+                let budget = Budget::open(&config.ram_root, config.ram_bytes_max)?;
+                (budget, config.attempt_id.map_or_else(Id::random, Ok)?, Id::random()?, true)
+            }
+            Ground::Agent { budget, start, nonce } => (budget, start, nonce, false),
+        };
         let ram = wrap(Arc::new(MemoryTier::open(&config.ram_dir(), budget.clone())?));
         let lock = config.destination.join(format!("_locks/rank-{:06}", config.rank));
         let ownership = Ownership::take_over(
@@ -106,12 +122,10 @@ impl Keeper {
             config.slots,
             budget,
             signal.clone(),
-            true,
+            mapped,
         );
         arena.adopt()?;
-        let start = config.attempt_id.map_or_else(Id::random, Ok)?;
-        let observer = Observer::default();
-        let nonce = Id::random()?;
+        let observer = Observer::told_by(signal.clone());
         let closed = AtomicBool::new(false);
         let pid = std::process::id();
         let desk = Arc::new(Desk { config, observer, clock, signal, closed, start, nonce, pid });
@@ -120,7 +134,7 @@ impl Keeper {
         Ok(Self {
             place,
             ownership,
-            start_lock,
+            start_lock: Mutex::new(start_lock),
             running: Mutex::new(None),
             decisions: Mutex::new(0),
             preparing: Mutex::new(None),
@@ -173,6 +187,7 @@ impl Keeper {
         };
         let resumed = restorable.as_ref().filter(|_| waits);
         let resumed = resumed.and_then(|found| resumed_shard(&place.arena, found));
+        let resumed = resumed.into_iter().collect();
         let mut running = locked(&self.running);
         // Closing says so first and takes what runs after: nothing starts behind its back.
         place.check_closed()?;
@@ -180,12 +195,7 @@ impl Keeper {
         Ok(restorable)
     }
 
-    fn run(
-        &self,
-        record: AttemptRecord,
-        parent_waits: bool,
-        resumed: Option<Shard>,
-    ) -> Result<Running> {
+    fn run(&self, record: AttemptRecord, parent_waits: bool, found: Vec<Shard>) -> Result<Running> {
         let place = &self.place;
         let lone = place.config.is_lone();
         let agreements = Agreements::new(&place.config.destination, &record.attempt, lone);
@@ -199,7 +209,7 @@ impl Keeper {
             clock: place.clock.clone(),
             signal: place.signal.clone(),
         };
-        let cascade = Cascade::new(parts, parent_waits, resumed);
+        let cascade = Cascade::new(parts, parent_waits, found)?;
         let runner = cascade.clone();
         let over = Arc::new(AtomicBool::new(false));
         let told = over.clone();
@@ -246,6 +256,16 @@ impl Keeper {
         *preparing =
             Some(spawned.map_err(|source| Error::Io { what: "start a thread".into(), source })?);
         Ok(())
+    }
+
+    /// Slots are being made ready.
+    pub(crate) fn is_preparing(&self) -> bool {
+        locked(&self.preparing).as_ref().is_some_and(|thread| !thread.is_finished())
+    }
+
+    /// Decisions recorded so far.
+    pub(crate) fn decisions(&self) -> u32 {
+        *locked(&self.decisions)
     }
 
     /// The attempt that goes on, and what carries its shards.

@@ -35,6 +35,9 @@ pub mod verify;
 pub mod upkeep;
 
 pub mod passing;
+mod wire;
+pub mod link;
+pub mod host;
 pub mod probe;
 
 pub mod names;

@@ -4,6 +4,7 @@
 //! and the host pulls them when it likes.
 
 use std::{
+    borrow::Cow,
     collections::VecDeque,
     sync::{
         Arc, Condvar, Mutex, MutexGuard,
@@ -11,6 +12,8 @@ use std::{
     },
     time::Duration,
 };
+
+use crate::signal::Signal;
 
 /// How much an event matters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -29,7 +32,7 @@ pub struct Event {
     /// How much it matters.
     pub severity: Severity,
     /// A fixed word for programs: `restored`, `repaired`, `save_failed`, `skipped`, ...
-    pub kind: &'static str,
+    pub kind: Cow<'static, str>,
     /// One sentence for people. It does not name the rank that it happened to: that is the rank of
     /// the handle, and whoever pulls from several says it once.
     pub text: String,
@@ -78,22 +81,29 @@ struct Queue {
 #[derive(Clone, Debug, Default)]
 pub struct Observer {
     queue: Arc<(Mutex<Queue>, Condvar)>,
+    /// Told of each event too: somebody passes them on.
+    signal: Option<Arc<Signal>>,
     /// The counters.
     pub counters: Arc<Counters>,
 }
 
 impl Observer {
+    /// One whose events `signal` tells.
+    pub(crate) fn told_by(signal: Arc<Signal>) -> Self {
+        Self { signal: Some(signal), ..Self::default() }
+    }
+
     /// Tells `event`: traced at once, queued for the host.
     pub fn tell(&self, event: Event) {
         match event.severity {
             Severity::Info => {
-                tracing::info!(kind = event.kind, step = event.step, "{}", event.text)
+                tracing::info!(kind = &*event.kind, step = event.step, "{}", event.text)
             }
             Severity::Warning => {
-                tracing::warn!(kind = event.kind, step = event.step, "{}", event.text);
+                tracing::warn!(kind = &*event.kind, step = event.step, "{}", event.text);
             }
             Severity::Error => {
-                tracing::error!(kind = event.kind, step = event.step, "{}", event.text);
+                tracing::error!(kind = &*event.kind, step = event.step, "{}", event.text);
             }
         }
         let mut queue = locked(&self.queue.0);
@@ -102,19 +112,28 @@ impl Observer {
             queue.lost += 1;
         }
         queue.events.push_back(event);
+        drop(queue);
         self.queue.1.notify_all();
+        if let Some(signal) = &self.signal {
+            signal.notify();
+        }
     }
 
     pub(crate) fn info(&self, kind: &'static str, step: Option<u64>, text: impl Into<String>) {
-        self.tell(Event { severity: Severity::Info, kind, text: text.into(), step });
+        self.tell(Event { severity: Severity::Info, kind: kind.into(), text: text.into(), step });
     }
 
     pub(crate) fn warn(&self, kind: &'static str, step: Option<u64>, text: impl Into<String>) {
-        self.tell(Event { severity: Severity::Warning, kind, text: text.into(), step });
+        self.tell(Event {
+            severity: Severity::Warning,
+            kind: kind.into(),
+            text: text.into(),
+            step,
+        });
     }
 
     pub(crate) fn error(&self, kind: &'static str, step: Option<u64>, text: impl Into<String>) {
-        self.tell(Event { severity: Severity::Error, kind, text: text.into(), step });
+        self.tell(Event { severity: Severity::Error, kind: kind.into(), text: text.into(), step });
     }
 
     /// The next event, waiting for one up to `timeout`. `Err(())` after [`close`](Self::close)
@@ -137,7 +156,7 @@ impl Observer {
             queue.lost = 0;
             return Ok(Some(Event {
                 severity: Severity::Warning,
-                kind: "events_lost",
+                kind: "events_lost".into(),
                 text,
                 step: None,
             }));

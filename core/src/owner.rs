@@ -22,7 +22,7 @@ use crate::{
     reader::Reader,
     restore::read::Restorable,
     save::Save,
-    snapshot::{device::Pin, map::SlotMap},
+    snapshot::{Described, device::Pin, map::SlotMap},
     tier::Tier,
 };
 
@@ -101,10 +101,6 @@ pub(crate) struct Filled {
     pub(crate) identity: Identity,
     /// Exact bytes of the payload.
     pub(crate) len: u64,
-    pub(crate) manifest: Vec<u8>,
-    /// Its checksums, where the owner did not see them taken.
-    pub(crate) chunks: Option<Vec<u32>>,
-    /// What the rank holds as others do (`manifest::replicated`), where there is any such thing.
-    pub(crate) words: Option<String>,
+    pub(crate) described: Described,
     pub(crate) save: Save,
 }

@@ -296,6 +296,7 @@ impl Reader {
             observer: Observer::default(),
             mends: false,
             marks: false,
+            care: None,
             others: Vec::new(),
         })
     }

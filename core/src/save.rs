@@ -13,9 +13,13 @@ use std::{
     time::Duration,
 };
 
+use tierkeep_proto::trainer as wire;
+
 use crate::{
     error::{Error, Result},
     observe::locked,
+    signal::Signal,
+    wire::convert,
 };
 
 /// What a waiter can wait for. Facts, not a ladder.
@@ -99,6 +103,17 @@ struct Shared {
     due_for_disk: AtomicBool,
     stages: Mutex<Stages>,
     changed: Condvar,
+    /// Told of each change too: somebody passes them on.
+    signal: Option<Arc<Signal>>,
+}
+
+impl Shared {
+    fn tell(&self) {
+        self.changed.notify_all();
+        if let Some(signal) = &self.signal {
+            signal.notify();
+        }
+    }
 }
 
 /// One checkpoint on its way out.
@@ -109,11 +124,21 @@ pub struct Save {
 
 impl Save {
     pub(crate) fn new(step: u64) -> Self {
+        Self::make(step, None)
+    }
+
+    /// One whose changes `signal` tells.
+    pub(crate) fn told_by(step: u64, signal: Arc<Signal>) -> Self {
+        Self::make(step, Some(signal))
+    }
+
+    fn make(step: u64, signal: Option<Arc<Signal>>) -> Self {
         let shared = Shared {
             step,
             due_for_disk: AtomicBool::new(false),
             stages: Mutex::default(),
             changed: Condvar::new(),
+            signal,
         };
         Self { shared: Arc::new(shared) }
     }
@@ -132,7 +157,65 @@ impl Save {
     }
 
     pub(crate) fn set_due_for_disk(&self) {
-        self.shared.due_for_disk.store(true, Ordering::Release);
+        if !self.shared.due_for_disk.swap(true, Ordering::AcqRel)
+            && let Some(signal) = &self.shared.signal
+        {
+            signal.notify();
+        }
+    }
+
+    /// As another process sees it.
+    pub(crate) fn state(&self) -> wire::SaveState {
+        let mut stages = locked(&self.shared.stages);
+        let mut stage = |level, own| match stages.stage(level, own) {
+            Stage::Pending => None,
+            Stage::Reached => Some(wire::Stage { reached: true, failure: None }),
+            Stage::Failed(e) => {
+                Some(wire::Stage { reached: false, failure: Some(convert::failure(e)) })
+            }
+        };
+        wire::SaveState {
+            step: self.step(),
+            ram: stage(Level::Ram, false),
+            ram_own: stage(Level::Ram, true),
+            disk: stage(Level::Disk, false),
+            disk_own: stage(Level::Disk, true),
+            due_for_disk: self.is_due_for_disk(),
+            disk_bytes: stages.disk_bytes,
+            waiting_for: stages.waiting_for.clone(),
+            skipped: stages.skipped.clone().unwrap_or_default(),
+        }
+    }
+
+    /// Takes over what another process saw. What is known already stays.
+    pub(crate) fn learn(&self, state: wire::SaveState) {
+        if state.due_for_disk {
+            self.set_due_for_disk();
+        }
+        if !state.skipped.is_empty() {
+            self.skip(&state.skipped);
+        }
+        self.set_waiting_for(state.waiting_for);
+        let mut stages = locked(&self.shared.stages);
+        stages.disk_bytes = stages.disk_bytes.max(state.disk_bytes);
+        let told = [
+            (Level::Ram, false, state.ram),
+            (Level::Ram, true, state.ram_own),
+            (Level::Disk, false, state.disk),
+            (Level::Disk, true, state.disk_own),
+        ];
+        for (level, own, said) in told {
+            let (Some(said), stage) = (said, stages.stage(level, own)) else { continue };
+            match (stage, said.failure) {
+                (stage @ Stage::Pending, Some(failure)) => {
+                    *stage = Stage::Failed(convert::error(failure));
+                }
+                (stage @ Stage::Pending, None) if said.reached => *stage = Stage::Reached,
+                _ => {}
+            }
+        }
+        drop(stages);
+        self.shared.tell();
     }
 
     /// Waits up to `timeout` for a level; of this rank's shard alone where `own` says so. False:
@@ -193,7 +276,8 @@ impl Save {
         if !own && level != Level::Staged {
             *stages.stage(level, true) = Stage::Reached;
         }
-        self.shared.changed.notify_all();
+        drop(stages);
+        self.shared.tell();
     }
 
     /// Fails every level that is not reached, from `level` on.
@@ -213,7 +297,8 @@ impl Save {
                 }
             }
         }
-        self.shared.changed.notify_all();
+        drop(stages);
+        self.shared.tell();
     }
 
     /// True while it may still reach RAM, or disk where it is to go there.
@@ -241,7 +326,12 @@ impl Save {
     }
 
     pub(crate) fn set_waiting_for(&self, who: String) {
-        locked(&self.shared.stages).waiting_for = who;
+        let mut stages = locked(&self.shared.stages);
+        if stages.waiting_for != who {
+            stages.waiting_for = who;
+            drop(stages);
+            self.shared.tell();
+        }
     }
 
     /// True where a level failed or a copy did not happen: a second save of the step may try again.

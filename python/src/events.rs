@@ -37,7 +37,7 @@ impl Events {
                 Severity::Warning => "warning",
                 Severity::Error => "error",
             };
-            (severity, event.kind, event.text, event.step)
+            (severity, event.kind.into_owned(), event.text, event.step)
         }))
     }
 }

@@ -271,7 +271,7 @@ impl Handle {
     /// Tells what the state was initialised with, among the events.
     fn tell_init(&self, py: Python<'_>, text: String) -> PyResult<()> {
         self.check_pid(py)?;
-        let kind = "initialised";
+        let kind = "initialised".into();
         self.core.observer().tell(Event { severity: Severity::Info, kind, text, step: Some(0) });
         Ok(())
     }

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 
 use super::{Carry, Cascade, Shard, Work};
 use crate::{
+    agree::InRam,
     attempt::Attempts,
     chunk::{CHUNK_BYTES, chunk_len},
     clock::Deadline,
@@ -74,6 +75,59 @@ impl Cascade {
             self.pass_over(&shard.save, step);
         }
         Ok(true)
+    }
+
+    /// A leader whose owner died in the middle of a step goes on with that one: the other ranks are at
+    /// it. (They take up what is recorded by themselves.)
+    pub(super) fn resume_carry(&self) -> Result<()> {
+        if !self.parts.config.leads() {
+            return Ok(());
+        }
+        let agreements = &self.parts.agreements;
+        let Some(step) = agreements.carried()? else { return Ok(()) };
+        if agreements.gave_up(step)?.is_some() || self.is_sealed(&self.key_of(step))? {
+            return Ok(());
+        }
+        let deadline = Deadline::after(&*self.parts.clock, self.parts.config.disk_wait);
+        let mut work = locked(&self.work);
+        work.chosen = Some(step);
+        work.carry = Some(Carry { step, deadline, own_done: false });
+        Ok(())
+    }
+
+    /// What the trainer still waits for, of an attempt that goes on under a new owner.
+    pub(crate) fn take_up(&self, save: &Save) -> Result<()> {
+        self.mark_due(save);
+        let step = save.step();
+        if let Some(shard) = locked(&self.work).shards.get_mut(&step) {
+            save.reach(Level::Ram, true);
+            if shard.complete {
+                save.reach(Level::Ram, false);
+            }
+            shard.save = save.clone();
+            self.parts.signal.notify();
+            return Ok(());
+        }
+        let key = self.key_of(step);
+        if self.is_sealed(&key)? {
+            save.reach(Level::Ram, false);
+            save.reach(Level::Disk, false);
+            return Ok(());
+        }
+        // Its slot was used again, for which it had to be complete, or given up.
+        match self.parts.agreements.was_in_ram(step)? {
+            Some(InRam::GivenUp(why)) => {
+                save.fail(Level::Ram, &Error::Skipped { step: Step(step), why });
+            }
+            said => {
+                if said.is_some() || self.parts.config.savers.len() == 1 {
+                    save.reach(Level::Ram, false);
+                }
+                let why = "its agent went away, and a newer step has its slot".into();
+                save.fail(Level::Ram, &Error::Skipped { step: Step(step), why });
+            }
+        }
+        Ok(())
     }
 
     /// Looks for steps that wait here to be chosen and whose slot another rank has used again.

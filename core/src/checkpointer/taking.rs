@@ -222,9 +222,9 @@ struct Job {
 impl Inner {
     fn publish(&self, job: Job, taken: Taken) -> Result<()> {
         let Job { snapshot, lease, identity, meta, save, .. } = job;
-        let (manifest, words) = snapshot.manifest(&identity, &meta, taken)?;
+        let described = snapshot.manifest(&identity, &meta, taken)?;
         let len = snapshot.len();
-        lease.publish(Filled { identity, len, manifest, chunks: None, words, save })
+        lease.publish(Filled { identity, len, described, save })
     }
 
     fn copy_behind(

@@ -89,15 +89,22 @@ impl Keeper {
     }
 }
 
+impl Keeper {
+    /// The start of the job that this rank led is over: nobody finds its record by its lock.
+    pub(crate) fn end_start(&self) {
+        if locked(&self.start_lock).take().is_some_and(|lock| lock.is_current()) {
+            // A dead start's lock file is of no use; left behind it would be swept at the next.
+            let path = start_lock_path(&self.place.config.destination, &self.place.start);
+            let _ = crate::tier::publish::remove(&path);
+        }
+    }
+}
+
 impl Drop for Keeper {
     fn drop(&mut self) {
         if self.place.is_ours() {
             self.shut(false, &Vec::new);
-            if self.start_lock.take().is_some_and(|lock| lock.is_current()) {
-                // A dead start's lock file is of no use; left behind it would be swept at the next.
-                let path = start_lock_path(&self.place.config.destination, &self.place.start);
-                let _ = crate::tier::publish::remove(&path);
-            }
+            self.end_start();
             return;
         }
         // A fork's child has neither the threads nor the locks, and its slots are not mapped

@@ -19,7 +19,7 @@ use crate::{
     observe::add,
     owner::{Asked, Filled},
     save::Save,
-    snapshot::{arena::Filling, slot::SlotPayload},
+    snapshot::{Described, arena::Filling, slot::SlotPayload},
 };
 
 /// How often a save that waits asks whether it is to go on.
@@ -89,7 +89,10 @@ impl Keeper {
         filled: Filled,
         cascade: &Cascade,
     ) -> Result<()> {
-        let Filled { identity, len, manifest, chunks, words, save } = filled;
+        let Filled { identity, len, described, save } = filled;
+        let Described { manifest, chunks, words } = described;
+        // Another process copied, and may write to the slot still: what goes on is checked.
+        let chunks = filling.slot().map().is_none().then_some(chunks);
         let manifest = Arc::new(manifest);
         let payload = SlotPayload { slot: filling.slot().clone(), len };
         let key = identity.key();

@@ -19,7 +19,7 @@ use std::{
 
 use super::{
     reading::Reading,
-    survey::{BadCopy, ShardCopy},
+    survey::{BadCopy, ShardCopy, mark_bad},
 };
 use crate::{
     error::{Error, Result},
@@ -54,8 +54,19 @@ pub struct Restorable {
     pub(crate) mends: bool,
     /// A rank of the run that finds no good copy says so to the next decision.
     pub(crate) marks: bool,
+    /// Who does either, where this process does not.
+    pub(crate) care: Option<Arc<dyn Care>>,
     /// The shards of other ranks that have tensors of this one. They are only read.
     pub others: Vec<Restorable>,
+}
+
+/// Mends copies and marks steps for a process that owns neither (an agent does).
+pub(crate) trait Care: Send + Sync + std::fmt::Debug {
+    /// These chunks of each of the shard's copies were found damaged; it may mend them, and those
+    /// that were bad from the start.
+    fn mend(&self, rank: Rank, damaged: &[BTreeSet<usize>]);
+    /// No copy of the shard is good.
+    fn lost(&self, rank: Rank);
 }
 
 /// How a read went.
@@ -148,6 +159,16 @@ impl Restorable {
         Error::Lost { step: self.key.step, rank: self.rank, why: damaged.join("; ") }
     }
 
+    /// The next decision passes this step over: this rank found no good copy.
+    pub(crate) fn mark_lost(&self) {
+        match (&self.care, self.tiers.last()) {
+            _ if !self.marks => {}
+            (Some(care), _) => care.lost(self.rank),
+            (None, Some(home)) => mark_bad(&**home, &self.observer, &self.key, self.rank),
+            (None, None) => {}
+        }
+    }
+
     pub(super) fn tell(&self, report: &ReadReport) {
         for why in &report.damaged {
             self.observer.warn(
@@ -160,7 +181,13 @@ impl Restorable {
 
     /// Puts good bytes where bad ones were found. What cannot be mended is told and stays as it
     /// was.
-    pub(super) fn mend(&self, damaged: &[BTreeSet<usize>]) {
+    pub(crate) fn mend(&self, damaged: &[BTreeSet<usize>]) {
+        if let Some(care) = &self.care {
+            if !self.bad.is_empty() || damaged.iter().any(|chunks| !chunks.is_empty()) {
+                care.mend(self.rank, damaged);
+            }
+            return;
+        }
         for (copy, chunks) in damaged.iter().enumerate().filter(|(_, chunks)| !chunks.is_empty()) {
             let mended = chunks.iter().try_for_each(|chunk| self.mend_chunk(copy, *chunk));
             self.tell_mended(self.copies[copy].tier, mended);

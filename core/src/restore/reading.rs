@@ -17,10 +17,7 @@ use std::{
     },
 };
 
-use super::{
-    read::{READERS, ReadReport, Restorable, read_chunk, run_on},
-    survey::mark_bad,
-};
+use super::read::{READERS, ReadReport, Restorable, read_chunk, run_on};
 use crate::{
     error::{Error, ErrorKind, Result},
     observe::{add, locked},
@@ -131,11 +128,8 @@ impl Reading {
         if let Some(e) = unanswered {
             return Err(e); // A tier that did not answer may have good bytes: nothing is marked bad.
         }
-        let from = &self.from;
-        if let (true, Some(home)) = (from.marks, from.tiers.last()) {
-            mark_bad(&**home, &from.observer, &from.key, from.rank);
-        }
-        Err(from.lost(&self.sentences()))
+        self.from.mark_lost();
+        Err(self.from.lost(&self.sentences()))
     }
 
     /// Tells what was damaged, once, and mends it.

@@ -329,7 +329,12 @@ impl Arena {
     }
 
     fn put_in_place(&self, slot: &Slot, populated: bool) -> Result<()> {
-        let Some(map) = slot.map() else { return Ok(()) };
+        let Some(map) = slot.map() else {
+            return match populated {
+                true => Ok(()),
+                false => slot.allocate(&self.budget, &|| self.is_open()),
+            };
+        };
         if !populated {
             map.populate(&|| self.is_open())?;
         }
@@ -450,6 +455,43 @@ impl Arena {
             _ => None,
         });
         keys.collect()
+    }
+
+    /// The slots that are ready to be filled or hold something.
+    #[must_use]
+    pub fn ready_slots(&self) -> Vec<Arc<Slot>> {
+        let held = locked(&self.held);
+        held.iter().filter(|h| h.populated).filter_map(|h| h.slot.clone()).collect()
+    }
+
+    /// Every slot that there is.
+    #[must_use]
+    pub fn inodes(&self) -> Vec<u64> {
+        let held = locked(&self.held);
+        held.iter().filter_map(|h| h.slot.as_ref()).map(|slot| slot.inode()).collect()
+    }
+
+    /// Bytes that the slots have room for.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        let held = locked(&self.held);
+        held.iter().filter_map(|h| h.slot.as_ref()).map(|slot| slot.capacity() as u64).sum()
+    }
+
+    /// The free slot with this inode, which somebody was filling when its owner went away.
+    pub fn refill(self: &Arc<Self>, inode: u64) -> Option<Filling> {
+        let mut held = locked(&self.held);
+        let of = |h: &Held| h.slot.as_ref().is_some_and(|slot| slot.inode() == inode);
+        let index = held.iter().position(|h| h.used == Use::Free && of(h))?;
+        let slot = held[index].slot.clone()?;
+        held[index].used = Use::Busy;
+        Some(Filling { arena: self.clone(), index, slot, done: false })
+    }
+
+    /// True where the slot with this inode holds `key`.
+    #[must_use]
+    pub fn has(&self, inode: u64, key: &CheckpointKey) -> bool {
+        self.find(key).is_some_and(|slot| slot.inode() == inode)
     }
 
     /// Gives all memory back. For a run that ended and is durable elsewhere.

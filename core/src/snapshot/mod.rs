@@ -66,6 +66,15 @@ pub(crate) struct Taken {
     replicas: Vec<u32>,
 }
 
+/// What is said of a filled slot.
+pub(crate) struct Described {
+    pub(crate) manifest: Vec<u8>,
+    /// The checksum of each chunk.
+    pub(crate) chunks: Vec<u32>,
+    /// This rank's words about what it holds as others do.
+    pub(crate) words: Option<String>,
+}
+
 impl Snapshot {
     /// Plans the copy of `state`, whose form is `layout`'s.
     ///
@@ -234,8 +243,7 @@ impl Snapshot {
         Taken { chunks: sums.chunks, replicas: whole(sums.parts, tags) }
     }
 
-    /// The shard manifest over the filled slot, and this rank's words about what it holds as others
-    /// do.
+    /// The shard manifest over the filled slot, and what goes with it.
     ///
     /// # Errors
     /// None that a caller can cause.
@@ -244,7 +252,7 @@ impl Snapshot {
         identity: &Identity,
         meta: &Meta,
         taken: Taken,
-    ) -> Result<(Vec<u8>, Option<String>)> {
+    ) -> Result<Described> {
         let crcs = taken.chunks;
         let payload = PayloadInfo {
             file: identity.payload_name(),
@@ -268,7 +276,7 @@ impl Snapshot {
             meta,
         })?;
         let words = replicated.as_ref().map_or_else(|| Some(String::new()), words);
-        Ok((manifest, words))
+        Ok(Described { manifest, chunks: payload.chunks, words })
     }
 }
 

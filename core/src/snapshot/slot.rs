@@ -9,7 +9,7 @@
 
 use std::{
     fs::{File, OpenOptions},
-    os::unix::fs::FileExt,
+    os::unix::fs::{FileExt, MetadataExt},
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
 };
@@ -34,6 +34,7 @@ pub struct Slot {
     map: Option<Arc<SlotMap>>,
     /// Bytes that it has room for, rounded up to pages.
     capacity: usize,
+    inode: u64,
     path: Mutex<PathBuf>,
 }
 
@@ -65,10 +66,11 @@ impl Slot {
         if file.metadata().at("stat", path)?.len() == 0 {
             file.set_len(1).at("set the length of", path)?; // An empty file cannot be mapped.
         }
+        let inode = file.metadata().at("stat", path)?.ino();
         let file = Arc::new(file);
         let map = mapped.then(|| SlotMap::new(file.clone(), len)).transpose()?.map(Arc::new);
         let capacity = padded(usize::try_from(len.max(1)).unwrap_or(usize::MAX));
-        Ok(Self { file, map, capacity, path: Mutex::new(path.into()) })
+        Ok(Self { file, map, capacity, inode, path: Mutex::new(path.into()) })
     }
 
     /// The map to fill it through; `None` where another process does.
@@ -81,6 +83,23 @@ impl Slot {
     #[must_use]
     pub fn capacity(&self) -> usize {
         self.capacity
+    }
+
+    /// What it is called between processes: the same for as long as the file is there, whatever its
+    /// name.
+    #[must_use]
+    pub fn inode(&self) -> u64 {
+        self.inode
+    }
+
+    /// The open file.
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Gives every byte of the file memory: whoever made it may have died in between.
+    pub(super) fn allocate(&self, budget: &Budget, go_on: &dyn Fn() -> bool) -> Result<()> {
+        budget.grow(&self.file, &self.path(), self.file_len()?, go_on)
     }
 
     /// The file's length now.
@@ -100,7 +119,6 @@ impl Slot {
     /// The file's length; `None` where its name has gone or leads to another file: somebody cleaned
     /// up around us.
     pub(super) fn len_at_its_path(&self) -> Option<u64> {
-        use std::os::unix::fs::MetadataExt;
         let ours = self.file.metadata().ok()?;
         let there = std::fs::symlink_metadata(self.path()).ok()?;
         (ours.dev() == there.dev() && ours.ino() == there.ino()).then_some(ours.len())

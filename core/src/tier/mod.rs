@@ -25,7 +25,7 @@
 pub mod buffer;
 pub mod disk;
 pub mod memory;
-mod posix;
+pub(crate) mod posix;
 pub mod publish;
 pub mod wrap;
 
@@ -106,6 +106,10 @@ pub trait Source: Send + Sync {
     /// These bytes where they lie in memory already (tmpfs, the page cache), if they do: then they
     /// need not be copied to be looked at. Others may change them meanwhile, as they may a file.
     fn at_hand(&self, _offset: u64, _len: usize) -> Option<&[u8]> {
+        None
+    }
+    /// The open file, where it is one: to be handed to another process.
+    fn file(&self) -> Option<&std::fs::File> {
         None
     }
 }

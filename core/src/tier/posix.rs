@@ -69,18 +69,7 @@ impl PosixDir {
             }
             other => other.at("open", &path)?,
         };
-        let meta = file.metadata().at("stat", &path)?;
-        if !meta.is_file() {
-            return Err(Error::damaged(path.display().to_string(), "it is not a file"));
-        }
-        Ok(Box::new(PosixSource {
-            file,
-            len: meta.len(),
-            path,
-            direct: OnceLock::new(),
-            may_direct: self.durable,
-            map: OnceLock::new(),
-        }))
+        source(file, path, self.durable)
     }
 
     pub(crate) fn list(&self, dir: &str) -> Result<Vec<Entry>> {
@@ -149,6 +138,16 @@ impl PosixDir {
         }
         Ok(())
     }
+}
+
+/// An open file for reading, whoever opened it. `path` is for messages.
+pub(crate) fn source(file: File, path: PathBuf, may_direct: bool) -> Result<Box<dyn Source>> {
+    let meta = file.metadata().at("stat", &path)?;
+    if !meta.is_file() {
+        return Err(Error::damaged(path.display().to_string(), "it is not a file"));
+    }
+    let (direct, map) = (OnceLock::new(), OnceLock::new());
+    Ok(Box::new(PosixSource { file, len: meta.len(), path, direct, may_direct, map }))
 }
 
 fn same_bytes(there: &dyn Source, payload: &dyn Payload) -> Result<bool> {
@@ -223,6 +222,10 @@ impl Source for PosixSource {
         let begin = usize::try_from(offset).ok()?;
         map.advise_range(memmap2::Advice::PopulateRead, begin, len).ok()?;
         map.get(begin..begin + len)
+    }
+
+    fn file(&self) -> Option<&File> {
+        Some(&self.file)
     }
 
     fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<()> {

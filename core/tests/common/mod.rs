@@ -15,6 +15,7 @@ use tierkeep::{
     begin::Begin,
     checkpointer::{Checkpointer, SaveRequest},
     config::Config,
+    host::{Host, Settings},
     manifest::Meta,
     reader::Reader,
     restore::read::{ReadReport, Restorable},
@@ -37,14 +38,42 @@ pub const ALIKE: usize = 1;
 
 /// Directories of one test: disk and ram apart, both removed at the end.
 pub struct Places {
+    /// First: it ends before its directories go.
+    _hosted: Option<Hosted>,
     disk: tempfile::TempDir,
     ram: tempfile::TempDir,
+}
+
+/// An agent in this process.
+struct Hosted(Arc<Host>);
+
+impl Drop for Hosted {
+    fn drop(&mut self) {
+        self.0.end();
+    }
+}
+
+/// With `TIERKEEP_TEST_HOSTED=1` every rank of a test has an agent: what holds without one holds with.
+fn hosted(ram: &Path) -> Option<Hosted> {
+    std::env::var_os("TIERKEEP_TEST_HOSTED")?;
+    let settings = Settings {
+        socket: ram.join("agent.sock"),
+        ram_root: ram.into(),
+        ram_bytes_max: None,
+        trainers_max: 64,
+        idle: Duration::from_secs(3600),
+    };
+    let (host, listener) = Host::open(settings).expect("an agent");
+    let serving = host.clone();
+    std::thread::spawn(move || serving.serve(&listener).expect("serve"));
+    Some(Hosted(host))
 }
 
 impl Places {
     pub fn new() -> Self {
         let ram = tempfile::Builder::new().prefix("tierkeep-test-").tempdir_in("/dev/shm");
-        Self { disk: tempfile::tempdir().expect("tempdir"), ram: ram.expect("tempdir in /dev/shm") }
+        let ram = ram.expect("tempdir in /dev/shm");
+        Self { _hosted: hosted(ram.path()), disk: tempfile::tempdir().expect("tempdir"), ram }
     }
 
     pub fn destination(&self) -> PathBuf {
@@ -86,6 +115,9 @@ pub fn config(destination: &Path, ram: &Path, rank: u32, world: u32) -> Config {
     config.lock_wait = Duration::from_secs(5);
     config.attempt_wait = Duration::from_secs(20);
     config.slot_wait = Duration::from_secs(5);
+    let socket = ram.join("agent.sock");
+    config.agent =
+        (std::env::var_os("TIERKEEP_TEST_HOSTED").is_some() && socket.exists()).then_some(socket);
     config
 }
 

@@ -1,0 +1,286 @@
+//! Ranks owned for trainers in other processes: what an agent is made of.
+//!
+//! ```text
+//! trainer -socket-> connection -> seat (one rank: its keeper, its slots that are being filled)
+//! ```
+//!
+//! It decides nothing about checkpoints: each rank has a `keeper`, as in a trainer of its own. It owns
+//! who may have which rank, and for how long.
+//!
+//! # Invariants
+//!
+//! - A rank has one keeper. A new trainer of it gets the rank when the one before is known to be dead,
+//!   closed it, or was the same process.
+//! - A keeper outlives its trainer: what is in RAM goes on to disk.
+//! - No memory that a trainer can cut short is ever loaded from.
+//! - A slot that a living trainer may be copying into is given to nobody else.
+
+mod calls;
+mod connection;
+mod hands;
+mod peer;
+mod seat;
+mod tell;
+
+use std::{
+    collections::HashMap,
+    os::unix::net::UnixListener,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+pub use self::seat::RankView;
+use self::{connection::Connection, peer::Peer, seat::Seat};
+use crate::{
+    clock::{Clock, Deadline, SystemClock},
+    config::Config,
+    error::{Doing, Error, Result},
+    keeper::{Ground, Keeper},
+    names::Id,
+    observe::locked,
+    ownership::Ownership,
+    signal::Signal,
+    snapshot::budget::Budget,
+    tier::publish::make_dirs,
+};
+
+/// How an agent is set up.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The socket that trainers find.
+    pub socket: PathBuf,
+    /// The directory of the ram tier, on tmpfs.
+    pub ram_root: PathBuf,
+    /// Limit of all files below it together; `None`: a share of what tmpfs and the control group
+    /// leave.
+    pub ram_bytes_max: Option<u64>,
+    /// Trainers that are connected at once.
+    pub trainers_max: usize,
+    /// A rank whose trainer has been gone for this long, and whose newest checkpoint is on disk,
+    /// gives its memory back.
+    pub idle: Duration,
+}
+
+/// One rank of one run: whoever opens it holds its lock meanwhile.
+type Chair = Arc<Mutex<Option<Arc<Seat>>>>;
+
+/// The ranks that an agent owns.
+#[derive(Debug)]
+pub struct Host {
+    settings: Settings,
+    clock: SystemClock,
+    chairs: Mutex<HashMap<(PathBuf, u32), Chair>>,
+    connected: AtomicUsize,
+    connections: AtomicU64,
+    ending: AtomicBool,
+    changed: Signal,
+    /// One agent a socket, one a ram tier.
+    _locks: [Ownership; 2],
+}
+
+/// How often it is looked for trainers that died unseen, and for ranks that are idle.
+const ROUND: Duration = Duration::from_millis(500);
+
+impl Host {
+    /// Takes the socket's path and the ram tier; nobody is served yet.
+    ///
+    /// # Errors
+    /// Another agent has either, or a directory cannot be used.
+    pub fn open(settings: Settings) -> Result<(Arc<Self>, UnixListener)> {
+        let clock = SystemClock;
+        make_dirs(&settings.ram_root, false)?;
+        let lock =
+            |path: &Path, what: &str| Ownership::take(path, what, Duration::from_secs(5), &clock);
+        let ram = format!("the ram tier at {}", settings.ram_root.display());
+        let beside = settings.socket.with_extension("lock");
+        let locks = [
+            lock(&beside, &format!("the socket {}", settings.socket.display()))?,
+            lock(&settings.ram_root.join(".agent.lock"), &ram)?,
+        ];
+        // What is there is of an agent that is dead: we have its lock.
+        crate::tier::publish::remove(&settings.socket)?;
+        let listener = UnixListener::bind(&settings.socket);
+        let listener = listener.at("listen at", &settings.socket)?;
+        let host = Self {
+            settings,
+            clock,
+            chairs: Mutex::default(),
+            connected: AtomicUsize::new(0),
+            connections: AtomicU64::new(0),
+            ending: AtomicBool::new(false),
+            changed: Signal::default(),
+            _locks: locks,
+        };
+        Ok((Arc::new(host), listener))
+    }
+
+    /// Its settings.
+    #[must_use]
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Serves trainers until [`end`](Self::end).
+    ///
+    /// # Errors
+    /// The socket failed.
+    pub fn serve(self: &Arc<Self>, listener: &UnixListener) -> Result<()> {
+        let socket = &self.settings.socket;
+        listener.set_nonblocking(true).at("set up", socket)?;
+        let host = self.clone();
+        let rounds = std::thread::Builder::new().name("tierkeep-rounds".into());
+        rounds.spawn(move || host.go_round()).doing(|| "start a thread".into())?;
+        while !self.is_ending() {
+            if !peer::readable(listener, ROUND).at("wait at", socket)? {
+                continue;
+            }
+            match listener.accept() {
+                Ok((stream, _)) => self.welcome(stream),
+                // It went away between the two calls.
+                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(e) => {
+                    // Out of descriptors, say: those that are here go on.
+                    tracing::error!("a trainer could not be let in: {e}");
+                    self.clock.pause(ROUND);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn welcome(self: &Arc<Self>, stream: std::os::unix::net::UnixStream) {
+        let before = self.connected.fetch_add(1, Ordering::AcqRel);
+        let id = self.connections.fetch_add(1, Ordering::AcqRel) + 1;
+        let host = self.clone();
+        let full = before >= self.settings.trainers_max;
+        let serve = move || {
+            match Connection::new(host.clone(), id, stream) {
+                Ok(connection) if full => connection.refuse(&Error::Io {
+                    what: format!("serve more than {before} trainers (trainers_max)"),
+                    source: std::io::ErrorKind::QuotaExceeded.into(),
+                }),
+                Ok(connection) => connection.run(),
+                Err(e) => tracing::warn!("a trainer was not let in: {}", e.chain()),
+            }
+            host.connected.fetch_sub(1, Ordering::AcqRel);
+        };
+        let spawned = std::thread::Builder::new().name("tierkeep-trainer".into()).spawn(serve);
+        if let Err(e) = spawned {
+            self.connected.fetch_sub(1, Ordering::AcqRel);
+            tracing::error!("no thread for a trainer: {e}");
+        }
+    }
+
+    /// Looks after ranks that have nobody.
+    fn go_round(&self) {
+        while !self.is_ending() {
+            let seen = self.changed.seen();
+            for (place, chair) in self.chairs() {
+                // Somebody is opening it: then it has somebody.
+                let Ok(mut taken) = chair.try_lock() else { continue };
+                let Some(seat) = taken.as_ref() else { continue };
+                seat.look_for_death(&self.clock);
+                if seat.is_done(&self.clock, self.settings.idle) {
+                    tracing::info!("{} gives its memory back", seat.name());
+                    seat.end(true);
+                    *taken = None;
+                    drop(taken);
+                    self.forget(&place, &chair);
+                }
+            }
+            self.changed.wait(seen, ROUND);
+        }
+    }
+
+    fn chairs(&self) -> Vec<((PathBuf, u32), Chair)> {
+        locked(&self.chairs).iter().map(|(place, chair)| (place.clone(), chair.clone())).collect()
+    }
+
+    /// Removes an empty chair, unless somebody is at it.
+    fn forget(&self, place: &(PathBuf, u32), chair: &Chair) {
+        let mut chairs = locked(&self.chairs);
+        // One in the table, one in the caller's hands.
+        if Arc::strong_count(chair) <= 2 && chair.try_lock().is_ok_and(|taken| taken.is_none()) {
+            chairs.remove(place);
+        }
+    }
+
+    /// The chair of a rank.
+    fn chair(&self, config: &Config) -> Chair {
+        let real = crate::config::real(&config.destination);
+        locked(&self.chairs).entry((real, config.rank)).or_default().clone()
+    }
+
+    /// A keeper for a rank that nobody here owns.
+    fn keeper(&self, config: Config, start: Id, nonce: Id) -> Result<Keeper> {
+        let budget = Budget::open(&self.settings.ram_root, self.settings.ram_bytes_max)?;
+        let ground = Ground::Agent { budget, start, nonce };
+        // Whoever had the rank here has left its chair.
+        Keeper::open(config, ground, &|tier| tier, &|_| Ok(()))
+    }
+
+    /// Waits until the trainer of `seat` is dead, for as long as the newcomer is ready to wait.
+    fn wait_for_death(&self, seat: &Seat, newcomer: &Peer, wait: Duration) -> Result<()> {
+        let deadline = Deadline::after(&self.clock, wait);
+        loop {
+            seat.look_for_death(&self.clock);
+            let Some(pid) = seat.trainer().filter(|pid| *pid != newcomer.pid) else {
+                return Ok(());
+            };
+            if self.is_ending() || deadline.left(&self.clock).is_none() {
+                return Err(Error::Fenced {
+                    why: format!(
+                        "{} is owned by live process {pid}: stop that process, or give this one \
+                         another rank or destination",
+                        seat.name()
+                    ),
+                });
+            }
+            self.clock.pause(Duration::from_millis(20));
+        }
+    }
+
+    /// What it owns, for people.
+    #[must_use]
+    pub fn ranks(&self) -> Vec<RankView> {
+        let seats = self.chairs().into_iter().filter_map(|(_, chair)| {
+            let taken = chair.try_lock().ok()?;
+            taken.clone()
+        });
+        let mut views: Vec<RankView> = seats.map(|seat| seat.view(&self.clock)).collect();
+        views.sort_by(|a, b| (&a.destination, a.rank).cmp(&(&b.destination, b.rank)));
+        views
+    }
+
+    /// Bytes of all files of the ram tier, and the limit in force.
+    ///
+    /// # Errors
+    /// The file system did not answer.
+    pub fn memory(&self) -> Result<(u64, u64)> {
+        let budget = Budget::open(&self.settings.ram_root, self.settings.ram_bytes_max)?;
+        let used = budget.used()?;
+        Ok((used, budget.limit(used)?.0))
+    }
+
+    /// No more trainers are let in, and those that are connected are let go. What is in RAM stays
+    /// there for the next agent; a step that is on its way to disk begins anew.
+    pub fn end(&self) {
+        self.ending.store(true, Ordering::Release);
+        self.changed.notify();
+        for (_, chair) in self.chairs() {
+            let seat = chair.try_lock().ok().and_then(|taken| taken.clone());
+            if let Some(seat) = seat {
+                seat.end(false);
+            }
+        }
+    }
+
+    fn is_ending(&self) -> bool {
+        self.ending.load(Ordering::Acquire)
+    }
+}

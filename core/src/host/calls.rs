@@ -1,0 +1,349 @@
+//! What a trainer asks, answered.
+//!
+//! # Invariants
+//!
+//! - Whatever a trainer says about lengths, slots and names is checked before it is acted on.
+//! - A question that is asked again, because its answer was lost, has the same effect once.
+
+use std::{collections::BTreeSet, os::fd::OwnedFd, sync::Arc, time::Duration};
+
+use tierkeep_proto::trainer::{self as wire, reply::Answer, request::Call};
+
+use super::{
+    connection::Connection,
+    seat::{InHand, Seat},
+};
+use crate::{
+    attempt::AttemptRecord,
+    cascade::Cascade,
+    chunk::{CHUNK_BYTES, chunk_count},
+    clock::Deadline,
+    error::{Doing, Error, Result},
+    manifest::Identity,
+    names::{CheckpointKey, Rank, Step},
+    owner::Filled,
+    passing::FDS_MAX,
+    reader::Reader,
+    snapshot::{Described, slot::Slot},
+    tier::Tier,
+    wire::convert,
+};
+
+type Answered = Result<(Answer, Vec<OwnedFd>)>;
+
+/// How long a trainer's question for slots waits for one to be ready.
+const SLOTS_WAIT: Duration = Duration::from_secs(30);
+
+fn done() -> Answered {
+    Ok((Answer::Done(wire::Done {}), Vec::new()))
+}
+
+impl Connection {
+    pub(super) fn call(self: &Arc<Self>, id: u64, call: Call) -> Answered {
+        match call {
+            Call::Hello(_) => Err(Error::invalid("it has greeted already")),
+            Call::Interrupt(_) => done(), // Heard as it came.
+            Call::Open(open) => self.open(&open),
+            other => {
+                let seat = self.seat().ok_or_else(|| Error::invalid("no rank is opened"))?;
+                self.call_on(&seat, id, other)
+            }
+        }
+    }
+
+    fn call_on(self: &Arc<Self>, seat: &Arc<Seat>, id: u64, call: Call) -> Answered {
+        let keeper = &seat.keeper;
+        match call {
+            Call::Begin(how) => self.begin(seat, &how),
+            Call::Prepare(prepare) => keeper.prepare(prepare.bytes).and_then(|()| done()),
+            Call::Slots(_) => self.slots(seat),
+            Call::Lease(lease) => self.lease(seat, id, &lease),
+            Call::Publish(publish) => self.publish(seat, publish),
+            Call::Abandon(abandon) => {
+                drop(seat.take_back(abandon.slot, None));
+                done()
+            }
+            Call::Follow(follow) => {
+                let (_, cascade) = running(seat)?;
+                cascade.follow(&seat.follow_save(follow.step));
+                done()
+            }
+            Call::Stop(stop) => {
+                let step = running(seat)?.1.agreements().stop(stop.wish)?;
+                Ok((Answer::Stopping(wire::Stopping { step }), Vec::new()))
+            }
+            Call::StopAfter(stop) => {
+                running(seat)?.1.stop_after(stop.step);
+                done()
+            }
+            Call::Init(init) => {
+                let text = running(seat)?.1.agreements().init(&init.wish)?;
+                Ok((Answer::Text(wire::Text { text }), Vec::new()))
+            }
+            Call::List(list) => {
+                let entries = tier(seat, list.tier)?.list(&list.dir)?.into_iter();
+                let entry = |e: crate::tier::Entry| wire::Entry { name: e.name, is_dir: e.is_dir };
+                let entries = entries.map(entry).collect();
+                Ok((Answer::Entries(wire::Entries { entries }), Vec::new()))
+            }
+            Call::Read(read) => {
+                let source = tier(seat, read.tier)?.open(&read.name)?;
+                let file = source.file().ok_or_else(|| Error::Bug("a file without one".into()))?;
+                let fd = file.try_clone().doing(|| format!("hand out {}", read.name))?;
+                Ok((Answer::Found(wire::Found { len: source.len() }), vec![fd.into()]))
+            }
+            Call::Mend(mend) => mend_shard(seat, &mend),
+            Call::Pin(pin) => {
+                Reader::of(keeper.tiers()).pin(Step(pin.step), None, pin.pinned)?;
+                done()
+            }
+            Call::Close(close) => self.close(seat, &close),
+            Call::Hello(_) | Call::Open(_) | Call::Interrupt(_) => {
+                Err(Error::Bug("a question in the wrong place".into()))
+            }
+        }
+    }
+
+    fn open(self: &Arc<Self>, open: &wire::Open) -> Answered {
+        if self.seat().is_some() {
+            return Err(Error::invalid("it has a rank already"));
+        }
+        let host = &self.host;
+        let config = convert::config(open, host.settings.ram_root.clone())?;
+        let (start, nonce) = (convert::id(&open.start)?, convert::id(&open.nonce)?);
+        let chair = host.chair(&config);
+        let mut taken = crate::observe::locked(&chair);
+        let mut lost = Vec::new();
+        let there = taken.as_ref().filter(|seat| seat.keeper.place.nonce == nonce).cloned();
+        let seat = match (there, &open.back) {
+            (Some(seat), Some(back)) => {
+                seat.come_back(self.id, self.peer.clone(), back);
+                seat
+            }
+            _ => {
+                if let Some(old) = taken.take() {
+                    if let Err(e) = host.wait_for_death(&old, &self.peer, config.lock_wait) {
+                        *taken = Some(old);
+                        return Err(e);
+                    }
+                    old.end(false);
+                }
+                let keeper = host.keeper(config, start, nonce)?;
+                let seat = Arc::new(Seat::new(keeper, self.id, self.peer.clone()));
+                if let Some(back) = &open.back {
+                    lost = go_on(&seat, self, back)?;
+                }
+                *taken = Some(seat.clone());
+                seat
+            }
+        };
+        if host.is_ending() || self.is_over() {
+            return Err(Error::Fenced { why: "the agent is ending".into() });
+        }
+        drop(taken);
+        self.sit_down(seat.clone());
+        let place = &seat.keeper.place;
+        let opened = wire::Opened {
+            ram_dir: os_bytes(&place.config.ram_dir()),
+            ram_address: place.ram.address(),
+            disk_address: place.disk.address(),
+            busy: is_busy(&seat),
+            lost,
+        };
+        Ok((Answer::Opened(opened), Vec::new()))
+    }
+
+    fn begin(&self, seat: &Seat, how: &wire::Begin) -> Answered {
+        let quiet = || Ok(()); // The trainer was, before it asked.
+        let found =
+            seat.keeper.begin(&convert::how_to_begin(how), &quiet, &|| seat.forget_saves())?;
+        let (record, _) = running(seat)?;
+        let begun = wire::Begun {
+            record: convert::record_bytes(&record)?,
+            shard: found.as_ref().map(convert::shard),
+            busy: is_busy(seat),
+            decisions: seat.keeper.decisions(),
+        };
+        seat.set_shard(found);
+        Ok((Answer::Begun(begun), Vec::new()))
+    }
+
+    /// Slots that the trainer has not mapped, so that it can before the first save.
+    fn slots(&self, seat: &Seat) -> Answered {
+        let place = &seat.keeper.place;
+        let deadline = Deadline::after(&self.host.clock, SLOTS_WAIT);
+        loop {
+            let seen = place.signal.seen();
+            // Asked before the slots: what is made in between is found.
+            let more = seat.keeper.is_preparing();
+            let slots = seat.unmapped(FDS_MAX);
+            if slots.is_empty() && more && !self.is_over() {
+                if let Some(left) = deadline.left(&self.host.clock) {
+                    place.signal.wait(seen, left.min(Duration::from_millis(50)));
+                    continue;
+                }
+            }
+            let more = more || slots.len() == FDS_MAX;
+            let fds = slots.iter().map(|slot| descriptor(slot)).collect::<Result<_>>()?;
+            let slots = slots.iter().map(|slot| slot.inode()).collect();
+            return Ok((Answer::Mapped(wire::Mapped { slots, more }), fds));
+        }
+    }
+
+    fn lease(&self, seat: &Seat, id: u64, lease: &wire::Lease) -> Answered {
+        let (_, cascade) = running(seat)?;
+        if lease.bytes == 0 {
+            return Err(Error::invalid("a payload of no bytes"));
+        }
+        let save = seat.follow_save(lease.step);
+        cascade.mark_due(&save);
+        let interrupted = || self.is_interrupted(id);
+        let (bytes, skip) = (lease.bytes, lease.skip_if_busy);
+        let filling = seat.keeper.lease(&save, bytes, skip, Some(&interrupted), &cascade)?;
+        let Some(filling) = filling else {
+            let skipped = save.progress().skipped.unwrap_or_default();
+            return Ok((Answer::Leased(wire::Leased { slot: 0, skipped }), Vec::new()));
+        };
+        let slot = filling.slot().clone();
+        let mapped = seat.hand_out(self.id, InHand { filling, cascade, save })?;
+        let fds = if mapped { Vec::new() } else { vec![descriptor(&slot)?] };
+        let leased = wire::Leased { slot: slot.inode(), skipped: String::new() };
+        Ok((Answer::Leased(leased), fds))
+    }
+
+    fn publish(&self, seat: &Seat, publish: wire::Publish) -> Answered {
+        let wire::Publish { slot, step, bytes, chunks, manifest, words } = publish;
+        let (record, _) = running(seat)?;
+        let Some(in_hand) = seat.take_back(slot, Some(step)) else {
+            let key = CheckpointKey::new(Step(step), &record.attempt);
+            if seat.keeper.place.arena.has(slot, &key) {
+                return done(); // The answer was lost.
+            }
+            return Err(Error::invalid(format!(
+                "slot {slot} is not being filled with step {step}"
+            )));
+        };
+        let InHand { filling, cascade, save } = in_hand;
+        let file = filling.slot();
+        if bytes > file.capacity() as u64 || chunks.len() as u64 != chunk_count(bytes, CHUNK_BYTES)
+        {
+            return Err(Error::invalid(format!(
+                "step {step}: {bytes} bytes and {} checksums for a slot of {}",
+                chunks.len(),
+                file.capacity()
+            )));
+        }
+        if file.file_len()? != bytes {
+            return Err(Error::damaged(
+                format!("the slot of step {step}"),
+                "its length was changed",
+            ));
+        }
+        let config = &seat.keeper.place.config;
+        // Whoever publishes another attempt's shard is told by its name: the record is the cascade's.
+        let identity = Identity {
+            run_id: record.run_id,
+            attempt: cascade.attempt(),
+            writer: seat.keeper.place.nonce,
+            step,
+            rank: config.rank,
+            savers: config.savers.clone(),
+        };
+        let described = Described { manifest, chunks, words };
+        let filled = Filled { identity, len: bytes, described, save };
+        seat.keeper.publish(filling, filled, &cascade)?;
+        done()
+    }
+
+    fn close(&self, seat: &Arc<Seat>, close: &wire::Close) -> Answered {
+        let config = seat.keeper.place.config.clone();
+        if let Some((_, cascade)) = seat.keeper.running() {
+            cascade.fail_steps(&close.failed);
+        }
+        seat.died(&self.host.clock);
+        if close.clean {
+            let chair = self.host.chair(&config);
+            let mut taken = crate::observe::locked(&chair);
+            if taken.as_ref().is_some_and(|there| Arc::ptr_eq(there, seat)) {
+                seat.end(true);
+                *taken = None;
+            }
+            drop(taken);
+            self.host.forget(&(crate::config::real(&config.destination), config.rank), &chair);
+        }
+        done()
+    }
+}
+
+fn running(seat: &Seat) -> Result<(AttemptRecord, Arc<Cascade>)> {
+    seat.keeper.check_open(true)?;
+    seat.keeper.running().ok_or_else(|| Error::invalid("no attempt has begun"))
+}
+
+pub(super) fn is_busy(seat: &Seat) -> bool {
+    seat.keeper.running().is_some_and(|(_, cascade)| cascade.is_busy())
+}
+
+fn tier(seat: &Seat, said: i32) -> Result<Arc<dyn Tier>> {
+    let kind = convert::tier_kind(said)?;
+    let tier = seat.keeper.tiers().into_iter().find(|tier| tier.kind() == kind);
+    tier.ok_or_else(|| Error::Bug(format!("no {kind} tier")))
+}
+
+fn descriptor(slot: &Slot) -> Result<OwnedFd> {
+    Ok(slot.file().try_clone().doing(|| "hand out a slot".into())?.into())
+}
+
+fn os_bytes(path: &std::path::Path) -> Vec<u8> {
+    use std::os::unix::ffi::OsStrExt;
+    path.as_os_str().as_bytes().to_vec()
+}
+
+/// A trainer whose agent is gone goes on here; the slots it was filling that are no more.
+fn go_on(seat: &Arc<Seat>, connection: &Connection, back: &wire::Back) -> Result<Vec<u64>> {
+    let all = || back.filling.iter().map(|filling| filling.slot).collect();
+    if back.record.is_empty() {
+        return Ok(all());
+    }
+    seat.keeper.go_on(&convert::record_of(&back.record)?, back.decisions)?;
+    seat.come_back(connection.id, connection.peer.clone(), back);
+    let lost = seat.take_in_hand(&back.filling);
+    let (_, cascade) = running(seat)?;
+    if let Some(step) = back.stop_after {
+        cascade.stop_after(step);
+    }
+    let filled: BTreeSet<u64> = back.filling.iter().map(|filling| filling.step).collect();
+    for step in &back.saves {
+        let published = seat.keeper.place.arena.holds().iter().any(|key| key.step.0 == *step);
+        if published || !filled.contains(step) {
+            seat.keeper.take_up(&seat.follow_save(*step), &cascade)?;
+        }
+    }
+    Ok(lost)
+}
+
+/// What the trainer found damaged is mended from what is good; it says where, the bytes are ours.
+fn mend_shard(seat: &Seat, mend: &wire::Mend) -> Answered {
+    let shard = seat.shard().ok_or_else(|| Error::invalid("nothing was restored"))?;
+    let rank = Rank(mend.rank);
+    let all = std::iter::once(&shard).chain(&shard.others);
+    let found = all.into_iter().find(|shard| shard.rank == rank);
+    let found = found.ok_or_else(|| Error::invalid(format!("{rank} was not restored")))?;
+    if mend.lost {
+        found.mark_lost();
+        return done();
+    }
+    if !found.mends {
+        return done();
+    }
+    let mut damaged = vec![BTreeSet::new(); found.copies.len()];
+    for wire::Damage { copy, chunks } in &mend.damage {
+        let index = usize::try_from(*copy).unwrap_or(usize::MAX);
+        let Some(bad) = damaged.get_mut(index) else { continue };
+        let count = found.copies[index].manifest.payload.chunks.len();
+        let chunks = chunks.iter().filter_map(|chunk| usize::try_from(*chunk).ok());
+        bad.extend(chunks.filter(|chunk| *chunk < count));
+    }
+    found.mend(&damaged);
+    done()
+}

@@ -1,0 +1,92 @@
+//! Who is at the other end of a socket, and whether that process lives.
+
+use std::{
+    io,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    time::Duration,
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    process::{PidfdFlags, pidfd_open},
+};
+
+/// A process that connected.
+#[derive(Debug)]
+pub(super) struct Peer {
+    /// 0 where it is in another pid namespace, which we cannot see into.
+    pub(super) pid: u32,
+    pub(super) uid: u32,
+    /// Readable once the process is dead; a number can be given to another one.
+    pidfd: Option<OwnedFd>,
+}
+
+impl Peer {
+    pub(super) fn of(socket: &UnixStream) -> io::Result<Self> {
+        let creds = rustix::net::sockopt::socket_peercred(socket)?;
+        let pidfd = pidfd_open(creds.pid, PidfdFlags::empty()).ok();
+        let pid = creds.pid.as_raw_nonzero().get().unsigned_abs();
+        Ok(Self { pid, uid: creds.uid.as_raw(), pidfd })
+    }
+
+    pub(super) fn pidfd(&self) -> Option<BorrowedFd<'_>> {
+        self.pidfd.as_ref().map(AsFd::as_fd)
+    }
+
+    /// Whether the process is dead; `None` where nothing can tell.
+    pub(super) fn is_dead(&self) -> Option<bool> {
+        let fd = self.pidfd()?;
+        readable(fd, Duration::ZERO).ok()
+    }
+}
+
+fn timespec(time: Duration) -> Timespec {
+    Timespec {
+        tv_sec: i64::try_from(time.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: i64::from(time.subsec_nanos()),
+    }
+}
+
+/// Waits up to `timeout` until there is something to read.
+pub(super) fn readable(fd: impl AsFd, timeout: Duration) -> io::Result<bool> {
+    let mut fds = [PollFd::new(&fd, PollFlags::IN)];
+    match poll(&mut fds, Some(&timespec(timeout))) {
+        Err(rustix::io::Errno::INTR) => Ok(false),
+        other => Ok(other? > 0),
+    }
+}
+
+/// What a thread that serves a trainer waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Came {
+    /// Something to read, or the end of it.
+    Bytes,
+    /// Nothing, for a while.
+    Nothing,
+    /// The process is dead, whoever still has the socket open (a data loader's fork).
+    Death,
+}
+
+/// Waits for bytes or death, up to `timeout`.
+pub(super) fn wait(socket: &UnixStream, peer: &Peer, timeout: Duration) -> io::Result<Came> {
+    loop {
+        let pidfd = peer.pidfd();
+        let mut fds = vec![PollFd::new(socket, PollFlags::IN)];
+        fds.extend(pidfd.as_ref().map(|fd| PollFd::new(fd, PollFlags::IN)));
+        match poll(&mut fds, Some(&timespec(timeout))) {
+            Err(rustix::io::Errno::INTR) => continue,
+            Ok(0) => return Ok(Came::Nothing),
+            other => other?,
+        };
+        // What it said before it died is heard first.
+        if !fds[0].revents().is_empty() {
+            return Ok(Came::Bytes);
+        }
+        if fds.len() > 1 && !fds[1].revents().is_empty() {
+            return Ok(Came::Death);
+        }
+    }
+}

@@ -1,0 +1,346 @@
+//! One rank in an agent: its keeper, and what its trainer has in its hands.
+//!
+//! # Invariants
+//!
+//! - A slot that is being filled is busy until it is published, given back, or its trainer is dead.
+//! - What a trainer says is answered by the connection that speaks for it: an older one that hangs on
+//!   changes nothing any more.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    path::PathBuf,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use tierkeep_proto::trainer as wire;
+
+use super::peer::Peer;
+use crate::{
+    cascade::Cascade,
+    clock::Clock,
+    error::{Error, Result},
+    keeper::Keeper,
+    names::Step,
+    observe::locked,
+    restore::read::Restorable,
+    save::Save,
+    snapshot::arena::Filling,
+};
+
+/// A slot in a trainer's hands.
+pub(super) struct InHand {
+    pub(super) filling: Filling,
+    pub(super) cascade: Arc<Cascade>,
+    pub(super) save: Save,
+}
+
+/// Whether there is somebody who trains.
+enum Trainer {
+    /// It spoke through this connection last.
+    Alive { connection: u64, peer: Arc<Peer>, hung_up: Option<Duration> },
+    /// Since then.
+    Gone { since: Duration },
+}
+
+struct State {
+    trainer: Trainer,
+    in_hand: HashMap<u64, InHand>,
+    /// Slots that the trainer has mapped.
+    mapped: HashSet<u64>,
+    saves: BTreeMap<u64, Save>,
+    shard: Option<Restorable>,
+}
+
+/// One rank.
+pub(super) struct Seat {
+    pub(super) keeper: Arc<Keeper>,
+    pub(super) uid: u32,
+    state: Mutex<State>,
+    /// Counts that were told.
+    pub(super) told: Mutex<wire::Counts>,
+}
+
+impl std::fmt::Debug for Seat {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Seat").field("name", &self.name()).finish_non_exhaustive()
+    }
+}
+
+/// A rank as people see it.
+#[derive(Clone, Debug)]
+pub struct RankView {
+    /// The run's directory.
+    pub destination: PathBuf,
+    /// Which rank of it.
+    pub rank: u32,
+    /// How many the job has.
+    pub world: u32,
+    /// Whose it is.
+    pub uid: u32,
+    /// The process that trains; `None`: it is gone.
+    pub pid: Option<u32>,
+    /// For how long it has been gone.
+    pub gone: Option<Duration>,
+    /// The attempt, once begun.
+    pub attempt: Option<u32>,
+    /// The newest step that is complete in RAM.
+    pub in_ram: Option<u64>,
+    /// The newest step that this owner saw sealed on disk.
+    pub on_disk: Option<u64>,
+    /// The step that is on its way to disk.
+    pub carrying: Option<u64>,
+    /// Bytes of its slots.
+    pub slot_bytes: u64,
+    /// Why nothing goes to disk, where that is so.
+    pub trouble: Option<String>,
+}
+
+/// A trainer whose death nothing can tell (it is in another pid namespace) counts as dead when it has
+/// hung up for this long: its agent's end of the socket is closed by the kernel, so it would be back.
+const UNSEEN: Duration = Duration::from_secs(60);
+
+/// The newest saves that are passed on to a trainer.
+const SAVES_KEPT: usize = 64;
+
+impl Seat {
+    pub(super) fn new(keeper: Keeper, connection: u64, peer: Arc<Peer>) -> Self {
+        let uid = peer.uid;
+        let state = State {
+            trainer: Trainer::Alive { connection, peer, hung_up: None },
+            in_hand: HashMap::new(),
+            mapped: HashSet::new(),
+            saves: BTreeMap::new(),
+            shard: None,
+        };
+        let (state, told) = (Mutex::new(state), Mutex::default());
+        Self { keeper: Arc::new(keeper), uid, state, told }
+    }
+
+    /// `rank 3 of /ckpt/run`, for people.
+    pub(super) fn name(&self) -> String {
+        let config = &self.keeper.place.config;
+        format!("rank {} of {}", config.rank, config.destination.display())
+    }
+
+    /// The process that trains, as far as anybody knows.
+    pub(super) fn trainer(&self) -> Option<u32> {
+        match &locked(&self.state).trainer {
+            Trainer::Alive { peer, .. } => Some(peer.pid),
+            Trainer::Gone { .. } => None,
+        }
+    }
+
+    /// The same trainer is back, through another connection.
+    pub(super) fn come_back(&self, connection: u64, peer: Arc<Peer>, back: &wire::Back) {
+        let mut state = locked(&self.state);
+        state.trainer = Trainer::Alive { connection, peer, hung_up: None };
+        state.mapped = back.mapped.iter().copied().collect();
+        // A slot whose answer was lost: the trainer does not know that it has it.
+        let known: HashSet<u64> = back.filling.iter().map(|f| f.slot).collect();
+        let unknown: Vec<u64> =
+            state.in_hand.keys().filter(|slot| !known.contains(slot)).copied().collect();
+        let dropped: Vec<_> = unknown.iter().filter_map(|s| state.in_hand.remove(s)).collect();
+        drop(state);
+        drop(dropped); // Each tells the arena.
+    }
+
+    /// The slots that a trainer of an agent that is gone is filling; those that are no more.
+    pub(super) fn take_in_hand(&self, filling: &[wire::Filling]) -> Vec<u64> {
+        let mut lost = Vec::new();
+        for wire::Filling { slot, step } in filling {
+            if locked(&self.state).in_hand.contains_key(slot) {
+                continue;
+            }
+            let Some((record, cascade)) = self.keeper.running() else {
+                lost.push(*slot);
+                continue;
+            };
+            let key = crate::names::CheckpointKey::new(Step(*step), &record.attempt);
+            if self.keeper.place.arena.has(*slot, &key) {
+                continue; // Published: only the answer was lost.
+            }
+            match self.keeper.place.arena.refill(*slot) {
+                Some(filling) => {
+                    let save = self.follow_save(*step);
+                    let in_hand = InHand { filling, cascade, save };
+                    locked(&self.state).in_hand.insert(*slot, in_hand);
+                }
+                None => lost.push(*slot),
+            }
+        }
+        lost
+    }
+
+    /// The connection has ended. `dead`: so has the process.
+    pub(super) fn hung_up(&self, id: u64, dead: bool, clock: &dyn Clock) {
+        let mut state = locked(&self.state);
+        match &mut state.trainer {
+            Trainer::Alive { connection, hung_up, .. } if *connection == id => {
+                hung_up.get_or_insert(clock.monotonic());
+            }
+            _ => return,
+        }
+        drop(state);
+        if dead {
+            self.died(clock);
+        }
+    }
+
+    /// Whether the trainer has died unseen.
+    pub(super) fn look_for_death(&self, clock: &dyn Clock) {
+        let dead = match &locked(&self.state).trainer {
+            Trainer::Gone { .. } => return,
+            Trainer::Alive { peer, hung_up, .. } => peer.is_dead().unwrap_or_else(|| {
+                hung_up.is_some_and(|since| clock.monotonic().saturating_sub(since) > UNSEEN)
+            }),
+        };
+        if dead {
+            self.died(clock);
+        }
+    }
+
+    /// Nobody trains any more: what was being filled is of no use, what was published goes on.
+    pub(super) fn died(&self, clock: &dyn Clock) {
+        let mut state = locked(&self.state);
+        state.trainer = Trainer::Gone { since: clock.monotonic() };
+        let in_hand = std::mem::take(&mut state.in_hand);
+        state.mapped.clear();
+        state.shard = None;
+        drop(state);
+        let count = in_hand.len();
+        drop(in_hand);
+        self.keeper.end_start();
+        self.keeper.place.signal.notify();
+        tracing::info!(
+            "the trainer of {} is gone{}",
+            self.name(),
+            if count > 0 { ", in the middle of a copy" } else { "" }
+        );
+    }
+
+    /// True where nobody has trained for `idle` and nothing would be lost with its memory.
+    pub(super) fn is_done(&self, clock: &dyn Clock, idle: Duration) -> bool {
+        let since = match &locked(&self.state).trainer {
+            Trainer::Gone { since } => *since,
+            Trainer::Alive { .. } => return false,
+        };
+        if clock.monotonic().saturating_sub(since) < idle {
+            return false;
+        }
+        let Some((_, cascade)) = self.keeper.running() else { return true };
+        !cascade.is_busy() && (cascade.is_durable() || cascade.is_fenced())
+    }
+
+    /// Ends the keeper. `clean`: memory goes back where the newest checkpoint is durable.
+    pub(super) fn end(&self, clean: bool) {
+        let in_hand = std::mem::take(&mut locked(&self.state).in_hand);
+        self.keeper.shut(clean, &Vec::new);
+        drop(in_hand);
+    }
+
+    /// The save of a step, passed on to the trainer from here on.
+    pub(super) fn follow_save(&self, step: u64) -> Save {
+        let save = Save::told_by(step, self.keeper.place.signal.clone());
+        let mut state = locked(&self.state);
+        state.saves.insert(step, save.clone());
+        while state.saves.len() > SAVES_KEPT {
+            state.saves.pop_first();
+        }
+        save
+    }
+
+    pub(super) fn saves(&self) -> Vec<Save> {
+        locked(&self.state).saves.values().cloned().collect()
+    }
+
+    pub(super) fn forget_saves(&self) {
+        locked(&self.state).saves.clear();
+    }
+
+    /// The trainer has the slot; true where it had it mapped already. An error: that connection
+    /// speaks for nobody any more.
+    pub(super) fn hand_out(&self, connection: u64, in_hand: InHand) -> Result<bool> {
+        let inode = in_hand.filling.slot().inode();
+        let mut state = locked(&self.state);
+        if !state.speaks(connection) {
+            drop(state);
+            drop(in_hand);
+            return Err(Error::Fenced { why: "the trainer has gone".into() });
+        }
+        let mapped = !state.mapped.insert(inode);
+        state.in_hand.insert(inode, in_hand);
+        Ok(mapped)
+    }
+
+    /// The slot comes back, filled or not.
+    pub(super) fn take_back(&self, slot: u64, step: Option<u64>) -> Option<InHand> {
+        let mut state = locked(&self.state);
+        let of_step = |h: &InHand| step.is_none_or(|step| h.save.step() == step);
+        state.in_hand.get(&slot).filter(|h| of_step(h))?;
+        state.in_hand.remove(&slot)
+    }
+
+    /// Slots that the trainer has not mapped; it does from here on.
+    pub(super) fn unmapped(&self, most: usize) -> Vec<Arc<crate::snapshot::slot::Slot>> {
+        let ready = self.keeper.place.arena.ready_slots();
+        let mut state = locked(&self.state);
+        let new = ready.into_iter().filter(|slot| !state.mapped.contains(&slot.inode()));
+        let new: Vec<_> = new.take(most).collect();
+        state.mapped.extend(new.iter().map(|slot| slot.inode()));
+        new
+    }
+
+    /// Slots that the trainer has mapped and that are no more.
+    pub(super) fn gone(&self) -> Vec<u64> {
+        let mut state = locked(&self.state);
+        if state.mapped.is_empty() {
+            return Vec::new();
+        }
+        let here = self.keeper.place.arena.inodes();
+        let gone: Vec<u64> = state.mapped.iter().filter(|s| !here.contains(s)).copied().collect();
+        for slot in &gone {
+            state.mapped.remove(slot);
+        }
+        gone
+    }
+
+    pub(super) fn set_shard(&self, shard: Option<Restorable>) {
+        locked(&self.state).shard = shard;
+    }
+
+    pub(super) fn shard(&self) -> Option<Restorable> {
+        locked(&self.state).shard.clone()
+    }
+
+    /// For people.
+    pub(super) fn view(&self, clock: &dyn Clock) -> RankView {
+        let (pid, gone) = match &locked(&self.state).trainer {
+            Trainer::Alive { peer, .. } => (Some(peer.pid), None),
+            Trainer::Gone { since } => (None, Some(clock.monotonic().saturating_sub(*since))),
+        };
+        let config = &self.keeper.place.config;
+        let running = self.keeper.running();
+        let cascade = running.as_ref().map(|(_, cascade)| cascade);
+        RankView {
+            destination: config.destination.clone(),
+            rank: config.rank,
+            world: config.world,
+            uid: self.uid,
+            pid,
+            gone,
+            attempt: running.as_ref().map(|(record, _)| record.attempt.number),
+            in_ram: cascade.and_then(|c| c.newest()).map(|key| key.step.0),
+            on_disk: cascade.and_then(|c| c.sealed()),
+            carrying: cascade.and_then(|c| c.carrying()),
+            slot_bytes: self.keeper.place.arena.bytes(),
+            trouble: cascade.and_then(|c| c.trouble()),
+        }
+    }
+}
+
+impl State {
+    fn speaks(&self, id: u64) -> bool {
+        matches!(self.trainer, Trainer::Alive { connection, .. } if connection == id)
+    }
+}

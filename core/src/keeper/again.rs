@@ -1,0 +1,89 @@
+//! An attempt that goes on under a new owner: the agent that began it is gone, the trainer is not.
+//!
+//! # Invariants
+//!
+//! - Nothing is decided anew: the record stands, the claim is the same writer's.
+//! - What lies in RAM of this attempt is carried on, checked on its way.
+//! - A save is told a level only where that level is seen or recorded.
+
+use super::Keeper;
+use crate::{
+    attempt,
+    cascade::{Cascade, Shard},
+    commit::{Listing, read_manifest},
+    error::{Error, Result},
+    names::{CheckpointKey, Rank},
+    observe::locked,
+    save::Save,
+    snapshot::slot::SlotPayload,
+};
+
+impl Keeper {
+    /// Goes on with the attempt of `number`, whose `decisions` the trainer has seen.
+    ///
+    /// # Errors
+    /// There is no such record, or another writer has the claim.
+    pub(crate) fn go_on(&self, attempt: &attempt::AttemptRecord, decisions: u32) -> Result<()> {
+        let place = &self.place;
+        let tiers = [&*place.disk, &*place.ram];
+        let (record, _) = attempt::read(&tiers, attempt.attempt.number)?;
+        if record.attempt != attempt.attempt {
+            return Err(Error::Fenced {
+                why: format!("{} was succeeded by {}", attempt.attempt, record.attempt),
+            });
+        }
+        let rank = Rank(place.config.rank);
+        attempt::claim(&*place.disk, &record.attempt, rank, &place.nonce)?;
+        *locked(&self.decisions) = decisions;
+        let waits = match &record.parent {
+            Some(parent) => !Listing::of(&*place.disk, &parent.key())?.sealed,
+            None => false,
+        };
+        let ours = |key: &CheckpointKey| {
+            key.attempt.is(&record.attempt)
+                || (waits && record.parent.is_some_and(|parent| parent.key() == *key))
+        };
+        let held = place.arena.holds().into_iter().filter(ours);
+        let shards = held.filter_map(|key| self.shard_in_ram(key)).collect();
+        let mut running = locked(&self.running);
+        place.check_closed()?;
+        *running = Some(self.run(record, waits, shards)?);
+        Ok(())
+    }
+
+    /// This rank's shard of `key` as it lies in a slot. One whose manifest is bad is nobody's.
+    fn shard_in_ram(&self, key: CheckpointKey) -> Option<Shard> {
+        let place = &self.place;
+        let slot = place.arena.find(&key)?;
+        let read = read_manifest(&*place.ram, &key, Rank(place.config.rank), None);
+        let (manifest, bytes) = match read {
+            Ok(found) => found,
+            Err(e) => {
+                place.observer.warn("damaged_copy", Some(key.step.0), e.chain());
+                return None;
+            }
+        };
+        Some(Shard {
+            identity: manifest.identity.clone(),
+            payload: SlotPayload { slot, len: manifest.payload.length },
+            manifest: std::sync::Arc::new(bytes),
+            save: Save::new(key.step.0),
+            published: true,
+            complete: false,
+            chunks: Some(manifest.payload.chunks),
+            key,
+        })
+    }
+
+    /// Tells `save`, which the trainer still waits for, what has become of it.
+    ///
+    /// # Errors
+    /// A directory did not answer.
+    pub(crate) fn take_up(&self, save: &Save, cascade: &Cascade) -> Result<()> {
+        if !self.place.config.saves() {
+            cascade.follow(save);
+            return Ok(());
+        }
+        cascade.take_up(save)
+    }
+}

@@ -1,0 +1,58 @@
+//! RAM that outlives the trainer, and trainers that outlive the agent.
+
+use crate::{
+    common::{Places, files},
+    world::{agent, trainer, until},
+};
+
+fn sealed(places: &Places) -> usize {
+    files(&places.destination()).iter().filter(|f| f.ends_with("CHECKPOINT.json")).count()
+}
+
+#[test]
+fn a_trainer_killed_after_staged_loses_nothing_and_its_agent_goes_on_to_disk() {
+    let places = Places::new();
+    let _agent = agent(places.ram());
+    let mut first = trainer(&places.destination(), places.ram(), 0, 1);
+    first.hear("open");
+    assert_eq!(first.ask("resume"), "0");
+    assert_eq!(first.ask("save 1"), "ok");
+    first.kill();
+    until("step 1 is sealed on disk by the agent", || sealed(&places) == 1);
+    let mut second = trainer(&places.destination(), places.ram(), 0, 1);
+    second.hear("open");
+    assert_eq!(second.ask("resume"), "1");
+    assert_eq!(second.ask("save 2"), "ok");
+    assert_eq!(second.ask("wait disk"), "true");
+    assert_eq!(second.ask("close"), "");
+}
+
+#[test]
+fn a_trainer_whose_agent_is_killed_goes_on_with_the_next_one() {
+    let places = Places::new();
+    let first = agent(places.ram());
+    let mut trainer = trainer(&places.destination(), places.ram(), 0, 1);
+    trainer.hear("open");
+    assert_eq!(trainer.ask("resume"), "0");
+    for step in 1..=3 {
+        assert_eq!(trainer.ask(&format!("save {step}")), "ok");
+    }
+    assert_eq!(trainer.ask("wait disk"), "true");
+    first.kill();
+    let second = agent(places.ram());
+    for step in 4..=6 {
+        assert_eq!(trainer.ask(&format!("save {step}")), "ok");
+    }
+    assert_eq!(trainer.ask("wait disk"), "true");
+    let told = trainer.ask("events");
+    assert!(
+        told.contains("agent_away: the agent went away") && told.contains("agent_back"),
+        "{told}"
+    );
+    second.kill();
+    let _third = agent(places.ram());
+    assert_eq!(trainer.ask("save 7"), "ok");
+    assert_eq!(trainer.ask("wait ram"), "true");
+    assert_eq!(trainer.ask("close"), "");
+    assert_eq!(sealed(&places), 2);
+}
