@@ -113,7 +113,8 @@ struct Work {
     trouble: Option<String>,
     stop: bool,
     /// Steps whose saves failed here and are not tried again: the other ranks need not wait for them.
-    failed: Vec<u64>,
+    /// True: they know.
+    failed: BTreeMap<u64, bool>,
 }
 
 impl Work {
@@ -414,12 +415,11 @@ impl Cascade {
             || work.watched.values().any(Save::is_open)
     }
 
-    /// Ends the thread at its next block, and tells everybody who still waits: the other ranks, of
-    /// the steps that `failed` here. `fenced`: by whom this rank was taken over.
-    pub(crate) fn stop(&self, failed: Vec<u64>, fenced: Option<&Error>) {
+    /// Ends the thread at its next block, and tells everybody who still waits. `fenced`: by whom this
+    /// rank was taken over.
+    pub(crate) fn stop(&self, fenced: Option<&Error>) {
         let mut work = locked(&self.work);
         work.stop = true;
-        work.failed = failed;
         for save in work.saves() {
             let why = "the Checkpointer was closed before".into();
             let closed = Error::Skipped { step: Step(save.step()), why };
@@ -454,6 +454,13 @@ impl Cascade {
         }
     }
 
+    /// True while something is on its way to disk, or is about to be, whoever still trains.
+    pub(crate) fn is_carrying(&self) -> bool {
+        let work = locked(&self.work);
+        let chosen = |s: &Shard| s.complete && self.may_be_chosen(&work, s.key.step.0);
+        !work.fenced && (work.carry.is_some() || work.shards.values().any(chosen))
+    }
+
     /// The step that is on its way to disk.
     pub(crate) fn carrying(&self) -> Option<u64> {
         locked(&self.work).carry.as_ref().map(|carry| carry.step)
@@ -470,9 +477,13 @@ impl Cascade {
     }
 
     /// Steps whose saves failed here and are not tried again: the other ranks need not wait.
-    pub(crate) fn fail_steps(&self, failed: &[u64]) {
-        locked(&self.work).failed.extend(failed);
-        self.tell_failed();
+    pub(crate) fn give_up_steps(&self, failed: &[u64]) {
+        let mut work = locked(&self.work);
+        failed.iter().for_each(|step| {
+            work.failed.entry(*step).or_default();
+        });
+        drop(work);
+        self.parts.signal.notify();
     }
 
     pub(crate) fn newest(&self) -> Option<CheckpointKey> {
@@ -484,8 +495,9 @@ impl Cascade {
         let mut told: Option<String> = None;
         loop {
             let seen = self.parts.signal.seen();
+            self.tell_failed();
             if locked(&self.work).stop {
-                return self.tell_failed();
+                return;
             }
             let busy = match self.turn() {
                 Ok(progress) => {
@@ -519,7 +531,12 @@ impl Cascade {
 
     /// On this thread: whoever closes waits for no directory that does not answer.
     fn tell_failed(&self) {
-        for step in std::mem::take(&mut locked(&self.work).failed) {
+        let untold: Vec<u64> = {
+            let failed = &mut locked(&self.work).failed;
+            let untold = failed.iter_mut().filter(|(_, told)| !**told);
+            untold.map(|(step, told)| (*step, *told = true).0).collect()
+        };
+        for step in untold {
             let why = format!("its save failed on rank {}", self.parts.config.rank);
             if let Err(e) = self.parts.agreements.in_ram(step, InRam::GivenUp(why)) {
                 tracing::warn!("that step {step} failed could not be recorded: {}", e.chain());

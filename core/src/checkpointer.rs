@@ -125,6 +125,17 @@ enum Seat {
     Agent(PathBuf, PathBuf, u32),
 }
 
+impl Seat {
+    /// Ends an earlier handle that has it in this process.
+    fn take_over(&self) -> Result<()> {
+        let first = locked(&HANDLES).get(self).and_then(Weak::upgrade);
+        match first.filter(|first| first.desk().is_ours()) {
+            Some(first) => first.taken_over(),
+            None => Ok(()),
+        }
+    }
+}
+
 /// The handles of this process: a second one of a rank stops the first before it touches the slots.
 static HANDLES: LazyLock<Mutex<HashMap<Seat, Weak<Inner>>>> = LazyLock::new(Mutex::default);
 
@@ -137,10 +148,17 @@ impl Checkpointer {
     /// # Errors
     /// A place cannot be used, or another live process has the rank.
     pub fn open(config: Config) -> Result<Self> {
-        Self::open_wrapped(config, &|tier| tier)
+        let Some(socket) = config.agent.clone() else {
+            return Self::open_wrapped(config, &|tier| tier);
+        };
+        let run = crate::config::real(&config.destination);
+        let seat = Seat::Agent(socket.clone(), run, config.rank);
+        seat.take_over()?;
+        Ok(Self::of(Arc::new(Far::open(config, socket)?), seat))
     }
 
-    /// [`open`](Self::open) with something put around each tier: faults in tests, a limit, a meter.
+    /// [`open`](Self::open) without an agent, and with something put around each tier: faults in
+    /// tests, a limit, a meter.
     ///
     /// # Errors
     /// As [`open`](Self::open).
@@ -148,27 +166,13 @@ impl Checkpointer {
         config: Config,
         wrap: &dyn Fn(Arc<dyn Tier>) -> Arc<dyn Tier>,
     ) -> Result<Self> {
-        let takes_over = |seat: &Seat| {
-            let first = locked(&HANDLES).get(seat).and_then(Weak::upgrade);
-            match first.filter(|first| first.desk().is_ours()) {
-                Some(first) => first.taken_over(),
-                None => Ok(()),
-            }
-        };
-        let (owner, id): (Arc<dyn Owner>, Seat) = match config.agent.clone() {
-            Some(socket) => {
-                let run = crate::config::real(&config.destination);
-                let seat = Seat::Agent(socket.clone(), run, config.rank);
-                takes_over(&seat)?;
-                (Arc::new(Far::open(config, socket)?), seat)
-            }
-            None => {
-                let by_lock = |lock| takes_over(&Seat::Lock(lock));
-                let keeper = Keeper::open(config, Ground::Trainer, wrap, &by_lock)?;
-                let seat = Seat::Lock(keeper.id());
-                (Arc::new(Local(Arc::new(keeper))), seat)
-            }
-        };
+        let by_lock = |lock| Seat::Lock(lock).take_over();
+        let keeper = Keeper::open(config, Ground::Trainer, wrap, &by_lock)?;
+        let seat = Seat::Lock(keeper.id());
+        Ok(Self::of(Arc::new(Local(Arc::new(keeper))), seat))
+    }
+
+    fn of(owner: Arc<dyn Owner>, seat: Seat) -> Self {
         let inner = Arc::new(Inner {
             owner,
             saves: Mutex::new(BTreeMap::new()),
@@ -180,8 +184,8 @@ impl Checkpointer {
             publishing: AtomicUsize::new(0),
             copier: Mutex::new(None),
         });
-        locked(&HANDLES).insert(id, Arc::downgrade(&inner));
-        Ok(Self { inner })
+        locked(&HANDLES).insert(seat, Arc::downgrade(&inner));
+        Self { inner }
     }
 
     /// Decides, or learns, where this attempt begins, and records and claims it. `None`: at step 0.

@@ -48,7 +48,7 @@ use crate::{
 };
 
 /// Why an older owner in this process does nothing more.
-const TAKEN_OVER: &str = "a newer Checkpointer of this process has taken over this run";
+pub(crate) const TAKEN_OVER: &str = "a newer Checkpointer of this process has taken over this run";
 
 /// An attempt that goes on.
 struct Running {
@@ -168,7 +168,7 @@ impl Keeper {
         quiet()?;
         let old = locked(&self.running).take();
         if let Some(old) = old {
-            old.stop(place, Vec::new(), None, place.config.slot_wait)?;
+            old.stop(place, None, place.config.slot_wait)?;
         }
         let keep = started.record.parent.map(|p| p.key());
         if place.config.saves() {

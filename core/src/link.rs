@@ -38,6 +38,7 @@ use crate::{
     clock::{SharedClock, SystemClock},
     config::Config,
     error::{Error, Result},
+    keeper::TAKEN_OVER,
     names::{Id, Rank},
     observe::{Observer, locked},
     owner::{Going, Owner},
@@ -73,6 +74,8 @@ struct State {
     record: Option<AttemptRecord>,
     decisions: u32,
     stop_after: Option<u64>,
+    /// Steps that the agent knows to have failed here.
+    given_up: BTreeSet<u64>,
     /// The agent carries something of ours.
     busy: bool,
     fenced: Option<String>,
@@ -133,7 +136,7 @@ impl Shared {
     }
 
     /// The rank is another's: nothing of this handle will be.
-    fn fence(&self, why: &str) {
+    fn fence(&self, why: &str, tell: bool) {
         let mut state = locked(&self.state);
         if state.fenced.is_some() {
             return;
@@ -143,7 +146,9 @@ impl Shared {
         state.unpublished.clear();
         drop(state);
         let error = Error::Fenced { why: why.into() };
-        self.desk.observer.error("fenced", None, why);
+        if tell {
+            self.desk.observer.error("fenced", None, why);
+        }
         saves.iter().for_each(|save| save.fail(crate::save::Level::Ram, &error));
         self.desk.signal.notify();
     }
@@ -263,25 +268,32 @@ impl Owner for Far {
         self.dial.ask(Call::Pin(wire::Pin { step, pinned }), SHORT).map(drop)
     }
 
-    fn shut(&self, clean: bool, failed: &dyn Fn() -> Vec<u64>) {
+    fn taken_over(&self) {
+        self.shared.fence(TAKEN_OVER, false);
+    }
+
+    fn shut(&self, clean: bool) {
         if self.shared.desk.closed.swap(true, Ordering::AcqRel) {
             return;
         }
-        if self.shared.check_fenced().is_ok() {
-            let close = Call::Close(wire::Close { clean, failed: failed() });
+        let taken_over = self.shared.check_fenced().is_err();
+        if !taken_over || self.dial.away().is_none() {
+            let close = Call::Close(wire::Close { clean });
             if let Err(e) = self.dial.ask_now(close, SHORT) {
                 let text = format!("the agent was not told that this rank is done: {}", e.chain());
                 self.shared.desk.observer.warn("stop_failed", None, text);
             }
         }
         self.dial.close();
-        let state = locked(&self.shared.state);
+        let mut state = locked(&self.shared.state);
+        let slots = std::mem::take(&mut state.slots);
         for save in state.saves.values() {
             let why = "the Checkpointer was closed before".into();
             let step = crate::names::Step(save.step());
             save.fail(crate::save::Level::Ram, &Error::Skipped { step, why });
         }
         drop(state);
+        drop(slots); // Unmapped, and unknown to any device.
         self.shared.desk.observer.close();
     }
 }
@@ -289,7 +301,7 @@ impl Owner for Far {
 impl Drop for Far {
     fn drop(&mut self) {
         if self.shared.desk.is_ours() {
-            self.shut(false, &Vec::new);
+            self.shut(false);
         }
     }
 }

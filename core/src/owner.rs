@@ -57,9 +57,10 @@ pub(crate) trait Owner: Send + Sync {
     fn pin(&self, step: u64, pinned: bool) -> Result<()> {
         Reader::of(self.tiers()).pin(Step(step), None, pinned)
     }
-    /// Ends it. Memory goes back only where the newest checkpoint is durable elsewhere. `failed`:
-    /// steps whose saves failed here.
-    fn shut(&self, clean: bool, failed: &dyn Fn() -> Vec<u64>);
+    /// Another handle of this process has the rank: this one is about to end.
+    fn taken_over(&self);
+    /// Ends it. Memory goes back only where the newest checkpoint is durable elsewhere.
+    fn shut(&self, clean: bool);
 }
 
 /// An attempt that goes on.
@@ -84,6 +85,8 @@ pub(crate) trait Going: Send + Sync {
     fn stop_after(&self, step: u64);
     /// What a run without checkpoints begins with: `wish`, unless another rank was first.
     fn init(&self, wish: &str) -> Result<String>;
+    /// Saves of these steps failed here and are not tried again: the other ranks need not wait.
+    fn give_up(&self, failed: &[u64]);
     /// True until the newest step that can still reach disk has reached it or failed.
     fn is_busy(&self) -> bool;
 }

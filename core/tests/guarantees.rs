@@ -147,7 +147,7 @@ fn a_damaged_copy_costs_time_not_the_checkpoint() {
 #[test]
 fn a_save_that_fails_does_not_kill_training_and_is_never_silent() {
     let places = Places::new();
-    let mut config = places.config();
+    let mut config = places.alone();
     config.ram_bytes_max = Some(200_000); // Two slots of 45,056 fit, not of 250,000.
     let ckpt = Checkpointer::open(config).unwrap();
     resume(&ckpt, &SMALL).unwrap();
@@ -176,8 +176,8 @@ fn nothing_waits_for_ever() {
 #[test]
 fn memory_stays_inside_the_budget() {
     let places = Places::new();
-    let mut config = places.config();
-    config.ram_bytes_max = Some(100_000);
+    let mut config = places.alone();
+    config.ram_bytes_max = Some(104_096);
     let ckpt = Checkpointer::open(config).unwrap();
     resume(&ckpt, &SMALL).unwrap();
     for step in 1..20 {

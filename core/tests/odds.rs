@@ -218,7 +218,7 @@ fn a_handle_that_is_taken_over_stops_before_its_slots_are_used() {
     std::thread::sleep(Duration::from_millis(100)); // step 1 on its way to disk
     let s2 = Model::at(0, &SMALL, 2).save(&c, 2).unwrap();
     wait(&s2, Level::Ram);
-    let mut cfg = p.config();
+    let mut cfg = p.alone();
     cfg.disk_every = 1000;
     let b = Checkpointer::open(cfg).unwrap();
     println!("second resumes {:?}", resume(&b, &SMALL));

@@ -327,7 +327,7 @@ fn a_parent_that_the_leader_has_no_slot_of_pins_no_follower() {
 #[test]
 fn a_slot_that_shrank_grows_inside_the_budget() {
     let p = Places::new();
-    let mut cfg = p.config();
+    let mut cfg = p.alone();
     cfg.ram_bytes_max = Some(2_200_000);
     cfg.disk_every = 1000;
     let c = Checkpointer::open(cfg).unwrap();
@@ -439,7 +439,7 @@ fn a_call_that_was_left_behind_ends_with_its_handle() {
 fn nothing_is_made_in_ram_after_the_end() {
     let p = Places::new();
     for _ in 0..5 {
-        let c = p.open();
+        let c = Checkpointer::open(p.alone()).unwrap();
         let huge = Model::new(0, &[200 << 20]);
         c.prepare(&huge.state(0).tensors).unwrap();
         c.close(Duration::ZERO, true).unwrap();
@@ -498,7 +498,7 @@ fn a_rank_that_saw_the_rollback_before_it_was_told_follows_it() {
 #[test]
 fn a_tier_that_does_not_answer_is_gone_without_only_when_told() {
     let p = Places::new();
-    let c = p.open();
+    let c = Checkpointer::open(p.alone()).unwrap();
     resume(&c, &SMALL).unwrap();
     train(&c, &SMALL, 1..=2);
     drop(c);

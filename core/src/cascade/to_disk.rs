@@ -77,21 +77,21 @@ impl Cascade {
         Ok(true)
     }
 
-    /// A leader whose owner died in the middle of a step goes on with that one: the other ranks are at
-    /// it. (They take up what is recorded by themselves.)
+    /// A rank whose owner died goes on with the step that the ranks are at, and comes back to none that
+    /// they are done with.
     pub(super) fn resume_carry(&self) -> Result<()> {
-        if !self.parts.config.leads() {
-            return Ok(());
-        }
         let agreements = &self.parts.agreements;
         let Some(step) = agreements.carried()? else { return Ok(()) };
-        if agreements.gave_up(step)?.is_some() || self.is_sealed(&self.key_of(step))? {
-            return Ok(());
-        }
+        let gave_up = agreements.gave_up(step)?.is_some();
+        let sealed = self.is_sealed(&self.key_of(step))?;
         let deadline = Deadline::after(&*self.parts.clock, self.parts.config.disk_wait);
         let mut work = locked(&self.work);
         work.chosen = Some(step);
-        work.carry = Some(Carry { step, deadline, own_done: false });
+        if sealed {
+            work.sealed = Some(step);
+        } else if !gave_up {
+            work.carry = Some(Carry { step, deadline, own_done: false });
+        }
         Ok(())
     }
 
@@ -252,20 +252,14 @@ impl Cascade {
         self.parts.signal.notify();
     }
 
-    /// A step that this rank restored from disk needs no slot: its shard is there.
+    /// A step that this rank restored from disk, or wrote before its owner died, needs no slot: its
+    /// shard is there.
     pub(super) fn have_on_disk(&self, step: u64) -> Result<()> {
-        let parent = self.parts.record.parent.filter(|p| p.step == step);
-        let Some(parent) = parent else {
-            return Err(Error::Skipped {
-                step: Step(step),
-                why: "this rank has no shard of it".into(),
-            });
-        };
-        let listing = Listing::of(&*self.parts.disk, &parent.key())?;
+        let listing = Listing::of(&*self.parts.disk, &self.key_of(step))?;
         if listing.manifests.contains(&Rank(self.parts.config.rank)) {
             return Ok(());
         }
-        Err(Error::Skipped { step: Step(step), why: "its slot is gone".into() })
+        Err(Error::Skipped { step: Step(step), why: "this rank has no shard of it".into() })
     }
 
     pub(super) fn write(&self, shard: &Shard) -> Result<()> {
@@ -373,6 +367,7 @@ impl Cascade {
             }
             work.carry.take_if(|c| c.step == step);
             let before = work.sealed.replace(step);
+            work.failed = work.failed.split_off(&step);
             self.forget_old(&mut work);
             before.filter(|before| *before < step)
         };

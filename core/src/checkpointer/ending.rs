@@ -21,6 +21,7 @@ impl Checkpointer {
         place.check_pid()?;
         let deadline = Deadline::after(&*place.clock, timeout);
         let going = self.inner.owner.going();
+        self.inner.give_up_failed();
         loop {
             let seen = place.signal.seen();
             let publishing = self.inner.publishing.load(Ordering::Acquire) > 0;
@@ -55,18 +56,25 @@ impl Inner {
     /// Another handle of this process takes the rank over: nothing of this one runs on.
     pub(super) fn taken_over(&self) -> Result<()> {
         self.quiet(self.desk().config.slot_wait)?;
+        self.owner.taken_over();
         self.shut(false);
         Ok(())
     }
 
-    /// Steps of saves that failed here.
-    pub(super) fn failed_steps(&self) -> Vec<u64> {
-        locked(&self.saves).values().filter(|s| s.is_void()).map(Save::step).collect()
+    /// Tells of the steps whose saves failed here: another rank that closes waits for them, as this
+    /// one for its.
+    fn give_up_failed(&self) {
+        let failed: Vec<u64> =
+            locked(&self.saves).values().filter(|s| s.is_void()).map(Save::step).collect();
+        if let Some(going) = self.owner.going().filter(|_| !failed.is_empty()) {
+            going.give_up(&failed);
+        }
     }
 
     /// Ends the owner. Memory goes back only where the newest checkpoint is durable elsewhere.
     fn shut(&self, clean: bool) {
-        self.owner.shut(clean, &|| self.failed_steps());
+        self.give_up_failed();
+        self.owner.shut(clean);
     }
 }
 

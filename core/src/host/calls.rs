@@ -24,6 +24,7 @@ use crate::{
     owner::Filled,
     passing::FDS_MAX,
     reader::Reader,
+    save::Save,
     snapshot::{Described, slot::Slot},
     tier::Tier,
     wire::convert,
@@ -33,6 +34,11 @@ type Answered = Result<(Answer, Vec<OwnedFd>)>;
 
 /// How long a trainer's question for slots waits for one to be ready.
 const SLOTS_WAIT: Duration = Duration::from_secs(30);
+
+fn published(save: Option<&Save>) -> Answered {
+    let published = wire::Published { save: save.map(Save::state) };
+    Ok((Answer::Published(published), Vec::new()))
+}
 
 fn done() -> Answered {
     Ok((Answer::Done(wire::Done {}), Vec::new()))
@@ -74,6 +80,10 @@ impl Connection {
             }
             Call::StopAfter(stop) => {
                 running(seat)?.1.stop_after(stop.step);
+                done()
+            }
+            Call::GiveUp(give_up) => {
+                running(seat)?.1.give_up_steps(&give_up.steps);
                 done()
             }
             Call::Init(init) => {
@@ -217,7 +227,7 @@ impl Connection {
         let Some(in_hand) = seat.take_back(slot, Some(step)) else {
             let key = CheckpointKey::new(Step(step), &record.attempt);
             if seat.keeper.place.arena.has(slot, &key) {
-                return done(); // The answer was lost.
+                return published(seat.save(step).as_ref()); // The answer was lost.
             }
             return Err(Error::invalid(format!(
                 "slot {slot} is not being filled with step {step}"
@@ -250,16 +260,13 @@ impl Connection {
             savers: config.savers.clone(),
         };
         let described = Described { manifest, chunks, words };
-        let filled = Filled { identity, len: bytes, described, save };
+        let filled = Filled { identity, len: bytes, described, save: save.clone() };
         seat.keeper.publish(filling, filled, &cascade)?;
-        done()
+        published(Some(&save))
     }
 
     fn close(&self, seat: &Arc<Seat>, close: &wire::Close) -> Answered {
         let config = seat.keeper.place.config.clone();
-        if let Some((_, cascade)) = seat.keeper.running() {
-            cascade.fail_steps(&close.failed);
-        }
         seat.died(&self.host.clock);
         if close.clean {
             let chair = self.host.chair(&config);

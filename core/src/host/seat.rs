@@ -90,6 +90,8 @@ pub struct RankView {
     pub on_disk: Option<u64>,
     /// The step that is on its way to disk.
     pub carrying: Option<u64>,
+    /// Something is on its way to disk, or about to be.
+    pub busy: bool,
     /// Bytes of its slots.
     pub slot_bytes: u64,
     /// Why nothing goes to disk, where that is so.
@@ -229,13 +231,15 @@ impl Seat {
             return false;
         }
         let Some((_, cascade)) = self.keeper.running() else { return true };
-        !cascade.is_busy() && (cascade.is_durable() || cascade.is_fenced())
+        // What never became due for disk goes there now: nobody will save anything newer.
+        cascade.stop_after(0);
+        !cascade.is_carrying() && (cascade.is_durable() || cascade.is_fenced())
     }
 
     /// Ends the keeper. `clean`: memory goes back where the newest checkpoint is durable.
     pub(super) fn end(&self, clean: bool) {
         let in_hand = std::mem::take(&mut locked(&self.state).in_hand);
-        self.keeper.shut(clean, &Vec::new);
+        self.keeper.shut(clean);
         drop(in_hand);
     }
 
@@ -248,6 +252,10 @@ impl Seat {
             state.saves.pop_first();
         }
         save
+    }
+
+    pub(super) fn save(&self, step: u64) -> Option<Save> {
+        locked(&self.state).saves.get(&step).cloned()
     }
 
     pub(super) fn saves(&self) -> Vec<Save> {
@@ -333,6 +341,7 @@ impl Seat {
             in_ram: cascade.and_then(|c| c.newest()).map(|key| key.step.0),
             on_disk: cascade.and_then(|c| c.sealed()),
             carrying: cascade.and_then(|c| c.carrying()),
+            busy: cascade.is_some_and(|c| c.is_carrying()),
             slot_bytes: self.keeper.place.arena.bytes(),
             trouble: cascade.and_then(|c| c.trouble()),
         }

@@ -21,14 +21,8 @@ const STOP_WAIT: Duration = Duration::from_secs(1);
 impl Running {
     /// Ends the disk tier's thread. It stops at its next block; a disk that hangs in a system call
     /// keeps it, and is left behind after `wait`.
-    pub(super) fn stop(
-        self,
-        place: &Place,
-        failed: Vec<u64>,
-        fenced: Option<&Error>,
-        wait: Duration,
-    ) -> Result<()> {
-        self.cascade.stop(failed, fenced);
+    pub(super) fn stop(self, place: &Place, fenced: Option<&Error>, wait: Duration) -> Result<()> {
+        self.cascade.stop(fenced);
         let deadline = Deadline::after(&*place.clock, wait);
         loop {
             let seen = place.signal.seen();
@@ -49,8 +43,8 @@ impl Running {
 
 impl Keeper {
     /// Ends the threads and gives the locks up. Memory goes back only where the newest checkpoint
-    /// is durable elsewhere. `failed`: steps whose saves failed here.
-    pub(crate) fn shut(&self, clean: bool, failed: &dyn Fn() -> Vec<u64>) {
+    /// is durable elsewhere.
+    pub(crate) fn shut(&self, clean: bool) {
         if self.place.closed.swap(true, Ordering::AcqRel) {
             return;
         }
@@ -67,10 +61,9 @@ impl Keeper {
         if let Some(running) = running {
             let cascade = running.cascade.clone();
             let current = self.ownership.is_current();
-            let failed = if current { failed() } else { Vec::new() };
             // What is in RAM is the newer handle's: it carries it on.
             let fenced = (!current).then(|| Error::Fenced { why: TAKEN_OVER.into() });
-            let stopped = running.stop(&self.place, failed, fenced.as_ref(), STOP_WAIT);
+            let stopped = running.stop(&self.place, fenced.as_ref(), STOP_WAIT);
             if let Err(e) = &stopped {
                 self.place.observer.error("stop_failed", None, e.chain());
             }
@@ -103,7 +96,7 @@ impl Keeper {
 impl Drop for Keeper {
     fn drop(&mut self) {
         if self.place.is_ours() {
-            self.shut(false, &Vec::new);
+            self.shut(false);
             self.end_start();
             return;
         }

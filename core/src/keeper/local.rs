@@ -54,8 +54,10 @@ impl Owner for Local {
         self.0.tiers()
     }
 
-    fn shut(&self, clean: bool, failed: &dyn Fn() -> Vec<u64>) {
-        self.0.shut(clean, failed);
+    fn taken_over(&self) {} // It is seen from the lock.
+
+    fn shut(&self, clean: bool) {
+        self.0.shut(clean);
     }
 }
 
@@ -103,6 +105,10 @@ impl Going for LocalGoing {
 
     fn init(&self, wish: &str) -> Result<String> {
         self.cascade.agreements().init(wish)
+    }
+
+    fn give_up(&self, failed: &[u64]) {
+        self.cascade.give_up_steps(failed);
     }
 
     fn is_busy(&self) -> bool {

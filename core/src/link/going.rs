@@ -8,7 +8,7 @@ use super::{AWAY_MAX, SHORT, Shared, Unpublished, dial, dial::Dial};
 use crate::{
     attempt::AttemptRecord,
     error::{Error, Result},
-    observe::locked,
+    observe::{add, locked},
     owner::{Asked, Filled, Going, Lease},
     save::{Level, Save},
     snapshot::{Described, map::SlotMap},
@@ -31,18 +31,30 @@ impl FarGoing {
         Self { shared, dial, record }
     }
 
-    /// Waits for an agent that is away, as long as that outage may keep a save waiting.
-    fn wait_for_agent(&self, skip_if_busy: bool, interrupted: Asked<'_>) -> Result<()> {
+    /// Waits for an agent that is away, as long as that outage may keep a save waiting. False: the
+    /// step is passed over.
+    fn wait_for_agent(&self, may_skip: bool, interrupted: Asked<'_>) -> Result<bool> {
         while let Some(away) = self.dial.away() {
-            let step_aside = skip_if_busy || away >= AWAY_MAX;
-            if step_aside || interrupted.is_some_and(|interrupted| interrupted()) {
+            if may_skip {
+                return Ok(false);
+            }
+            if away >= AWAY_MAX || interrupted.is_some_and(|interrupted| interrupted()) {
                 return Err(self.dial.is_away());
             }
             self.shared.check_fenced()?;
             self.shared.desk.check_closed()?;
             self.dial.rest(LOOK);
         }
-        Ok(())
+        Ok(true)
+    }
+
+    /// The agent is away, and the caller does not want to wait.
+    fn skip(&self, save: &Save) {
+        let why = "the agent is away";
+        let observer = &self.shared.desk.observer;
+        add(&observer.counters.saves_skipped, 1);
+        observer.warn("skipped", Some(save.step()), format!("step {}: {why}", save.step()));
+        save.skip(why);
     }
 }
 
@@ -87,7 +99,10 @@ impl Going for FarGoing {
         let call = Call::Lease(wire::Lease { step, bytes: len, skip_if_busy });
         let within = self.shared.desk.config.slot_wait + SHORT;
         let (leased, fds) = loop {
-            self.wait_for_agent(may_skip, interrupted)?;
+            if !self.wait_for_agent(may_skip, interrupted)? {
+                self.skip(save);
+                return Ok(None);
+            }
             match self.dial.ask_until(&call, within, interrupted)? {
                 Some((Answer::Leased(leased), fds)) => break (leased, fds),
                 Some(_) => return Err(dial::odd("Lease")),
@@ -140,6 +155,23 @@ impl Going for FarGoing {
         match self.dial.ask(Call::Init(wire::Init { wish: wish.into() }), SHORT)? {
             (Answer::Text(text), _) => Ok(text.text),
             _ => Err(dial::odd("Init")),
+        }
+    }
+
+    fn give_up(&self, failed: &[u64]) {
+        let steps: Vec<u64> = {
+            let known = &locked(&self.shared.state).given_up;
+            failed.iter().filter(|step| !known.contains(step)).copied().collect()
+        };
+        if steps.is_empty() {
+            return;
+        }
+        // An agent that is away is asked when this handle closes: until then there may be a next one.
+        let give_up = Call::GiveUp(wire::GiveUp { steps: steps.clone() });
+        match self.dial.ask_until(&give_up, SHORT, None) {
+            Ok(Some(_)) => locked(&self.shared.state).given_up.extend(steps),
+            Ok(None) => {}
+            Err(e) => tracing::warn!("the agent was not told what failed: {}", e.chain()),
         }
     }
 
@@ -200,6 +232,10 @@ impl Lease for FarLease {
         let ours = locked(&shared.state).unpublished.remove(slot).is_some();
         match asked {
             Err(e) if ours => Err(e),
+            Ok(Some((Answer::Published(wire::Published { save: Some(said) }), _))) => {
+                save.learn(said);
+                Ok(())
+            }
             _ => {
                 save.reach(Level::Ram, true);
                 Ok(())

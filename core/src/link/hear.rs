@@ -76,7 +76,7 @@ fn find_next(shared: &Arc<Shared>, dial: &Arc<Dial>) -> Option<Arc<UnixStream>> 
                 return Some(stream);
             }
             Err(e) if e.kind() == ErrorKind::Fenced => {
-                shared.fence(&e.chain());
+                shared.fence(&e.chain(), true);
                 dial.give_up(&e.chain());
                 return None;
             }
@@ -181,7 +181,7 @@ fn learn(shared: &Shared, told: wire::Told) {
         save.learn(said);
     }
     if !told.fenced.is_empty() {
-        shared.fence(&told.fenced);
+        shared.fence(&told.fenced, true);
     }
     shared.desk.signal.notify();
 }

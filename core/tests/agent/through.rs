@@ -3,8 +3,10 @@
 use tierkeep::{begin::Begin, checkpointer::Checkpointer, save::Level, tier::TierKind};
 
 use crate::{
-    common::{Model, Places, SIZES, close, events, files, read_whole, resume, train, wait},
-    world::{Hosted, far, settings},
+    common::{
+        Model, Places, SIZES, close, events, files, read_whole, resume, settings, train, wait,
+    },
+    world::{Hosted, far},
 };
 
 #[test]

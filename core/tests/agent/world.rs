@@ -16,20 +16,10 @@ use tierkeep::{
     save::{Level, Save},
 };
 
-use crate::common::{self, Model, SMALL, config, events, resume};
+use crate::common::{self, Model, SMALL, config, events, resume, settings};
 
 /// How long anything here may take.
 pub const PATIENCE: Duration = Duration::from_secs(60);
-
-pub fn settings(ram: &Path) -> Settings {
-    Settings {
-        socket: ram.join("agent.sock"),
-        ram_root: ram.into(),
-        ram_bytes_max: None,
-        trainers_max: 64,
-        idle: Duration::from_secs(3600),
-    }
-}
 
 /// An agent in this process.
 pub struct Hosted {
@@ -41,10 +31,6 @@ impl Hosted {
     pub fn new(settings: Settings) -> Self {
         let (host, listener) = Host::open(settings).unwrap();
         Self { host: host.clone(), serving: Some(serve(host, listener)) }
-    }
-
-    pub fn end(mut self) {
-        self.stop();
     }
 
     fn stop(&mut self) {
@@ -137,10 +123,6 @@ impl Actor {
     pub fn kill(mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
-    }
-
-    pub fn pid(&self) -> u32 {
-        self.child.id()
     }
 }
 

@@ -39,7 +39,7 @@ pub const ALIKE: usize = 1;
 /// Directories of one test: disk and ram apart, both removed at the end.
 pub struct Places {
     /// First: it ends before its directories go.
-    _hosted: Option<Hosted>,
+    hosted: Option<Hosted>,
     disk: tempfile::TempDir,
     ram: tempfile::TempDir,
 }
@@ -53,17 +53,21 @@ impl Drop for Hosted {
     }
 }
 
-/// With `TIERKEEP_TEST_HOSTED=1` every rank of a test has an agent: what holds without one holds with.
-fn hosted(ram: &Path) -> Option<Hosted> {
-    std::env::var_os("TIERKEEP_TEST_HOSTED")?;
-    let settings = Settings {
+/// Of an agent that keeps the ram tier at `ram`.
+pub fn settings(ram: &Path) -> Settings {
+    Settings {
         socket: ram.join("agent.sock"),
         ram_root: ram.into(),
         ram_bytes_max: None,
         trainers_max: 64,
         idle: Duration::from_secs(3600),
-    };
-    let (host, listener) = Host::open(settings).expect("an agent");
+    }
+}
+
+/// With `TIERKEEP_TEST_HOSTED=1` every rank of a test has an agent: what holds without one holds with.
+fn hosted(ram: &Path) -> Option<Hosted> {
+    std::env::var_os("TIERKEEP_TEST_HOSTED")?;
+    let (host, listener) = Host::open(settings(ram)).expect("an agent");
     let serving = host.clone();
     std::thread::spawn(move || serving.serve(&listener).expect("serve"));
     Some(Hosted(host))
@@ -73,7 +77,7 @@ impl Places {
     pub fn new() -> Self {
         let ram = tempfile::Builder::new().prefix("tierkeep-test-").tempdir_in("/dev/shm");
         let ram = ram.expect("tempdir in /dev/shm");
-        Self { _hosted: hosted(ram.path()), disk: tempfile::tempdir().expect("tempdir"), ram }
+        Self { hosted: hosted(ram.path()), disk: tempfile::tempdir().expect("tempdir"), ram }
     }
 
     pub fn destination(&self) -> PathBuf {
@@ -82,6 +86,21 @@ impl Places {
 
     pub fn ram(&self) -> &Path {
         self.ram.path()
+    }
+
+    /// Waits until an agent has carried on what trainers that are gone have left.
+    pub fn settle(&self) {
+        let Some(Hosted(host)) = &self.hosted else { return };
+        let begun = std::time::Instant::now();
+        while host.ranks().iter().any(|rank| rank.pid.is_some() || rank.busy) {
+            assert!(begun.elapsed() < Duration::from_secs(20), "{:#?}", host.ranks());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Settings of a rank that has no agent whatever: of what is not an agent's.
+    pub fn alone(&self) -> Config {
+        Config { agent: None, ..self.config() }
     }
 
     pub fn wipe_ram(&self) {

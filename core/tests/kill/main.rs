@@ -10,6 +10,7 @@
 #![allow(clippy::unwrap_used, clippy::disallowed_methods)] // Tests: real processes, real time.
 #![allow(clippy::print_stdout, clippy::print_stderr, unreachable_pub)]
 
+mod agent;
 mod checks;
 #[path = "../common/mod.rs"]
 mod common;
@@ -22,6 +23,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use agent::{Agent, Agents};
 use checks::{Promised, Said};
 use common::{Places, SMALL, events, files, resume};
 use draw::{Random, Settings, Trial};
@@ -35,6 +37,9 @@ const SKIPPED: &str = ": skipped: ";
 
 #[test]
 fn a_rank_of_the_job() {
+    if let Some(ram) = std::env::var_os("TIERKEEP_TEST_AGENT") {
+        agent::serve(Path::new(&ram));
+    }
     if let Some(place) = std::env::var_os("TIERKEEP_TEST_TRAINER") {
         trainer::live(Path::new(&place)); // Only as a child of the test below.
     }
@@ -52,12 +57,33 @@ fn sigkill_at_any_moment_costs_no_complete_checkpoint() {
         let seed = seed.wrapping_add(runs);
         let mut random = Random(seed);
         let length = (1 + random.below(RUN_TRIALS_MAX)).min(left);
-        let mut run = Run::new(seed, random);
+        let mut run = Run::new(seed, random, None);
         (0..length).for_each(|_| run.trial(&mut sum));
         left -= length;
         runs += 1;
     }
     println!("{trials} trials in {runs} runs: {sum:?}");
+}
+
+/// Its trainers go on meanwhile, and the next agent takes their ranks over. Each trial ends with the
+/// trainers' deaths as well. `TIERKEEP_AGENT_KILLS` says how often (default 15).
+#[test]
+fn sigkill_of_the_agent_at_any_moment_costs_no_checkpoint_and_stops_no_training() {
+    let number = |name: &str| std::env::var(name).ok().and_then(|v| v.parse::<u64>().ok());
+    let kills = number("TIERKEEP_AGENT_KILLS").unwrap_or(15);
+    let drawn = || u32::from_ne_bytes(Id::random().unwrap().0[..4].try_into().unwrap()).into();
+    let seed = number("TIERKEEP_KILL_SEED").unwrap_or_else(drawn);
+    println!("{kills} kills of agents, TIERKEEP_KILL_SEED={seed}");
+    let (mut runs, mut sum) = (0, Sum::default());
+    while sum.agents_killed < kills {
+        let seed = seed.wrapping_add(runs);
+        let mut random = Random(seed);
+        let length = 1 + random.below(6);
+        let mut run = Run::new(seed, random, Some(Agents::new(seed)));
+        (0..length).for_each(|_| run.trial(&mut sum));
+        runs += 1;
+    }
+    println!("{runs} runs: {sum:?}");
 }
 
 /// For the line at the end: whether the trials came to where they are of use.
@@ -72,6 +98,7 @@ struct Sum {
     wiped: u64,
     /// Steps that were in RAM alone when it was wiped.
     lost_with_ram: u64,
+    agents_killed: u64,
 }
 
 struct Run {
@@ -85,14 +112,15 @@ struct Run {
     promised: Promised,
     /// What the next start resumes from.
     newest: u64,
+    agents: Option<Agents>,
 }
 
 impl Run {
-    fn new(seed: u64, random: Random) -> Self {
+    fn new(seed: u64, random: Random, agents: Option<Agents>) -> Self {
         let places = Places::new();
         let place = places.destination().parent().expect("parent").to_path_buf();
         let promised = Promised::default();
-        Self { seed, random, places, place, trials: 0, trial: None, promised, newest: 0 }
+        Self { seed, random, places, place, trials: 0, trial: None, promised, newest: 0, agents }
     }
 
     fn trial(&mut self, sum: &mut Sum) {
@@ -101,8 +129,13 @@ impl Run {
         self.trials += 1;
         trainer::forget(&self.place);
         self.live(&trial);
+        self.places.settle();
         let said = Said::of(trainer::said(&self.place));
-        let strange: Vec<_> = said.events.iter().filter(|e| !e.contains(SKIPPED)).collect();
+        // A step that one rank passed over because its agent was away is not complete on the others.
+        let away = [": agent_", "could not reach the agent", ": incomplete: "];
+        let away = if self.agents.is_some() { &away[..] } else { &[] };
+        let expected = |e: &str| e.contains(SKIPPED) || away.iter().any(|part| e.contains(part));
+        let strange: Vec<_> = said.events.iter().filter(|e| !expected(e)).collect();
         assert!(strange.is_empty(), "told of, and it was only killed: {strange:#?}");
         let right = said.resumed.iter().all(|step| *step == self.newest);
         assert!(right, "resumed from {:?}, step {} is the newest", said.resumed, self.newest);
@@ -124,32 +157,42 @@ impl Run {
         sum.resumed += u64::from(all_resumed);
         sum.steps_in_ram += said.ram.len();
         sum.steps_on_disk += said.disk.len();
-        sum.skips += said.events.len();
+        sum.skips += said.events.iter().filter(|e| e.contains(SKIPPED)).count();
+        sum.agents_killed += self.agents.as_mut().map_or(0, Agents::killed);
         sum.ended += u64::from(trial.moment.is_none());
         sum.wiped += u64::from(trial.wiped);
     }
 
     /// A job from its start to its end.
-    fn live(&self, trial: &Trial) {
-        let start = |rank| start(&self.place, self.places.ram(), rank, trial);
+    fn live(&mut self, trial: &Trial) {
+        let mut agents = self.agents.as_mut().map(|agents| agents.at(self.places.ram()));
+        let hosted = agents.is_some();
+        let start = |rank| start(&self.place, self.places.ram(), rank, trial, hosted);
         let mut ranks = Ranks((0..WORLD).map(start).collect());
         let Some(moment) = trial.moment else {
             // Longer than any wait of a rank that is well.
-            assert!(ranks.go_on_for(trial, Duration::from_secs(60)), "it does not end");
+            let ended = ranks.go_on_for(trial, Duration::from_secs(60), agents.as_mut());
+            assert!(ended, "it does not end");
             return;
         };
-        ranks.go_on_for(trial, moment);
+        ranks.go_on_for(trial, moment, agents.as_mut());
         let mut first = ranks.0.swap_remove(trial.first);
         first.kill().expect("kill");
         first.wait().expect("wait");
         // Sometimes the others go on for a while.
-        ranks.go_on_for(trial, trial.alone);
+        ranks.go_on_for(trial, trial.alone, agents.as_mut());
+        // The trainers before their agent: nobody looks for it.
+        drop(ranks);
     }
 
     /// All ranks restore, in this process, one after the other, and save nothing.
-    fn restart(&self, settings: &Settings) {
+    fn restart(&mut self, settings: &Settings) {
+        let agent = self.agents.as_mut().map(|agents| agents.at(self.places.ram()));
         let open = |rank| {
             let mut config = self.places.config_of(rank, WORLD);
+            if agent.is_some() {
+                config.agent = Some(self.places.ram().join("agent.sock"));
+            }
             settings.set(&mut config);
             Checkpointer::open(config).expect("open")
         };
@@ -195,7 +238,7 @@ struct Ranks(Vec<Child>);
 
 impl Ranks {
     /// True: all of them ended by themselves, as the trial wants it.
-    fn go_on_for(&mut self, trial: &Trial, time: Duration) -> bool {
+    fn go_on_for(&mut self, trial: &Trial, time: Duration, mut agent: Option<&mut Agent>) -> bool {
         let begun = Instant::now();
         loop {
             let mut ended = true;
@@ -207,6 +250,9 @@ impl Ranks {
             }
             if ended || begun.elapsed() >= time {
                 return ended;
+            }
+            if let Some(agent) = &mut agent {
+                agent.live_or_die();
             }
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -224,9 +270,13 @@ impl Drop for Ranks {
     }
 }
 
-fn start(place: &Path, ram: &Path, rank: u32, trial: &Trial) -> Child {
+fn start(place: &Path, ram: &Path, rank: u32, trial: &Trial, hosted: bool) -> Child {
     let log = std::fs::File::create(place.join(format!("output-{rank}"))).expect("output");
-    Command::new(std::env::current_exe().expect("self"))
+    let mut command = Command::new(std::env::current_exe().expect("self"));
+    if hosted {
+        command.env("TIERKEEP_TEST_HOSTED", "1");
+    }
+    command
         .args(["a_rank_of_the_job", "--exact", "--nocapture"])
         .env("TIERKEEP_TEST_TRAINER", place)
         .env("TIERKEEP_TEST_RAM", ram)
