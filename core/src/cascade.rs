@@ -142,6 +142,8 @@ pub(crate) struct Cascade {
     work: Mutex<Work>,
     /// The job stops after this step; `u64::MAX` while nobody has asked.
     last: AtomicU64,
+    /// This step goes to disk though its turn would not come; `u64::MAX`: none.
+    hurried: AtomicU64,
 }
 
 impl std::fmt::Debug for Cascade {
@@ -160,8 +162,8 @@ impl Cascade {
         let newest = parts.record.parent.map(|p| p.key());
         let shards = found.into_iter().map(|shard| (shard.key.step.0, shard)).collect();
         let work = Work { newest, parent_waits, shards, unchecked: true, ..Work::default() };
-        let last = AtomicU64::new(u64::MAX);
-        let cascade = Arc::new(Self { parts, work: Mutex::new(work), last });
+        let (last, hurried) = (AtomicU64::new(u64::MAX), AtomicU64::new(u64::MAX));
+        let cascade = Arc::new(Self { parts, work: Mutex::new(work), last, hurried });
         cascade.resume_carry()?;
         Ok(cascade)
     }
@@ -177,6 +179,17 @@ impl Cascade {
             return; // Known.
         }
         locked(&self.work).saves().for_each(|save| self.mark_due(save));
+        self.parts.signal.notify();
+    }
+
+    /// What is newest in RAM goes to disk, whatever the schedule says: this host goes away, or nobody
+    /// will save anything newer.
+    pub(crate) fn hurry(&self) {
+        let Some(newest) = self.newest() else { return };
+        self.hurried.store(newest.step.0, Ordering::Release);
+        let work = locked(&self.work);
+        work.shards.get(&newest.step.0).iter().for_each(|shard| self.mark_due(&shard.save));
+        drop(work);
         self.parts.signal.notify();
     }
 
@@ -327,6 +340,7 @@ impl Cascade {
         step.is_multiple_of(self.parts.config.disk_every)
             || self.is_parent(step)
             || self.is_last(step)
+            || step == self.hurried.load(Ordering::Acquire)
     }
 
     fn is_parent(&self, step: u64) -> bool {

@@ -17,6 +17,7 @@
 
 mod calls;
 mod connection;
+mod drain;
 mod hands;
 mod peer;
 mod seat;
@@ -33,8 +34,8 @@ use std::{
     time::Duration,
 };
 
-pub use self::seat::RankView;
 use self::{connection::Connection, peer::Peer, seat::Seat};
+pub use self::{drain::Drained, seat::RankView};
 use crate::{
     clock::{Clock, Deadline, SystemClock},
     config::Config,
@@ -245,13 +246,19 @@ impl Host {
         }
     }
 
-    /// What it owns, for people.
-    #[must_use]
-    pub fn ranks(&self) -> Vec<RankView> {
+    /// Every rank that is not being opened or closed at this moment.
+    fn seats(&self) -> Vec<Arc<Seat>> {
         let seats = self.chairs().into_iter().filter_map(|(_, chair)| {
             let taken = chair.try_lock().ok()?;
             taken.clone()
         });
+        seats.collect()
+    }
+
+    /// What it owns, for people.
+    #[must_use]
+    pub fn ranks(&self) -> Vec<RankView> {
+        let seats = self.seats().into_iter();
         let mut views: Vec<RankView> = seats.map(|seat| seat.view(&self.clock)).collect();
         views.sort_by(|a, b| (&a.destination, a.rank).cmp(&(&b.destination, b.rank)));
         views
@@ -272,12 +279,7 @@ impl Host {
     pub fn end(&self) {
         self.ending.store(true, Ordering::Release);
         self.changed.notify();
-        for (_, chair) in self.chairs() {
-            let seat = chair.try_lock().ok().and_then(|taken| taken.clone());
-            if let Some(seat) = seat {
-                seat.end(false);
-            }
-        }
+        self.seats().iter().for_each(|seat| seat.end(false));
     }
 
     fn is_ending(&self) -> bool {

@@ -232,7 +232,7 @@ impl Seat {
         }
         let Some((_, cascade)) = self.keeper.running() else { return true };
         // What never became due for disk goes there now: nobody will save anything newer.
-        cascade.stop_after(0);
+        cascade.hurry();
         !cascade.is_carrying() && (cascade.is_durable() || cascade.is_fenced())
     }
 

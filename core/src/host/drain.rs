@@ -1,0 +1,91 @@
+//! A host that goes away: what is only in RAM goes to disk, before a deadline.
+//!
+//! # Invariants
+//!
+//! - What is most exposed goes first: runs without any checkpoint on disk before those that have an
+//!   older one.
+//! - A run whose disk hangs keeps no other from its turn: each has its share of the time.
+//! - What is reported as durable is sealed.
+
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
+
+use super::{Host, seat::Seat};
+use crate::clock::{Clock, Deadline};
+
+/// What a drain did for one rank.
+#[derive(Clone, Debug)]
+pub struct Drained {
+    /// The run's directory.
+    pub destination: PathBuf,
+    /// Which rank of it.
+    pub rank: u32,
+    /// The newest step that is complete in RAM.
+    pub in_ram: Option<u64>,
+    /// The newest step that is sealed on disk.
+    pub on_disk: Option<u64>,
+    /// Nothing would be lost with this host's memory.
+    pub durable: bool,
+    /// Why it is not, where something is known.
+    pub trouble: Option<String>,
+}
+
+/// How often it is looked how far it is.
+const LOOK: Duration = Duration::from_millis(20);
+
+impl Host {
+    /// Carries everything that is only in RAM to disk, whatever the schedules say, and reports what
+    /// made it `within` the time. Trainers go on; ranks of other hosts are not waited for.
+    #[must_use]
+    pub fn drain(&self, within: Duration) -> Vec<Drained> {
+        let deadline = Deadline::after(&self.clock, within);
+        let mut runs: BTreeMap<PathBuf, Vec<Arc<Seat>>> = BTreeMap::new();
+        for seat in self.seats() {
+            runs.entry(seat.keeper.place.config.destination.clone()).or_default().push(seat);
+        }
+        let mut runs: Vec<Vec<Arc<Seat>>> = runs.into_values().collect();
+        runs.sort_by_key(|seats| seats.iter().map(|seat| seat.drained().on_disk).min());
+        let mut left = runs.len();
+        for seats in &runs {
+            seats.iter().for_each(|seat| seat.hurry());
+            let share =
+                deadline.left(&self.clock).unwrap_or_default() / u32::try_from(left).unwrap_or(1);
+            let turn = Deadline::after(&self.clock, share);
+            left -= 1;
+            while !seats.iter().all(|seat| seat.drained().durable)
+                && turn.left(&self.clock).is_some()
+            {
+                self.clock.pause(LOOK);
+            }
+        }
+        // Whoever was slow in its own turn has the rest.
+        while !runs.iter().flatten().all(|seat| seat.drained().durable)
+            && deadline.left(&self.clock).is_some()
+        {
+            self.clock.pause(LOOK);
+        }
+        runs.iter().flatten().map(|seat| seat.drained()).collect()
+    }
+}
+
+impl Seat {
+    /// What is newest goes to disk now.
+    fn hurry(&self) {
+        if let Some((_, cascade)) = self.keeper.running() {
+            cascade.hurry();
+        }
+    }
+
+    fn drained(&self) -> Drained {
+        let config = &self.keeper.place.config;
+        let running = self.keeper.running();
+        let cascade = running.as_ref().map(|(_, cascade)| cascade);
+        Drained {
+            destination: config.destination.clone(),
+            rank: config.rank,
+            in_ram: cascade.and_then(|c| c.newest()).map(|key| key.step.0),
+            on_disk: cascade.and_then(|c| c.sealed()),
+            durable: cascade.is_none_or(|c| c.is_durable()),
+            trouble: cascade.and_then(|c| c.trouble()),
+        }
+    }
+}
