@@ -58,7 +58,7 @@ const POLL: Duration = Duration::from_millis(10);
 pub(crate) fn begin(place: &Place, how: &Begin, decision: u32) -> Result<Started> {
     let deadline = Deadline::after(&*place.clock, place.config.attempt_wait);
     if place.config.leads() {
-        let mut earlier = own_record(place, decision)?;
+        let mut earlier = own_record(place, decision);
         // The step that was decided on can go while we decide: then decide again.
         loop {
             let record = match earlier.take() {
@@ -114,13 +114,14 @@ fn no_record(place: &Place, deadline: &Deadline) -> Error {
 }
 
 /// Rank 0: its own record of this decision, whose answer was lost with the agent that made it.
-fn own_record(place: &Place, decision: u32) -> Result<Option<AttemptRecord>> {
-    let attempts = Attempts::load(&[&*place.disk, &*place.ram])?;
-    let Some(newest) = attempts.newest() else { return Ok(None) };
+/// A tier that does not answer is met again, with its hint, by the decision that follows.
+fn own_record(place: &Place, decision: u32) -> Option<AttemptRecord> {
+    let attempts = Attempts::load(&[&*place.disk]).ok()?;
+    let newest = attempts.newest()?;
     let ours = newest.attempt.id == place.start && newest.decision == decision;
     let rank = Rank(place.config.rank);
-    let stands = ours && attempt::is_claimed_by(&*place.disk, &newest.attempt, rank, &place.nonce)?;
-    Ok(stands.then(|| newest.clone()))
+    let claimed = attempt::is_claimed_by(&*place.disk, &newest.attempt, rank, &place.nonce);
+    (ours && claimed.is_ok_and(|ours| ours)).then(|| newest.clone())
 }
 
 /// Rank 0: decides and records.
