@@ -17,6 +17,7 @@ mod taking;
 use std::{
     any::Any,
     collections::{BTreeMap, HashMap},
+    ffi::OsStr,
     path::PathBuf,
     sync::{
         Arc, LazyLock, Mutex, Weak,
@@ -33,7 +34,7 @@ use crate::{
     config::Config,
     error::{Error, Result},
     keeper::{Ground, Keeper, Local},
-    link::Far,
+    link::{Agent, Far, find_agent},
     manifest::Meta,
     names::Id,
     observe::{Observer, locked},
@@ -155,6 +156,21 @@ impl Checkpointer {
         let seat = Seat::Agent(socket.clone(), run, config.rank);
         seat.take_over()?;
         Ok(Self::of(Arc::new(Far::open(config, socket)?), seat))
+    }
+
+    /// [`open`](Self::open) with the node's agent, if it has one (`find_agent`); a handle without one
+    /// says so once.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open); an agent that was named does not answer.
+    pub fn find(mut config: Config, wish: Option<&OsStr>) -> Result<Self> {
+        let found = find_agent(wish, config.lock_wait)?;
+        if let Agent::At { socket, .. } = &found {
+            config.agent = Some(socket.clone());
+        }
+        let handle = Self::open(config)?;
+        found.tell(handle.observer());
+        Ok(handle)
     }
 
     /// [`open`](Self::open) without an agent, and with something put around each tier: faults in

@@ -22,10 +22,11 @@ mod hands;
 mod peer;
 mod seat;
 mod tell;
+mod users;
 
 use std::{
     collections::HashMap,
-    os::unix::net::UnixListener,
+    os::unix::{fs::PermissionsExt, net::UnixListener},
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
@@ -34,8 +35,8 @@ use std::{
     time::Duration,
 };
 
-use self::{connection::Connection, peer::Peer, seat::Seat};
-pub use self::{drain::Drained, seat::RankView};
+use self::{connection::Connection, peer::Peer, seat::Seat, users::Users};
+pub use self::{drain::Drained, seat::RankView, users::UID};
 use crate::{
     clock::{Clock, Deadline, SystemClock},
     config::Config,
@@ -45,8 +46,6 @@ use crate::{
     observe::locked,
     ownership::Ownership,
     signal::Signal,
-    snapshot::budget::Budget,
-    tier::publish::make_dirs,
 };
 
 /// How an agent is set up.
@@ -54,11 +53,14 @@ use crate::{
 pub struct Settings {
     /// The socket that trainers find.
     pub socket: PathBuf,
-    /// The directory of the ram tier, on tmpfs.
+    /// The directory of the ram tier, on tmpfs. Where it has [`UID`] in it and root runs the agent,
+    /// every user is served, each in a directory of its own.
     pub ram_root: PathBuf,
     /// Limit of all files below it together; `None`: a share of what tmpfs and the control group
     /// leave.
     pub ram_bytes_max: Option<u64>,
+    /// Limit of one run's slots on this node, all ranks together.
+    pub run_bytes_max: Option<u64>,
     /// Trainers that are connected at once.
     pub trainers_max: usize,
     /// A rank whose trainer has been gone for this long, and whose newest checkpoint is on disk,
@@ -73,6 +75,7 @@ type Chair = Arc<Mutex<Option<Arc<Seat>>>>;
 #[derive(Debug)]
 pub struct Host {
     settings: Settings,
+    users: Users,
     clock: SystemClock,
     chairs: Mutex<HashMap<(PathBuf, u32), Chair>>,
     connected: AtomicUsize,
@@ -93,21 +96,27 @@ impl Host {
     /// Another agent has either, or a directory cannot be used.
     pub fn open(settings: Settings) -> Result<(Arc<Self>, UnixListener)> {
         let clock = SystemClock;
-        make_dirs(&settings.ram_root, false)?;
+        let users = Users::new(&settings);
+        users.whole_budget(&settings)?; // Its directory is made.
         let lock =
             |path: &Path, what: &str| Ownership::take(path, what, Duration::from_secs(5), &clock);
-        let ram = format!("the ram tier at {}", settings.ram_root.display());
+        let ram_root = users.own_root();
+        let ram = format!("the ram tier at {}", ram_root.display());
         let beside = settings.socket.with_extension("lock");
         let locks = [
             lock(&beside, &format!("the socket {}", settings.socket.display()))?,
-            lock(&settings.ram_root.join(".agent.lock"), &ram)?,
+            lock(&ram_root.join(".agent.lock"), &ram)?,
         ];
         // What is there is of an agent that is dead: we have its lock.
         crate::tier::publish::remove(&settings.socket)?;
         let listener = UnixListener::bind(&settings.socket);
         let listener = listener.at("listen at", &settings.socket)?;
+        // Who connects is asked who it is.
+        let mode = std::fs::Permissions::from_mode(if users.are_many() { 0o666 } else { 0o600 });
+        std::fs::set_permissions(&settings.socket, mode).at("set the mode of", &settings.socket)?;
         let host = Self {
             settings,
+            users,
             clock,
             chairs: Mutex::default(),
             connected: AtomicUsize::new(0),
@@ -218,8 +227,8 @@ impl Host {
     }
 
     /// A keeper for a rank that nobody here owns.
-    fn keeper(&self, config: Config, start: Id, nonce: Id) -> Result<Keeper> {
-        let budget = Budget::open(&self.settings.ram_root, self.settings.ram_bytes_max)?;
+    fn keeper(&self, config: Config, uid: u32, start: Id, nonce: Id) -> Result<Keeper> {
+        let budget = self.users.budget(uid, &self.settings, &config.ram_dir())?;
         let ground = Ground::Agent { budget, start, nonce };
         // Whoever had the rank here has left its chair.
         Keeper::open(config, ground, &|tier| tier, &|_| Ok(()))
@@ -269,7 +278,7 @@ impl Host {
     /// # Errors
     /// The file system did not answer.
     pub fn memory(&self) -> Result<(u64, u64)> {
-        let budget = Budget::open(&self.settings.ram_root, self.settings.ram_bytes_max)?;
+        let budget = self.users.whole_budget(&self.settings)?;
         let used = budget.used()?;
         Ok((used, budget.limit(used)?.0))
     }

@@ -108,3 +108,63 @@ pub(crate) fn cached_pages(file: &File, offset: u64, len: u64) -> Option<u64> {
 pub(crate) fn host() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
 }
+
+/// Makes this thread act on files as another user, with that user's groups: the kernel then decides
+/// what it may touch. Threads that it starts do the same. Only a privileged process can.
+///
+/// The raw calls change this thread alone; those of libc would change all.
+pub(crate) fn files_as(uid: u32, gid: u32, groups: &[u32]) -> io::Result<()> {
+    // SAFETY: the list has so many numbers of the kernel's `gid_t`, and is only read.
+    let rc = unsafe { libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) };
+    if rc != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    set_files_gid(gid);
+    set_files_uid(uid);
+    // They return the value before, and an error is known by asking again.
+    if set_files_gid(u32::MAX) != gid || set_files_uid(u32::MAX) != uid {
+        return Err(io::Error::from(io::ErrorKind::PermissionDenied));
+    }
+    Ok(())
+}
+
+/// The user that this thread acts on files as until now; from here on as `uid`, where that is one.
+pub(crate) fn set_files_uid(uid: u32) -> u32 {
+    // SAFETY: it takes and returns a number, and changes this thread alone.
+    unsafe { libc::setfsuid(uid) }.cast_unsigned()
+}
+
+fn set_files_gid(gid: u32) -> u32 {
+    // SAFETY: as above.
+    unsafe { libc::setfsgid(gid) }.cast_unsigned()
+}
+
+/// The groups of the process at the other end of a unix socket, as they were when it connected.
+pub(crate) fn peer_groups(socket: &std::os::unix::net::UnixStream) -> io::Result<Vec<u32>> {
+    const SO_PEERGROUPS: libc::c_int = 59;
+    let mut groups = vec![0_u32; 1024];
+    for _ in 0..4 {
+        let mut bytes = libc::socklen_t::try_from(groups.len() * 4).unwrap_or(libc::socklen_t::MAX);
+        // SAFETY: the kernel writes at most `bytes` bytes into the list, and says how many.
+        let rc = unsafe {
+            libc::getsockopt(
+                socket.as_raw_fd(),
+                libc::SOL_SOCKET,
+                SO_PEERGROUPS,
+                groups.as_mut_ptr().cast(),
+                &mut bytes,
+            )
+        };
+        let count = usize::try_from(bytes).unwrap_or(0) / 4;
+        if rc == 0 {
+            groups.truncate(count);
+            return Ok(groups);
+        }
+        let error = io::Error::last_os_error();
+        if error.raw_os_error() != Some(libc::ERANGE) {
+            return Err(error);
+        }
+        groups.resize(count.max(groups.len()) + 1, 0);
+    }
+    Err(io::Error::from(io::ErrorKind::InvalidData))
+}

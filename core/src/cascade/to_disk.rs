@@ -99,19 +99,31 @@ impl Cascade {
     pub(crate) fn take_up(&self, save: &Save) -> Result<()> {
         self.mark_due(save);
         let step = save.step();
-        if let Some(shard) = locked(&self.work).shards.get_mut(&step) {
+        let sealed = self.is_sealed(&self.key_of(step))?;
+        if sealed {
+            save.reach(Level::Ram, false);
+            save.reach(Level::Disk, false);
+        } else if let Some(why) = self.parts.agreements.gave_up(step)? {
+            let why = format!("it was given up for disk: {why}");
+            save.fail(Level::Disk, &Error::Skipped { step: Step(step), why });
+        }
+        let mut work = locked(&self.work);
+        let (chosen, carried) = (work.chosen, work.carry.as_ref().map(|c| c.step));
+        if let Some(shard) = work.shards.get_mut(&step) {
             save.reach(Level::Ram, true);
             if shard.complete {
                 save.reach(Level::Ram, false);
             }
             shard.save = save.clone();
+            drop(work);
+            if let Some(newer) = chosen.filter(|c| *c > step && carried != Some(step)) {
+                self.pass_over(save, newer); // Unless it is there: what is reached stays so.
+            }
             self.parts.signal.notify();
             return Ok(());
         }
-        let key = self.key_of(step);
-        if self.is_sealed(&key)? {
-            save.reach(Level::Ram, false);
-            save.reach(Level::Disk, false);
+        drop(work);
+        if sealed {
             return Ok(());
         }
         // Its slot was used again, for which it had to be complete, or given up.

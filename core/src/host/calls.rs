@@ -26,7 +26,7 @@ use crate::{
     reader::Reader,
     save::Save,
     snapshot::{Described, slot::Slot},
-    tier::Tier,
+    tier::{Tier, disk::DiskTier},
     wire::convert,
 };
 
@@ -119,10 +119,17 @@ impl Connection {
             return Err(Error::invalid("it has a rank already"));
         }
         let host = &self.host;
-        let config = convert::config(open, host.settings.ram_root.clone())?;
+        let config = convert::config(open, host.users.root_of(self.peer.uid))?;
         let (start, nonce) = (convert::id(&open.start)?, convert::id(&open.nonce)?);
         let chair = host.chair(&config);
         let mut taken = crate::observe::locked(&chair);
+        if let Some(other) = taken.as_ref().filter(|seat| seat.uid != self.peer.uid) {
+            // Whoever may not enter the directory learns nothing of it.
+            DiskTier::open(&config.destination)?;
+            return Err(Error::Fenced {
+                why: format!("{} is kept for user {}", other.name(), other.uid),
+            });
+        }
         let mut lost = Vec::new();
         let there = taken.as_ref().filter(|seat| seat.keeper.place.nonce == nonce).cloned();
         let seat = match (there, &open.back) {
@@ -138,7 +145,7 @@ impl Connection {
                     }
                     old.end(false);
                 }
-                let keeper = host.keeper(config, start, nonce)?;
+                let keeper = host.keeper(config, self.peer.uid, start, nonce)?;
                 let seat = Arc::new(Seat::new(keeper, self.id, self.peer.clone()));
                 if let Some(back) = &open.back {
                     lost = go_on(&seat, self, back)?;

@@ -103,16 +103,14 @@ impl Connection {
         let Some((request, _)) = receive::<Request>(&self.socket, GREETING_BYTES_MAX)? else {
             return Ok(false);
         };
-        let uid = rustix::process::geteuid().as_raw();
         let refused = |error: &Error| {
             self.answer(request.id, Answer::Failure(convert::failure(error)), &[]);
             Ok(false)
         };
-        if self.peer.uid != uid {
-            return refused(&Error::invalid(format!(
-                "this agent serves user {uid}, not user {}",
-                self.peer.uid
-            )));
+        // From here on this thread, and those that it starts, are the trainer's in all that concerns
+        // files.
+        if let Err(e) = self.host.users.act_for(&self.peer, &self.socket) {
+            return refused(&e);
         }
         let Some(Call::Hello(hello)) = request.call else {
             return refused(&Error::invalid("a trainer greets first"));

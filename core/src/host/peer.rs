@@ -20,6 +20,7 @@ pub(super) struct Peer {
     /// 0 where it is in another pid namespace, which we cannot see into.
     pub(super) pid: u32,
     pub(super) uid: u32,
+    pub(super) gid: u32,
     /// Readable once the process is dead; a number can be given to another one.
     pidfd: Option<OwnedFd>,
 }
@@ -29,7 +30,7 @@ impl Peer {
         let creds = rustix::net::sockopt::socket_peercred(socket)?;
         let pidfd = pidfd_open(creds.pid, PidfdFlags::empty()).ok();
         let pid = creds.pid.as_raw_nonzero().get().unsigned_abs();
-        Ok(Self { pid, uid: creds.uid.as_raw(), pidfd })
+        Ok(Self { pid, uid: creds.uid.as_raw(), gid: creds.gid.as_raw(), pidfd })
     }
 
     pub(super) fn pidfd(&self) -> Option<BorrowedFd<'_>> {

@@ -4,13 +4,16 @@ use std::{
     ffi::OsStr,
     os::unix::{ffi::OsStrExt, net::UnixStream},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use tierkeep_proto::trainer::Opened;
 
 use crate::{
+    clock::{Clock, Deadline, SystemClock},
     config::default_ram_root,
     error::{Doing, Error, Result},
+    observe::Observer,
 };
 
 /// The agent of a node, run by root.
@@ -30,9 +33,36 @@ pub enum Agent {
     None {
         /// Where it was looked for.
         looked: Vec<PathBuf>,
+        /// There is a socket, and whoever listened there is gone.
+        gone: Option<PathBuf>,
     },
     /// Somebody said that there is to be none.
     Off,
+}
+
+impl Agent {
+    /// One line of notice where there is none.
+    pub(crate) fn tell(&self, observer: &Observer) {
+        match self {
+            Self::None { gone: Some(socket), .. } => {
+                let text = format!(
+                    "the agent at {} does not answer: this process keeps its RAM tier itself, and \
+                     nothing goes to disk once it is dead",
+                    socket.display()
+                );
+                observer.warn("embedded", None, text);
+            }
+            Self::None { looked, .. } => {
+                let looked: Vec<_> = looked.iter().map(|s| s.display().to_string()).collect();
+                let text = format!(
+                    "no agent listens at {}: this process keeps its RAM tier itself",
+                    looked.join(" or ")
+                );
+                observer.info("embedded", None, text);
+            }
+            Self::At { .. } | Self::Off => {}
+        }
+    }
 }
 
 /// The sockets where an agent is looked for that nobody named: the node's, then this user's.
@@ -41,34 +71,74 @@ pub fn default_sockets() -> Vec<PathBuf> {
     vec![SYSTEM_SOCKET.into(), default_ram_root().join("agent.sock")]
 }
 
+/// An agent that is being upgraded is back within this time.
+const UPGRADE: Duration = Duration::from_secs(3);
+
 /// Finds the agent: `wish`, else `TIERKEEP_AGENT`, else the first of the default sockets that somebody
-/// listens at. `off` (or `0`, `none`) means that there is to be none.
+/// listens at. `off` (or `0`, `none`) means that there is to be none. One that was named is waited for
+/// up to `wait`.
 ///
 /// # Errors
-/// What is named is no path.
-pub fn find_agent(wish: Option<&OsStr>) -> Result<Agent> {
+/// What is named is no path, or nobody answers there.
+pub fn find_agent(wish: Option<&OsStr>, wait: Duration) -> Result<Agent> {
     let variable = std::env::var_os("TIERKEEP_AGENT").filter(|value| !value.is_empty());
     if let Some(named) = wish.map(OsStr::to_owned).or(variable) {
         if matches!(named.as_bytes(), b"off" | b"0" | b"none") {
             return Ok(Agent::Off);
         }
-        let socket = named.as_bytes().strip_prefix(b"unix:").unwrap_or(named.as_bytes());
-        let socket = PathBuf::from(OsStr::from_bytes(socket));
+        let socket = PathBuf::from(&named);
         if !socket.is_absolute() {
             return Err(Error::invalid(format!(
                 "TIERKEEP_AGENT (agent=) is {}: it is the absolute path of the agent's socket, or \"off\"",
                 named.display()
             )));
         }
-        return Ok(Agent::At { socket, named: true });
+        return match listens(&socket, wait) {
+            Ok(()) => Ok(Agent::At { socket, named: true }),
+            Err(e) => Err(Error::Io {
+                what: format!(
+                    "reach the agent at {}, which TIERKEEP_AGENT (agent=) names; start it (`tierkeep \
+                     agent`), or say \"off\"",
+                    socket.display()
+                ),
+                source: e,
+            }),
+        };
     }
-    let looked = default_sockets();
+    let (looked, mut gone) = (default_sockets(), None);
     for socket in &looked {
-        if UnixStream::connect(socket).is_ok_and(|there| check_host_of(&there, socket).is_ok()) {
-            return Ok(Agent::At { socket: socket.clone(), named: false });
+        match listens(socket, Duration::ZERO) {
+            Ok(()) if is_trusted(socket) => {
+                return Ok(Agent::At { socket: socket.clone(), named: false });
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::ConnectionRefused => {
+                gone.get_or_insert(socket.clone());
+            }
+            _ => {}
         }
     }
-    Ok(Agent::None { looked })
+    match gone {
+        Some(socket) if listens(&socket, UPGRADE).is_ok() && is_trusted(&socket) => {
+            Ok(Agent::At { socket, named: false })
+        }
+        gone => Ok(Agent::None { looked, gone }),
+    }
+}
+
+/// Whether somebody listens there, or does so within `wait`.
+fn listens(socket: &Path, wait: Duration) -> std::io::Result<()> {
+    let deadline = Deadline::after(&SystemClock, wait);
+    loop {
+        match UnixStream::connect(socket) {
+            Ok(_) => return Ok(()),
+            Err(e) if deadline.left(&SystemClock).is_none() => return Err(e),
+            Err(_) => SystemClock.pause(Duration::from_millis(50)),
+        }
+    }
+}
+
+fn is_trusted(socket: &Path) -> bool {
+    UnixStream::connect(socket).is_ok_and(|there| check_host_of(&there, socket).is_ok())
 }
 
 /// Whoever listens is root or this user: an agent sees the state, and gives it back.

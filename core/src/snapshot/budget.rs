@@ -10,11 +10,12 @@
 //!   will take, and a hundred gigabytes of zeroing keep no other rank waiting.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File, OpenOptions},
     io,
-    os::unix::fs::MetadataExt,
+    os::unix::fs::{DirBuilderExt, MetadataExt},
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard},
+    sync::{Arc, Mutex, MutexGuard},
     time::Duration,
 };
 
@@ -36,7 +37,14 @@ const SHARE_PERCENT: u64 = 80;
 pub struct Budget {
     root: PathBuf,
     bytes_max: Option<u64>,
+    /// Other directories that the limit is for as well.
+    among: Option<Counted>,
+    /// A limit of one directory below the root.
+    quota: Option<(PathBuf, u64)>,
 }
+
+/// Directories that one limit is for.
+pub(crate) type Counted = Arc<Mutex<BTreeSet<PathBuf>>>;
 
 impl Budget {
     /// A budget over everything below `root` (made where it is missing). Without `bytes_max` it is
@@ -45,8 +53,18 @@ impl Budget {
     /// # Errors
     /// The directory cannot be made.
     pub fn open(root: &Path, bytes_max: Option<u64>) -> Result<Self> {
-        crate::tier::publish::make_dirs(root, false)?;
-        Ok(Self { root: root.into(), bytes_max })
+        make_root(root)?;
+        Ok(Self { root: root.into(), bytes_max, among: None, quota: None })
+    }
+
+    /// One limit for this root and others, of other users too.
+    pub(crate) fn among(self, others: Counted) -> Self {
+        Self { among: Some(others), ..self }
+    }
+
+    /// A limit for `dir` of its own, beside that of all.
+    pub(crate) fn with_quota(self, dir: &Path, bytes_max: Option<u64>) -> Self {
+        Self { quota: bytes_max.map(|max| (dir.into(), max)), ..self }
     }
 
     /// The directory that it counts.
@@ -64,7 +82,18 @@ impl Budget {
     }
 
     fn usage(&self) -> Result<Usage> {
-        used_below(&self.root, 0).at("count the files below", &self.root)
+        let count = |root: &Path| used_below(root, 0).at("count the files below", root);
+        let Some(among) = &self.among else { return count(&self.root) };
+        let roots = locked(among).clone();
+        // With the process's own rights: those of other users are theirs alone.
+        let acting = sys::set_files_uid(rustix::process::geteuid().as_raw());
+        let sum = roots.iter().try_fold(Usage::default(), |sum, root| {
+            let part = count(root)?;
+            let used = sum.used.saturating_add(part.used);
+            Ok(Usage { used, reserved: sum.reserved.saturating_add(part.reserved) })
+        });
+        sys::set_files_uid(acting);
+        sum
     }
 
     /// The limit in force now, in bytes, and where it comes from.
@@ -96,6 +125,7 @@ impl Budget {
         let (limit, from) = self.limit(used)?;
         let free = crate::tier::disk::free_bytes(&self.root).at("stat", &self.root)?;
         let free = free.saturating_sub(reserved);
+        self.check_quota(more, what)?;
         if used.saturating_add(more) > limit {
             return Err(Error::Budget {
                 sum: format!(
@@ -120,6 +150,23 @@ impl Budget {
             });
         }
         Ok(())
+    }
+
+    fn check_quota(&self, more: u64, what: &str) -> Result<()> {
+        let Some((dir, max)) = &self.quota else { return Ok(()) };
+        let used = used_below(dir, 1).at("count the files below", dir)?.used;
+        if used.saturating_add(more) <= *max {
+            return Ok(());
+        }
+        Err(Error::Budget {
+            sum: format!(
+                "{what} + {} of this run = {}, but one run may have {} of this node's memory \
+                 (run_bytes_max of its agent)",
+                human(used),
+                human(used.saturating_add(more)),
+                human(*max)
+            ),
+        })
     }
 
     /// Gives `file` at least `len` bytes of memory that exists. `go_on` is asked now and then; false
@@ -184,6 +231,18 @@ impl Budget {
                 },
             }
         }
+    }
+}
+
+/// The root itself only its user can enter: what is below is the state of a training.
+fn make_root(root: &Path) -> Result<()> {
+    if root.is_dir() {
+        return Ok(());
+    }
+    crate::tier::publish::make_dirs(root.parent().unwrap_or(root), false)?;
+    match fs::DirBuilder::new().mode(0o700).create(root) {
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists && root.is_dir() => Ok(()),
+        other => other.at("make directory", root),
     }
 }
 

@@ -7,6 +7,8 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod liars;
 mod outlives;
 mod through;
+mod users;
 mod world;

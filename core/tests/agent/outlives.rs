@@ -28,6 +28,42 @@ fn a_trainer_killed_after_staged_loses_nothing_and_its_agent_goes_on_to_disk() {
 }
 
 #[test]
+fn a_fork_that_keeps_the_socket_does_not_keep_the_rank() {
+    let places = Places::new();
+    let _agent = agent(places.ram());
+    let mut first = trainer(&places.destination(), places.ram(), 0, 1);
+    first.hear("open");
+    assert_eq!(first.ask("resume"), "0");
+    assert_eq!(first.ask("save 1"), "ok");
+    let child: i32 = first.ask("fork").parse().unwrap();
+    first.kill();
+    let mut second = trainer(&places.destination(), places.ram(), 0, 1);
+    second.hear("open");
+    assert_eq!(second.ask("resume"), "1");
+    assert_eq!(second.ask("close"), "");
+    // SAFETY: a signal to a process of this test.
+    unsafe { libc::kill(child, libc::SIGKILL) };
+}
+
+#[test]
+fn a_second_trainer_of_a_live_one_is_refused_with_its_pid() {
+    let places = Places::new();
+    let _agent = agent(places.ram());
+    let first = trainer(&places.destination(), places.ram(), 0, 1);
+    first.hear("open");
+    let refused = trainer(&places.destination(), places.ram(), 0, 1).hear("refused");
+    assert!(refused.contains(&format!("owned by live process {}", first.pid())), "{refused}");
+}
+
+#[test]
+fn a_second_agent_of_one_directory_is_refused() {
+    let places = Places::new();
+    let _agent = agent(places.ram());
+    let error = tierkeep::host::Host::open(crate::common::settings(places.ram())).unwrap_err();
+    assert!(error.to_string().contains("is owned by live process"), "{error}");
+}
+
+#[test]
 fn a_trainer_whose_agent_is_killed_goes_on_with_the_next_one() {
     let places = Places::new();
     let first = agent(places.ram());

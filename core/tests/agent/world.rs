@@ -2,7 +2,7 @@
 
 use std::{
     io::{BufRead, BufReader, Write},
-    os::unix::net::UnixListener,
+    os::unix::{net::UnixListener, process::CommandExt},
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
     sync::{Arc, mpsc},
@@ -76,11 +76,18 @@ pub struct Actor {
 
 impl Actor {
     pub fn new(part: &str, place: &Path, more: &[(&str, String)]) -> Self {
+        Self::of(part, place, more, None)
+    }
+
+    fn of(part: &str, place: &Path, more: &[(&str, String)], uid: Option<u32>) -> Self {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["world::a_part", "--exact", "--nocapture", "--test-threads=1"]);
         command.env("TIERKEEP_TEST_PART", part).env("TIERKEEP_TEST_PLACE", place);
         command.envs(more.iter().map(|(name, value)| (*name, value)));
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        if let Some(uid) = uid {
+            command.uid(uid).gid(uid).current_dir("/");
+        }
         let mut child = command.spawn().unwrap();
         let (sender, lines) = mpsc::channel();
         let stdout = child.stdout.take().unwrap();
@@ -120,6 +127,10 @@ impl Actor {
         self.hear(line.split(' ').next().unwrap())
     }
 
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     pub fn kill(mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
@@ -140,12 +151,21 @@ pub fn agent(ram: &Path) -> Actor {
 }
 
 pub fn trainer(destination: &Path, ram: &Path, rank: u32, world: u32) -> Actor {
-    let more = [
+    let more = of_rank(destination, rank, world);
+    Actor::new("trainer", ram, &more)
+}
+
+/// A lone trainer that is another user's process.
+pub fn trainer_as(uid: u32, destination: &Path, ram: &Path) -> Actor {
+    Actor::of("trainer", ram, &of_rank(destination, 0, 1), Some(uid))
+}
+
+fn of_rank(destination: &Path, rank: u32, world: u32) -> [(&'static str, String); 3] {
+    [
         ("TIERKEEP_TEST_DEST", destination.display().to_string()),
         ("TIERKEEP_TEST_RANK", rank.to_string()),
         ("TIERKEEP_TEST_WORLD", world.to_string()),
-    ];
-    Actor::new("trainer", ram, &more)
+    ]
 }
 
 fn say(line: &str) {
@@ -202,6 +222,21 @@ fn train(ram: &Path) {
                 let level = if words[1] == "disk" { Level::Disk } else { Level::Ram };
                 let reached = last.as_ref().unwrap().poll(level, false, PATIENCE);
                 say(&format!("wait {}", reached.map_or_else(|e| e.chain(), |r| r.to_string())));
+            }
+            "list" => {
+                let listed = std::fs::read_dir(words[1]).map(|all| all.count());
+                say(&format!("list {listed:?}"));
+            }
+            "fork" => {
+                // SAFETY: the child calls nothing but what is safe after a fork, and never returns.
+                let child = unsafe { libc::fork() };
+                if child == 0 {
+                    loop {
+                        // SAFETY: it waits, with all that it inherited, for its death.
+                        unsafe { libc::pause() };
+                    }
+                }
+                say(&format!("fork {child}"));
             }
             "events" => say(&format!("events {}", events(&ckpt).join(" | "))),
             "close" => {

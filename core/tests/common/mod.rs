@@ -59,6 +59,7 @@ pub fn settings(ram: &Path) -> Settings {
         socket: ram.join("agent.sock"),
         ram_root: ram.into(),
         ram_bytes_max: None,
+        run_bytes_max: None,
         trainers_max: 64,
         idle: Duration::from_secs(3600),
     }

@@ -1,0 +1,117 @@
+//! Several users, one agent.
+//!
+//! An agent that is root acts on a user's files as that user: the thread that serves a trainer, and all
+//! that it starts, have the trainer's user and groups for everything that concerns files. What a user may
+//! not read or write without an agent, the kernel refuses with one too. An agent that is somebody else
+//! serves that user alone.
+//!
+//! # Invariants
+//!
+//! - Each user's ram tier is a directory of its own, which only that user and root can enter.
+//! - A rank that is kept for one user is given to no other.
+//! - The budget counts the ram tiers of all.
+
+use std::{
+    collections::BTreeSet,
+    io,
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+};
+
+use super::{Settings, peer::Peer};
+use crate::{
+    error::{Doing, Error, Result},
+    observe::locked,
+    snapshot::budget::{Budget, Counted},
+    sys,
+};
+
+/// What stands for a user's number in the path of the ram tier.
+pub const UID: &str = "{uid}";
+
+/// Whom it serves.
+#[derive(Debug)]
+pub(super) struct Users {
+    template: PathBuf,
+    own: u32,
+    /// The ram tiers that there are.
+    roots: Counted,
+}
+
+impl Users {
+    pub(super) fn new(settings: &Settings) -> Self {
+        let own = rustix::process::geteuid().as_raw();
+        let users =
+            Self { template: settings.ram_root.clone(), own, roots: Arc::new(Mutex::default()) };
+        locked(&users.roots).extend(users.there());
+        users
+    }
+
+    /// The ram tier of a user.
+    pub(super) fn root_of(&self, uid: u32) -> PathBuf {
+        let text = self.template.as_os_str().to_str().map(|t| t.replace(UID, &uid.to_string()));
+        text.map_or_else(|| self.template.clone(), PathBuf::from)
+    }
+
+    pub(super) fn own_root(&self) -> PathBuf {
+        self.root_of(self.own)
+    }
+
+    /// Every user is served.
+    pub(super) fn are_many(&self) -> bool {
+        self.own == 0 && self.template.to_str().is_some_and(|text| text.contains(UID))
+    }
+
+    /// This thread acts for the trainer from here on.
+    ///
+    /// # Errors
+    /// It is of a user that is not served.
+    pub(super) fn act_for(&self, peer: &Peer, socket: &UnixStream) -> Result<()> {
+        if peer.uid == self.own {
+            return Ok(());
+        }
+        if !self.are_many() {
+            return Err(Error::invalid(format!(
+                "this agent serves user {} alone, not user {}: it serves all where root runs it with \
+                 {UID} in ram_dir",
+                self.own, peer.uid
+            )));
+        }
+        let become_it =
+            || -> io::Result<()> { sys::files_as(peer.uid, peer.gid, &sys::peer_groups(socket)?) };
+        become_it().doing(|| format!("act for user {}", peer.uid))
+    }
+
+    /// The budget of a user's run, which is everybody's.
+    pub(super) fn budget(&self, uid: u32, settings: &Settings, run: &Path) -> Result<Budget> {
+        let root = self.root_of(uid);
+        let budget = Budget::open(&root, settings.ram_bytes_max)?;
+        locked(&self.roots).insert(root);
+        Ok(budget.among(self.roots.clone()).with_quota(run, settings.run_bytes_max))
+    }
+
+    /// The budget as the agent itself sees it.
+    pub(super) fn whole_budget(&self, settings: &Settings) -> Result<Budget> {
+        Ok(Budget::open(&self.own_root(), settings.ram_bytes_max)?.among(self.roots.clone()))
+    }
+
+    /// Ram tiers that are there, of whomever.
+    fn there(&self) -> BTreeSet<PathBuf> {
+        let mut roots: BTreeSet<PathBuf> = [self.own_root()].into();
+        let (Some(parent), Some(name)) = (self.template.parent(), self.template.file_name()) else {
+            return roots;
+        };
+        let Some((before, after)) = name.to_str().and_then(|name| name.split_once(UID)) else {
+            return roots;
+        };
+        for entry in std::fs::read_dir(parent).into_iter().flatten().flatten() {
+            let name = entry.file_name();
+            let uid = name.to_str().and_then(|name| name.strip_prefix(before)?.strip_suffix(after));
+            if uid.is_some_and(|uid| uid.parse::<u32>().is_ok()) {
+                roots.insert(entry.path());
+            }
+        }
+        roots
+    }
+}
