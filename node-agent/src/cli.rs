@@ -1,6 +1,6 @@
 //! The arguments, and the words of `--help`.
 
-use std::path::PathBuf;
+use std::{ffi::OsString, path::PathBuf};
 
 use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand};
@@ -66,6 +66,79 @@ pub(crate) enum Command {
     /// Writes 64 MiB beside DEST, or where it will be, and removes them again.
     #[command(after_help = EXIT_CODES)]
     Doctor(Doctor),
+    /// Own the ram tier of this node, for trainers that may die
+    ///
+    /// Settings are taken from a file (/etc/tierkeep/agent.toml where no other is named), then from
+    /// TIERKEEP_* variables, then from flags; the later one counts. On SIGTERM it ends, and what is in
+    /// RAM stays there for the next agent: an upgrade costs no checkpoint.
+    #[command(after_help = EXIT_CODES)]
+    Agent(AgentArgs),
+}
+
+#[derive(Debug, Args)]
+#[command(subcommand_negates_reqs = true)]
+pub(crate) struct AgentArgs {
+    #[command(subcommand)]
+    pub(crate) command: Option<AgentCommand>,
+    /// The settings' file, TOML [default: TIERKEEP_AGENT_CONFIG, else /etc/tierkeep/agent.toml]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Check the settings, print those in force and where each was given, and end
+    #[arg(long)]
+    pub(crate) check_config: bool,
+    /// The socket that trainers find [default: /run/tierkeep/agent.sock for root, else agent.sock in
+    /// the ram tier's directory]
+    #[arg(long, value_name = "PATH")]
+    socket: Option<OsString>,
+    /// Limit of the ram tier, as in 160GiB [default: a share of what is free]
+    #[arg(long, value_name = "SIZE")]
+    ram_bytes_max: Option<OsString>,
+    /// Limit of one run's slots on this node [default: none but the ram tier's]
+    #[arg(long, value_name = "SIZE")]
+    run_bytes_max: Option<OsString>,
+    /// Serve /healthz, /readyz and /metrics here, as in 127.0.0.1:9177 [default: off]
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    http: Option<OsString>,
+    /// Trainers that are connected at once [default: 256]
+    #[arg(long, value_name = "N")]
+    trainers_max: Option<OsString>,
+    /// A rank whose trainer has been gone for this long, and whose newest checkpoint is on disk, gives
+    /// its memory back [default: 1h]
+    #[arg(long, value_name = "TIME")]
+    idle: Option<OsString>,
+    /// On SIGTERM, first carry what is only in RAM to disk, for at most this long: for hosts that go
+    /// away [default: 0s, an upgrade needs none]
+    #[arg(long, value_name = "TIME")]
+    drain_on_sigterm: Option<OsString>,
+}
+
+impl AgentArgs {
+    /// The settings among them, by key.
+    pub(crate) fn given(&self) -> [(&'static str, Option<OsString>); 7] {
+        [
+            ("socket", self.socket.clone()),
+            ("ram_bytes_max", self.ram_bytes_max.clone()),
+            ("run_bytes_max", self.run_bytes_max.clone()),
+            ("http", self.http.clone()),
+            ("trainers_max", self.trainers_max.clone()),
+            ("idle", self.idle.clone()),
+            ("drain_on_sigterm", self.drain_on_sigterm.clone()),
+        ]
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum AgentCommand {
+    /// Carry what is only in RAM to disk now: this host goes away
+    #[command(after_help = EXIT_CODES)]
+    Drain(Drain),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Drain {
+    /// How long it may take, as in 30s
+    #[arg(long, value_name = "TIME", default_value = "30s")]
+    pub(crate) deadline: humantime::Duration,
 }
 
 #[derive(Debug, Args)]

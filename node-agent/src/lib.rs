@@ -10,6 +10,7 @@ mod cli;
 mod commands;
 mod doctor;
 mod export;
+mod service;
 
 mod fail;
 mod progress;

@@ -7,7 +7,7 @@ use tierkeep::observe::{Observer, Severity};
 use crate::{save::check_pid, wait};
 
 /// Severity (`info`, `warning`, `error`), a fixed word, one sentence, the step.
-type Event = (&'static str, &'static str, String, Option<u64>);
+type Event = (&'static str, String, String, Option<u64>);
 
 /// The events of one handle.
 #[pyclass(module = "tierkeep._tierkeep", frozen)]

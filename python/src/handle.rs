@@ -9,6 +9,7 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
+    ffi::OsString,
     mem::ManuallyDrop,
     path::PathBuf,
     sync::{
@@ -117,8 +118,10 @@ impl Handle {
 }
 
 /// The settings that Python gives, over the environment's and the defaults.
-fn configure(config: &mut Config, settings: &Bound<'_, PyDict>) -> PyResult<()> {
+/// What it says of the agent is returned.
+fn configure(config: &mut Config, settings: &Bound<'_, PyDict>) -> PyResult<Option<OsString>> {
     let py = settings.py();
+    let mut agent = None;
     for (name, value) in settings {
         if value.is_none() {
             continue;
@@ -140,6 +143,7 @@ fn configure(config: &mut Config, settings: &Bound<'_, PyDict>) -> PyResult<()> 
                     invalid(py, "attempt_id: 32 hex digits, as uuid.uuid4().hex gives them")
                 })?);
             }
+            "agent" => agent = Some(value.extract::<PathBuf>()?.into_os_string()),
             "ram_dir" => config.ram_root = std::path::absolute(value.extract::<PathBuf>()?)?,
             "ram_bytes_max" => config.ram_bytes_max = Some(value.extract()?),
             "slots" => config.slots = value.extract()?,
@@ -154,7 +158,7 @@ fn configure(config: &mut Config, settings: &Bound<'_, PyDict>) -> PyResult<()> 
             _ => return Err(invalid(py, format!("unknown setting {name}"))),
         }
     }
-    Ok(())
+    Ok(agent)
 }
 
 #[pymethods]
@@ -169,9 +173,9 @@ impl Handle {
         stager: Py<PyAny>,
     ) -> PyResult<Self> {
         let mut config = Config::new(&destination).raise(py)?;
-        configure(&mut config, settings)?;
+        let agent = configure(&mut config, settings)?;
         config.check().raise(py)?;
-        let core = wait::apart(py, move || Checkpointer::open(config))?;
+        let core = wait::apart(py, move || Checkpointer::find(config, agent.as_deref()))?;
         Ok(Self {
             core: ManuallyDrop::new(core),
             cache: Mutex::default(),
@@ -201,6 +205,7 @@ impl Handle {
         settings.set_item("keep_last", config.keep_last)?;
         settings.set_item("keep_every", config.keep_every)?;
         settings.set_item("threads", config.threads)?;
+        settings.set_item("agent", config.agent.as_ref().map(|socket| socket.as_os_str()))?;
         settings.set_item("attempt_id", self.core.start_id().to_string())?;
         Ok(settings)
     }

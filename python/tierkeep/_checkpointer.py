@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import operator
 import os
@@ -13,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from tierkeep import _ranks, _replicas, _stop
+from tierkeep import _agent, _ending, _ranks, _replicas, _stop
 from tierkeep._address import directory
 from tierkeep._build import Include
 from tierkeep._checks import at_least_one, names, one_of, setting, words
@@ -54,7 +53,8 @@ class Checkpointer:
     A `step` is a number of completed training steps. The state is any tree of tensors (torch,
     numpy), plain values, and objects with `state_dict` and `load_state_dict` at any depth, which
     is the recommended form. A save copies it to RAM (files in /dev/shm, which survive the process),
-    and from there to disk while training goes on.
+    and from there to disk while training goes on; where the node has an agent, also after this
+    process died.
 
     What is not given is looked for in the environment, `TIERKEEP_` and the name in capitals; then
     there is a default.
@@ -78,8 +78,11 @@ class Checkpointer:
             tensors in memory of the host.
         attempt_id: 32 hex digits, drawn anew at each start of the job and the same on all ranks.
             Default: broadcast once over an initialised process group, else found on the host.
+        agent: the socket of the node's agent, which then owns the ram tier and carries on when this
+            process is gone; False: none. Default: the one that listens, else this process is its
+            own. What it is stays: while an agent is away, training goes on and it is looked for.
         ram_dir: where the ram tier keeps its files; a directory on tmpfs that jobs may share.
-            Default: /dev/shm/tierkeep-<uid>.
+            Default: /dev/shm/tierkeep-<uid>. With an agent it is the agent's to say.
         ram_bytes_max: limit of all files below `ram_dir`. Default: a share of what is free.
         slots: snapshots that RAM holds for this rank, 2 or more.
         disk_every: steps that are divisible by it go to disk.
@@ -114,6 +117,7 @@ class Checkpointer:
         ranks: Iterable[int] | None = None,
         replicated: Replicated | None = None,
         attempt_id: str | None = None,
+        agent: _agent.Wish = None,
         ram_dir: str | os.PathLike[str] | None = None,
         ram_bytes_max: int | None = None,
         slots: int | None = None,
@@ -150,6 +154,7 @@ class Checkpointer:
             "savers": savers,
             "replicated": _replicas.rules(replicated, savers),
             "attempt_id": attempt_id or _ranks.shared_attempt_id(self._ranks),
+            "agent": _agent.wish(agent, ram_dir, ram_bytes_max),
             "ram_dir": self._ram_dir,
             "ram_bytes_max": ram_bytes_max,
             "slots": slots,
@@ -170,7 +175,7 @@ class Checkpointer:
         self._saves = Saves()
         self._teller = Teller(self._handle.events(), self.rank, self.world_size)
         self._teller.callbacks.append(disk_failures(weakref.ref(self._saves)))
-        _open.add(self)
+        _ending.remember(self)
 
     # -- what it is --------------------------------------------------------------------------
 
@@ -201,7 +206,9 @@ class Checkpointer:
         return self._handle.counters()
 
     def __repr__(self) -> str:
-        mode = f"of process {self._pid}" if os.getpid() != self._pid else "embedded"
+        agent = self.settings["agent"]
+        mode = "embedded" if agent is None else f"with the agent at {os.fsdecode(agent)}"
+        mode = mode if os.getpid() == self._pid else f"of process {self._pid}"
         mode = mode if self.rank in self.settings["savers"] else f"{mode}, does not save"
         return (
             f"Checkpointer({self._handle.settings['destination']!r}, rank {self.rank} of "
@@ -551,7 +558,8 @@ class Checkpointer:
         except TierkeepError as trouble:
             logger.error("while closing: %s", trouble)
 
-    def _at_exit(self) -> None:
+    def at_exit(self) -> None:
+        """The process ends, and nobody has closed this."""
         if self._closed or os.getpid() != self._pid:
             return
         if getattr(sys, "last_exc", None) or getattr(sys, "last_value", None):
@@ -575,15 +583,6 @@ class Checkpointer:
         self._saves.settle()
         if self._saves.failures >= self._max_failures:
             raise self._saves.last_error or BugError("a save failed without an error")
-
-
-_open: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_all() -> None:
-    for checkpointer in list(_open):
-        checkpointer._at_exit()
 
 
 def _renamed(tree: Any, how: Rename | None) -> Any:

@@ -19,7 +19,7 @@ use crate::{
     cli::{Cli, Command, Which},
     doctor, export,
     fail::{Failure, NOT_FOUND, runs_below, say},
-    show,
+    service, show,
 };
 
 /// What every command needs.
@@ -49,6 +49,7 @@ pub(crate) fn run(cli: &Cli, out: &mut dyn Write) -> Result<i32, Failure> {
         Command::Pin(args) => on(cli, out, &args.dest, |c| pin::run(c, args)),
         Command::Gc(args) => on(cli, out, &args.dest, |c| gc::run(c, args)),
         Command::Doctor(args) => doctor::run(args, ram_dir, json, out),
+        Command::Agent(args) => service::run(args, ram_dir, json, out),
     }
 }
 

@@ -1,0 +1,291 @@
+//! What an agent is told: a file, then `TIERKEEP_*`, then flags; the later one counts.
+//!
+//! # Invariants
+//!
+//! - Whatever is wrong is said with the key and where it was given, before anybody is served.
+//! - A key that nobody knows is an error: a budget that was misspelt would be no budget.
+
+use std::{
+    ffi::OsString,
+    io::Write,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use bytesize::ByteSize;
+use tierkeep::{
+    config::default_ram_root,
+    host::{self, UID},
+};
+
+use crate::{
+    cli::AgentArgs,
+    fail::{Failure, USAGE},
+};
+
+/// The file that is read where none is named and there is one.
+const FILE: &str = "/etc/tierkeep/agent.toml";
+
+/// Which keys there are, the variable of each, and what it means.
+const KEYS: [(&str, &str); 8] = [
+    ("socket", "TIERKEEP_AGENT"),
+    ("ram_dir", "TIERKEEP_RAM_DIR"),
+    ("ram_bytes_max", "TIERKEEP_RAM_BYTES_MAX"),
+    ("run_bytes_max", "TIERKEEP_RUN_BYTES_MAX"),
+    ("http", "TIERKEEP_AGENT_HTTP"),
+    ("trainers_max", "TIERKEEP_AGENT_TRAINERS_MAX"),
+    ("idle", "TIERKEEP_AGENT_IDLE"),
+    ("drain_on_sigterm", "TIERKEEP_AGENT_DRAIN_ON_SIGTERM"),
+];
+
+/// The settings in force.
+#[derive(Clone, Debug)]
+pub(crate) struct Settings {
+    pub(crate) socket: PathBuf,
+    pub(crate) ram_dir: PathBuf,
+    pub(crate) ram_bytes_max: Option<u64>,
+    pub(crate) run_bytes_max: Option<u64>,
+    pub(crate) http: Option<SocketAddr>,
+    pub(crate) trainers_max: usize,
+    pub(crate) idle: Duration,
+    pub(crate) drain_on_sigterm: Duration,
+    /// Where each key was given.
+    from: Vec<(&'static str, String)>,
+}
+
+/// One value as it was given.
+struct Given {
+    text: String,
+    from: String,
+}
+
+fn wrong(key: &str, given: &Given, why: &str, hint: &str) -> Failure {
+    let Given { text, from } = given;
+    Failure::own(USAGE, format!("{key} = {text:?} ({from}): {why}"), hint)
+}
+
+impl Settings {
+    /// Reads and checks them.
+    pub(crate) fn load(args: &AgentArgs, ram_dir: Option<&Path>) -> Result<Self, Failure> {
+        let named = args.config.clone().map(|path| (path, "--config")).or_else(|| {
+            let variable = std::env::var_os("TIERKEEP_AGENT_CONFIG").filter(|v| !v.is_empty());
+            variable.map(|path| (path.into(), "TIERKEEP_AGENT_CONFIG"))
+        });
+        let mut all: Vec<(&'static str, Given)> = match named {
+            Some((path, by)) => file(&path, by)?,
+            None if Path::new(FILE).exists() => file(Path::new(FILE), "the default file")?,
+            None => Vec::new(),
+        };
+        for (key, variable) in KEYS {
+            if let Some(value) = std::env::var_os(variable).filter(|value| !value.is_empty()) {
+                let text = utf8(key, variable, value)?;
+                all.push((key, Given { text, from: variable.into() }));
+            }
+        }
+        let ram_dir = ram_dir.map(|dir| dir.as_os_str().to_owned());
+        for (key, flag) in args.given().into_iter().chain([("ram_dir", ram_dir)]) {
+            if let Some(value) = flag {
+                let text = utf8(key, key, value)?;
+                all.push((key, Given { text, from: format!("--{}", key.replace('_', "-")) }));
+            }
+        }
+        Self::of(&all)
+    }
+
+    fn of(all: &[(&'static str, Given)]) -> Result<Self, Failure> {
+        let last = |key: &str| all.iter().rev().find(|(k, _)| *k == key).map(|(_, given)| given);
+        let path = |key: &str, default: PathBuf| match last(key) {
+            Some(given) if !Path::new(&given.text).is_absolute() => {
+                Err(wrong(key, given, "it is not an absolute path", "as in /dev/shm/tierkeep"))
+            }
+            Some(given) => Ok(PathBuf::from(&given.text)),
+            None => Ok(default),
+        };
+        let root = rustix::process::geteuid().is_root();
+        // Where jobs without an agent keep theirs: what they left is found.
+        let all = PathBuf::from(format!("/dev/shm/tierkeep-{UID}"));
+        let ram_dir = path("ram_dir", if root { all } else { default_ram_root() })?;
+        let socket = match root {
+            true => "/run/tierkeep/agent.sock".into(),
+            false => ram_dir.join("agent.sock"),
+        };
+        let duration = |key: &str, default: Duration| match last(key) {
+            Some(given) => humantime::parse_duration(&given.text)
+                .map_err(|e| wrong(key, given, &e.to_string(), "as in 30s, 10m or 1h")),
+            None => Ok(default),
+        };
+        let size = |key: &str| match last(key).map(|given| (given, given.text.parse::<ByteSize>()))
+        {
+            Some((_, Ok(size))) if size.as_u64() > 0 => Ok(Some(size.as_u64())),
+            Some((given, _)) => {
+                Err(wrong(key, given, "it is not a size in bytes", "as in 160GiB or 171798691840"))
+            }
+            None => Ok(None),
+        };
+        let http = match last("http") {
+            Some(given) if matches!(given.text.as_str(), "off" | "none") => None,
+            Some(given) => Some(given.text.parse().map_err(|_| {
+                let why = "it is not an address and a port";
+                wrong("http", given, why, "as in 127.0.0.1:9177 or [::]:9177, or off")
+            })?),
+            None => None,
+        };
+        let trainers_max = match last("trainers_max") {
+            Some(given) => {
+                given.text.parse().ok().filter(|n| (1..=4096).contains(n)).ok_or_else(|| {
+                    wrong("trainers_max", given, "it is not a number from 1 to 4096", "as in 64")
+                })?
+            }
+            None => 256,
+        };
+        let from = KEYS.iter().map(|(key, _)| {
+            (*key, last(key).map_or_else(|| "default".into(), |given| given.from.clone()))
+        });
+        Ok(Self {
+            socket: path("socket", socket)?,
+            ram_bytes_max: size("ram_bytes_max")?,
+            run_bytes_max: size("run_bytes_max")?,
+            http,
+            trainers_max,
+            idle: duration("idle", Duration::from_secs(3600))?,
+            drain_on_sigterm: duration("drain_on_sigterm", Duration::ZERO)?,
+            from: from.collect(),
+            ram_dir,
+        })
+    }
+
+    /// For the core.
+    pub(crate) fn host(&self) -> host::Settings {
+        host::Settings {
+            socket: self.socket.clone(),
+            ram_root: self.ram_dir.clone(),
+            ram_bytes_max: self.ram_bytes_max,
+            run_bytes_max: self.run_bytes_max,
+            trainers_max: self.trainers_max,
+            idle: self.idle,
+        }
+    }
+
+    /// The socket of commands that ask this agent: beside the trainers'.
+    pub(crate) fn control(&self) -> PathBuf {
+        self.socket.with_file_name("control.sock")
+    }
+
+    /// Prints what is in force, and where each of it was given.
+    pub(crate) fn print(&self, json: bool, out: &mut dyn Write) -> Result<(), Failure> {
+        let text = |time: Duration| humantime::format_duration(time).to_string();
+        let values = [
+            self.socket.display().to_string(),
+            self.ram_dir.display().to_string(),
+            self.ram_bytes_max.map_or_else(|| "a share of what is free".into(), |n| n.to_string()),
+            self.run_bytes_max.map_or_else(|| "no limit of its own".into(), |n| n.to_string()),
+            self.http.map_or_else(|| "off".into(), |address| address.to_string()),
+            self.trainers_max.to_string(),
+            text(self.idle),
+            text(self.drain_on_sigterm),
+        ];
+        let rows = self.from.iter().zip(values);
+        if json {
+            let row = |((key, from), value): (&(&str, String), String)| {
+                ((*key).to_owned(), serde_json::json!({ "value": value, "from": from }))
+            };
+            let all: serde_json::Map<_, _> = rows.map(row).collect();
+            writeln!(out, "{}", serde_json::Value::Object(all))?;
+            return Ok(());
+        }
+        for ((key, from), value) in rows {
+            writeln!(out, "{key:<17} {value}  ({from})")?;
+        }
+        Ok(())
+    }
+}
+
+fn utf8(key: &str, from: &str, value: OsString) -> Result<String, Failure> {
+    value.into_string().map_err(|value| {
+        let given = Given { text: value.to_string_lossy().into(), from: from.into() };
+        wrong(key, &given, "it is not UTF-8", "")
+    })
+}
+
+fn file(path: &Path, by: &str) -> Result<Vec<(&'static str, Given)>, Failure> {
+    let name = format!("{} ({by})", path.display());
+    let text = std::fs::read_to_string(path)
+        .map_err(|e| Failure::own(USAGE, format!("could not read {name}: {e}"), ""))?;
+    let table: toml::Table = text.parse().map_err(|e: toml::de::Error| {
+        let why = e.message();
+        let line = e.span().map_or(0, |at| text[..at.start.min(text.len())].lines().count().max(1));
+        Failure::own(
+            USAGE,
+            format!("{name}, line {line}: {why}"),
+            "it is TOML, one `key = value` a line",
+        )
+    })?;
+    let mut all = Vec::new();
+    for (key, value) in table {
+        let Some((known, _)) = KEYS.iter().find(|(known, _)| *known == key) else {
+            let keys: Vec<_> = KEYS.iter().map(|(key, _)| *key).collect();
+            let hint = format!("the keys are {}", keys.join(", "));
+            return Err(Failure::own(USAGE, format!("{name}: there is no key {key}"), hint));
+        };
+        let text = match value {
+            toml::Value::String(text) => text,
+            toml::Value::Integer(number) => number.to_string(),
+            other => {
+                let given = Given { text: format!("{other:?}"), from: name };
+                return Err(wrong(known, &given, "it is neither text nor a whole number", ""));
+            }
+        };
+        all.push((*known, Given { text, from: path.display().to_string() }));
+    }
+    Ok(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(list: &[&str]) -> AgentArgs {
+        use clap::Parser;
+        let words = ["tierkeep", "agent"].iter().chain(list);
+        let cli = crate::cli::Cli::try_parse_from(words).unwrap();
+        let crate::cli::Command::Agent(args) = cli.command else { panic!("no agent") };
+        args
+    }
+
+    fn said(failure: &Failure) -> String {
+        let Failure::Own { why, .. } = failure else { panic!("{failure:?}") };
+        why.clone()
+    }
+
+    #[test]
+    fn a_flag_counts_over_a_file_and_a_mistake_names_key_and_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("agent.toml");
+        let write = |text: &str| {
+            use std::io::Write as _;
+            std::fs::File::create(&path).unwrap().write_all(text.as_bytes()).unwrap();
+        };
+        let config = path.to_str().unwrap();
+        write("ram_bytes_max = \"2GiB\"\nidle = \"5m\"\ntrainers_max = 7\n");
+        let loaded = Settings::load(&args(&["--config", config, "--idle", "1h"]), None).unwrap();
+        assert_eq!(loaded.ram_bytes_max, Some(2 << 30));
+        assert_eq!((loaded.idle, loaded.trainers_max), (Duration::from_secs(3600), 7));
+        let refused = |text: &str| {
+            write(text);
+            said(&Settings::load(&args(&["--config", config]), None).unwrap_err())
+        };
+        assert_eq!(
+            refused("ram_bytes_max = \"lots\""),
+            format!("ram_bytes_max = \"lots\" ({config}): it is not a size in bytes")
+        );
+        assert!(refused("ram_byte_max = 1").ends_with("(--config): there is no key ram_byte_max"));
+        assert!(refused("idle = \"soon\"").starts_with("idle = \"soon\""));
+        assert!(refused("idle = true").contains("neither text nor a whole number"));
+        assert!(refused("socket = \"here\"").contains("not an absolute path"));
+        assert!(refused("http = \"9177\"").contains("not an address and a port"));
+        assert!(refused("x = [").contains("line 1"));
+        let gone = Settings::load(&args(&["--config", "/nowhere/agent.toml"]), None).unwrap_err();
+        assert!(said(&gone).starts_with("could not read /nowhere/agent.toml (--config)"));
+    }
+}
