@@ -1,6 +1,6 @@
 //! The arguments, and the words of `--help`.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand};
@@ -61,6 +61,18 @@ pub(crate) enum Command {
     /// pinned ones and what a live job is writing are never deleted.
     #[command(after_help = EXIT_CODES)]
     Gc(Gc),
+    /// The agent of this node, which owns the ranks of its trainers
+    #[command(after_help = EXIT_CODES)]
+    Agent(Agent),
+    /// Ask the agent of this node: its ranks, how far they are, what is wrong
+    #[command(after_help = EXIT_CODES)]
+    Status(Status),
+    /// The same again and again, with the rates; Ctrl-C ends it
+    ///
+    /// On a terminal it is drawn anew, elsewhere it is printed once an interval (with --json, one
+    /// line each time).
+    #[command(after_help = EXIT_CODES)]
+    Top(Top),
     /// Try what this host offers a job: memory, disk, limits; and say what to do
     ///
     /// Writes 64 MiB beside DEST, or where it will be, and removes them again.
@@ -76,6 +88,63 @@ pub(crate) struct Doctor {
     /// times the ranks on the host, times `slots` (2)
     #[arg(long, value_name = "SIZE")]
     pub(crate) need: Option<ByteSize>,
+}
+
+/// Which agent.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Node {
+    /// The socket where its trainers find it [default: TIERKEEP_AGENT, else the one that a job would
+    /// find]
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) agent: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Agent {
+    #[command(subcommand)]
+    pub(crate) command: AgentCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum AgentCommand {
+    /// Carry everything that is only in RAM to disk, and say what made it; trainers go on
+    #[command(after_help = EXIT_CODES)]
+    Drain(Drain),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Drain {
+    #[command(flatten)]
+    pub(crate) node: Node,
+    /// How long it may take, as in 2min
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = time)]
+    pub(crate) deadline: Duration,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Status {
+    #[command(flatten)]
+    pub(crate) node: Node,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Top {
+    #[command(flatten)]
+    pub(crate) node: Node,
+    /// How often, as in 500ms
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = interval)]
+    pub(crate) interval: Duration,
+}
+
+/// A time between two looks.
+fn interval(text: &str) -> Result<Duration, String> {
+    const LEAST: Duration = Duration::from_millis(100);
+    time(text).and_then(|time| if time < LEAST { Err("100ms at least".into()) } else { Ok(time) })
+}
+
+/// A length of time.
+fn time(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text).map_err(|e| format!("{e}: give it as in 30s or 500ms"))
 }
 
 /// Which checkpoint, where it need not be named.
