@@ -164,7 +164,7 @@ impl Checkpointer {
     /// # Errors
     /// As [`open`](Self::open); an agent that was named does not answer.
     pub fn find(mut config: Config, wish: Option<&OsStr>) -> Result<Self> {
-        let found = find_agent(wish, config.lock_wait)?;
+        let found = find_agent(wish)?;
         if let Agent::At { socket, .. } = &found {
             config.agent = Some(socket.clone());
         }

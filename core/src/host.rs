@@ -46,6 +46,7 @@ use crate::{
     observe::locked,
     ownership::Ownership,
     signal::Signal,
+    snapshot::budget::Budget,
 };
 
 /// How an agent is set up.
@@ -56,8 +57,8 @@ pub struct Settings {
     /// The directory of the ram tier, on tmpfs. Where it has [`UID`] in it and root runs the agent,
     /// every user is served, each in a directory of its own.
     pub ram_root: PathBuf,
-    /// Limit of all files below it together; `None`: a share of what tmpfs and the control group
-    /// leave.
+    /// Limit of all files below it together; `None`: 80 % of the smaller of the tmpfs and what the
+    /// memory control group allows.
     pub ram_bytes_max: Option<u64>,
     /// Limit of one run's slots on this node, all ranks together.
     pub run_bytes_max: Option<u64>,
@@ -94,10 +95,13 @@ impl Host {
     ///
     /// # Errors
     /// Another agent has either, or a directory cannot be used.
-    pub fn open(settings: Settings) -> Result<(Arc<Self>, UnixListener)> {
+    pub fn open(mut settings: Settings) -> Result<(Arc<Self>, UnixListener)> {
         let clock = SystemClock;
         let users = Users::new(&settings);
-        users.whole_budget(&settings)?; // Its directory is made.
+        if settings.ram_bytes_max.is_none() {
+            settings.ram_bytes_max = Some(Budget::whole_share(&users.own_root())?);
+        }
+        users.whole_budget(&settings)?.check_ground()?; // Its directory is made, too.
         let lock =
             |path: &Path, what: &str| Ownership::take(path, what, Duration::from_secs(5), &clock);
         let ram_root = users.own_root();

@@ -1,6 +1,6 @@
 //! The arguments, and the words of `--help`.
 
-use std::{ffi::OsString, path::PathBuf};
+use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand};
@@ -61,11 +61,6 @@ pub(crate) enum Command {
     /// pinned ones and what a live job is writing are never deleted.
     #[command(after_help = EXIT_CODES)]
     Gc(Gc),
-    /// Try what this host offers a job: memory, disk, limits; and say what to do
-    ///
-    /// Writes 64 MiB beside DEST, or where it will be, and removes them again.
-    #[command(after_help = EXIT_CODES)]
-    Doctor(Doctor),
     /// Own the ram tier of this node, for trainers that may die
     ///
     /// Settings are taken from a file (/etc/tierkeep/agent.toml where no other is named), then from
@@ -73,6 +68,39 @@ pub(crate) enum Command {
     /// RAM stays there for the next agent: an upgrade costs no checkpoint.
     #[command(after_help = EXIT_CODES)]
     Agent(AgentArgs),
+    /// Ask the agent of this node: its ranks, how far they are, what is wrong
+    #[command(after_help = EXIT_CODES)]
+    Status(Status),
+    /// The same again and again, with the rates; Ctrl-C ends it
+    ///
+    /// On a terminal it is drawn anew, elsewhere it is printed once an interval (with --json, one
+    /// line each time).
+    #[command(after_help = EXIT_CODES)]
+    Top(Top),
+    /// Try what this host offers a job: memory, disk, limits; and say what to do
+    ///
+    /// Writes 64 MiB beside DEST, or where it will be, and removes them again.
+    #[command(after_help = EXIT_CODES)]
+    Doctor(Doctor),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Doctor {
+    /// The run's directory; it need not be there yet
+    pub(crate) dest: Option<PathBuf>,
+    /// Memory that the job's slots need on this host, as in 160GiB: bytes of the state of each rank,
+    /// times the ranks on the host, times `slots` (2)
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) need: Option<ByteSize>,
+}
+
+/// Which agent.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Node {
+    /// The socket where its trainers find it [default: TIERKEEP_AGENT, else the one that a job would
+    /// find]
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) agent: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -90,7 +118,8 @@ pub(crate) struct AgentArgs {
     /// the ram tier's directory]
     #[arg(long, value_name = "PATH")]
     socket: Option<OsString>,
-    /// Limit of the ram tier, as in 160GiB [default: a share of what is free]
+    /// Limit of the ram tier, as in 160GiB [default: 80 % of its tmpfs, or of what the memory control
+    /// group allows]
     #[arg(long, value_name = "SIZE")]
     ram_bytes_max: Option<OsString>,
     /// Limit of one run's slots on this node [default: none but the ram tier's]
@@ -129,26 +158,44 @@ impl AgentArgs {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum AgentCommand {
-    /// Carry what is only in RAM to disk now: this host goes away
+    /// Carry everything that is only in RAM to disk, and say what made it; trainers go on
     #[command(after_help = EXIT_CODES)]
     Drain(Drain),
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct Drain {
-    /// How long it may take, as in 30s
-    #[arg(long, value_name = "TIME", default_value = "30s")]
-    pub(crate) deadline: humantime::Duration,
+    #[command(flatten)]
+    pub(crate) node: Node,
+    /// How long it may take, as in 2min
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = time)]
+    pub(crate) deadline: Duration,
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct Doctor {
-    /// The run's directory; it need not be there yet
-    pub(crate) dest: Option<PathBuf>,
-    /// Memory that the job's slots need on this host, as in 160GiB: bytes of the state of each rank,
-    /// times the ranks on the host, times `slots` (2)
-    #[arg(long, value_name = "SIZE")]
-    pub(crate) need: Option<ByteSize>,
+pub(crate) struct Status {
+    #[command(flatten)]
+    pub(crate) node: Node,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Top {
+    #[command(flatten)]
+    pub(crate) node: Node,
+    /// How often, as in 500ms
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = interval)]
+    pub(crate) interval: Duration,
+}
+
+/// A time between two looks.
+fn interval(text: &str) -> Result<Duration, String> {
+    const LEAST: Duration = Duration::from_millis(100);
+    time(text).and_then(|time| if time < LEAST { Err("100ms at least".into()) } else { Ok(time) })
+}
+
+/// A length of time.
+fn time(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text).map_err(|e| format!("{e}: give it as in 30s or 500ms"))
 }
 
 /// Which checkpoint, where it need not be named.

@@ -52,16 +52,25 @@ impl Failure {
 
     /// Tells the person; the exit code.
     pub(crate) fn tell(&self) -> i32 {
-        let (code, why, hint) = match self {
-            Self::Core { error, hint } => (code_of(error.kind()), error.chain(), hint.clone()),
-            Self::Own { code, why, hint } => (*code, why.clone(), hint.clone()),
-            Self::Output(e) => (FAILED, format!("could not write to stdout: {e}"), None),
+        let (code, hint) = match self {
+            Self::Core { error, hint } => (code_of(error.kind()), hint.clone()),
+            Self::Own { code, hint, .. } => (*code, hint.clone()),
+            Self::Output(_) => (FAILED, None),
         };
-        say(&format!("error: {why}"));
+        say(&format!("error: {}", self.why()));
         if let Some(hint) = hint {
             say(&format!("hint: {hint}"));
         }
         code
+    }
+
+    /// What went wrong, in a sentence.
+    pub(crate) fn why(&self) -> String {
+        match self {
+            Self::Core { error, .. } => error.chain(),
+            Self::Own { why, .. } => why.clone(),
+            Self::Output(e) => format!("could not write to stdout: {e}"),
+        }
     }
 
     /// Adds the next step for a person who works on `dest`, where there is one and none is said.

@@ -3,6 +3,8 @@
 //!
 //! arguments (`cli`) -> one command (`commands`) -> data to stdout, talk to stderr, an exit code
 //!
+//! An agent's own side of what it is asked is in [`service`].
+//!
 //! It owns words, tables, JSON and file formats of other people. It decides nothing about a
 //! checkpoint: that is the core's.
 
@@ -10,7 +12,7 @@ mod cli;
 mod commands;
 mod doctor;
 mod export;
-mod service;
+pub mod service;
 
 mod fail;
 mod progress;

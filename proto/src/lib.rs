@@ -9,3 +9,10 @@
 pub mod trainer {
     include!(concat!(env!("OUT_DIR"), "/tierkeep.trainer.rs"));
 }
+
+/// People and programs, and an agent: gRPC over a unix socket that only the agent's user can open.
+#[cfg(feature = "control")]
+#[allow(missing_docs, unreachable_pub, clippy::all)]
+pub mod control {
+    include!(concat!(env!("OUT_DIR"), "/tierkeep.control.rs"));
+}

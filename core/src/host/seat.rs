@@ -9,7 +9,10 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     path::PathBuf,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -96,6 +99,26 @@ pub struct RankView {
     pub slot_bytes: u64,
     /// Why nothing goes to disk, where that is so.
     pub trouble: Option<String>,
+    /// Saves that were published here, since the rank was taken; so are all sums below.
+    pub saves: u64,
+    /// Saves that failed here.
+    pub saves_failed: u64,
+    /// Saves that were passed over because every slot was in use.
+    pub saves_skipped: u64,
+    /// Bytes that came into slots.
+    pub captured_bytes: u64,
+    /// Bytes carried to disk.
+    pub disk_bytes: u64,
+    /// Nanoseconds of carrying to disk.
+    pub disk_ns: u64,
+    /// Checkpoints seen sealed on disk.
+    pub disk_sealed: u64,
+    /// Steps that were complete in RAM and passed over for disk.
+    pub disk_passed_over: u64,
+    /// Chunks that did not match their checksum.
+    pub checksum_failures: u64,
+    /// Copies that were written anew from a good one.
+    pub repairs: u64,
 }
 
 /// A trainer whose death nothing can tell (it is in another pid namespace) counts as dead when it has
@@ -330,6 +353,8 @@ impl Seat {
         let config = &self.keeper.place.config;
         let running = self.keeper.running();
         let cascade = running.as_ref().map(|(_, cascade)| cascade);
+        let counters = &self.keeper.place.observer.counters;
+        let sum = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         RankView {
             destination: config.destination.clone(),
             rank: config.rank,
@@ -344,6 +369,16 @@ impl Seat {
             busy: cascade.is_some_and(|c| c.is_carrying()),
             slot_bytes: self.keeper.place.arena.bytes(),
             trouble: cascade.and_then(|c| c.trouble()),
+            saves: sum(&counters.saves),
+            saves_failed: sum(&counters.saves_failed),
+            saves_skipped: sum(&counters.saves_skipped),
+            captured_bytes: sum(&counters.captured_bytes),
+            disk_bytes: sum(&counters.disk_bytes),
+            disk_ns: sum(&counters.disk_ns),
+            disk_sealed: sum(&counters.disk_sealed),
+            disk_passed_over: sum(&counters.disk_passed_over),
+            checksum_failures: sum(&counters.checksum_failures),
+            repairs: sum(&counters.repairs),
         }
     }
 }

@@ -94,8 +94,17 @@ impl Dial {
         let deadline = Deadline::after(&*self.clock, wait);
         loop {
             match self.greet(&self.open) {
-                Err(e) if is_away(&e) && deadline.left(&*self.clock).is_some() => {
+                Err(Error::Io { source, .. })
+                    if is_away(&source) && deadline.left(&*self.clock).is_some() =>
+                {
                     self.clock.pause(Duration::from_millis(50));
+                }
+                Err(Error::Io { what, source }) if is_away(&source) => {
+                    let what = format!(
+                        "{what}, which agent= or TIERKEEP_AGENT names (`tierkeep agent` starts one, \
+                         \"off\" does without)"
+                    );
+                    return Err(Error::Io { what, source });
                 }
                 other => return other,
             }
@@ -369,9 +378,8 @@ fn hang_up(socket: Option<&Arc<UnixStream>>) {
 }
 
 /// Nobody listens, or whoever did went away in the middle: another try may find the next agent.
-pub(super) fn is_away(error: &Error) -> bool {
+pub(super) fn is_away(source: &io::Error) -> bool {
     use io::ErrorKind as Kind;
-    let Error::Io { source, .. } = error else { return false };
     matches!(
         source.kind(),
         Kind::NotFound

@@ -75,12 +75,12 @@ pub fn default_sockets() -> Vec<PathBuf> {
 const UPGRADE: Duration = Duration::from_secs(3);
 
 /// Finds the agent: `wish`, else `TIERKEEP_AGENT`, else the first of the default sockets that somebody
-/// listens at. `off` (or `0`, `none`) means that there is to be none. One that was named is waited for
-/// up to `wait`.
+/// listens at. `off` (or `0`, `none`) means that there is to be none. Whether one that was named answers
+/// is not tried here.
 ///
 /// # Errors
-/// What is named is no path, or nobody answers there.
-pub fn find_agent(wish: Option<&OsStr>, wait: Duration) -> Result<Agent> {
+/// What is named is no absolute path.
+pub fn find_agent(wish: Option<&OsStr>) -> Result<Agent> {
     let variable = std::env::var_os("TIERKEEP_AGENT").filter(|value| !value.is_empty());
     if let Some(named) = wish.map(OsStr::to_owned).or(variable) {
         if matches!(named.as_bytes(), b"off" | b"0" | b"none") {
@@ -93,17 +93,7 @@ pub fn find_agent(wish: Option<&OsStr>, wait: Duration) -> Result<Agent> {
                 named.display()
             )));
         }
-        return match listens(&socket, wait) {
-            Ok(()) => Ok(Agent::At { socket, named: true }),
-            Err(e) => Err(Error::Io {
-                what: format!(
-                    "reach the agent at {}, which TIERKEEP_AGENT (agent=) names; start it (`tierkeep \
-                     agent`), or say \"off\"",
-                    socket.display()
-                ),
-                source: e,
-            }),
-        };
+        return Ok(Agent::At { socket, named: true });
     }
     let (looked, mut gone) = (default_sockets(), None);
     for socket in &looked {

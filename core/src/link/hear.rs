@@ -10,7 +10,10 @@ use std::{io, os::unix::net::UnixStream, sync::Arc, time::Duration};
 
 use tierkeep_proto::trainer::{self as wire, Opened, Reply, reply::Answer, request::Call};
 
-use super::{SHORT, Shared, dial::Dial};
+use super::{
+    SHORT, Shared,
+    dial::{Dial, is_away},
+};
 use crate::{
     error::{Doing, Error, ErrorKind, Result},
     observe::{Counters, add, locked},
@@ -82,7 +85,8 @@ fn find_next(shared: &Arc<Shared>, dial: &Arc<Dial>) -> Option<Arc<UnixStream>> 
             }
             Err(e) => {
                 let why = e.chain();
-                if !super::dial::is_away(&e) && why != told {
+                let away = matches!(&e, Error::Io { source, .. } if is_away(source));
+                if !away && why != told {
                     let text = format!("the agent does not take this rank back yet: {why}");
                     shared.desk.observer.warn("agent_away", None, text);
                     told = why;

@@ -152,6 +152,55 @@ impl Budget {
         Ok(())
     }
 
+    /// The share of a whole file system and control group: a limit that does not grow when the pages
+    /// of an agent that is dead are charged to nobody who is left.
+    ///
+    /// # Errors
+    /// The file system did not answer.
+    pub(crate) fn whole_share(root: &Path) -> Result<u64> {
+        make_root(root)?;
+        let stat = rustix::fs::statvfs(root).at("stat", root)?;
+        let whole = stat.f_blocks.saturating_mul(stat.f_frsize);
+        let allowed = groups().iter().map(|group| group.max.saturating_sub(SPARE_BYTES)).min();
+        Ok(allowed.map_or(whole, |allowed| allowed.min(whole)) / 100 * SHARE_PERCENT)
+    }
+
+    /// Checks that the ground carries the whole budget: an agent whose slots do not fit says so at its
+    /// start, not at a save in the night.
+    ///
+    /// # Errors
+    /// [`Error::Budget`] with the sum.
+    pub(crate) fn check_ground(&self) -> Result<()> {
+        let Some(max) = self.bytes_max else { return Ok(()) };
+        let stat = rustix::fs::statvfs(&self.root).at("stat", &self.root)?;
+        let whole = stat.f_blocks.saturating_mul(stat.f_frsize);
+        if whole < max {
+            return Err(Error::Budget {
+                sum: format!(
+                    "ram_bytes_max is {}, but the file system at {} has {} in all: make it larger \
+                     (mount -o remount,size=...), or ram_bytes_max smaller",
+                    human(max),
+                    self.root.display(),
+                    human(whole)
+                ),
+            });
+        }
+        let needs = max.saturating_add(SPARE_BYTES);
+        match groups().iter().map(|group| group.max).min() {
+            Some(allowed) if allowed < needs => Err(Error::Budget {
+                sum: format!(
+                    "ram_bytes_max {} + {} for the agent itself = {}, but its memory control group \
+                     allows {}: request and budget are one number, raise the one or lower the other",
+                    human(max),
+                    human(SPARE_BYTES),
+                    human(needs),
+                    human(allowed)
+                ),
+            }),
+            _ => Ok(()),
+        }
+    }
+
     fn check_quota(&self, more: u64, what: &str) -> Result<()> {
         let Some((dir, max)) = &self.quota else { return Ok(()) };
         let used = used_below(dir, 1).at("count the files below", dir)?.used;
@@ -320,17 +369,31 @@ fn used_below(dir: &Path, depth: usize) -> io::Result<Usage> {
     Ok(sum)
 }
 
-/// What the memory control group (v2, then v1) still leaves this process; `None` without a limit.
+/// What an agent needs beside its slots.
+const SPARE_BYTES: u64 = 64 << 20;
+
+/// A memory control group that bounds this process.
+struct Group {
+    max: u64,
+    used: u64,
+}
+
+/// What the memory control groups (v2, then v1) still leave this process; `None` without a limit.
 fn group_headroom() -> Option<u64> {
+    groups().iter().map(|group| group.max.saturating_sub(group.used)).min()
+}
+
+/// Every group that has a limit.
+fn groups() -> Vec<Group> {
     let number = |path: &Path| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
-    let own = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let Ok(own) = fs::read_to_string("/proc/self/cgroup") else { return Vec::new() };
     let v2 = own.lines().find_map(|l| l.strip_prefix("0::/")).map(|p| ("/sys/fs/cgroup", p));
     let v1 = own
         .lines()
         .find(|l| l.split(':').nth(1) == Some("memory"))
         .and_then(|l| l.splitn(3, ':').nth(2))
         .map(|p| ("/sys/fs/cgroup/memory", p.trim_start_matches('/')));
-    let mut least: Option<u64> = None;
+    let mut all = Vec::new();
     for ((mount, path), max, current) in [
         (v2, "memory.max", "memory.current"),
         (v1, "memory.limit_in_bytes", "memory.usage_in_bytes"),
@@ -346,12 +409,11 @@ fn group_headroom() -> Option<u64> {
             if let (Some(max), Some(used)) = (number(&dir.join(max)), number(&dir.join(current)))
                 && max < u64::MAX / 4
             {
-                let left = max.saturating_sub(used);
-                least = Some(least.map_or(left, |l| l.min(left)));
+                all.push(Group { max, used });
             }
         }
     }
-    least
+    all
 }
 
 /// `1.5 GiB`

@@ -8,6 +8,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod liars;
+mod memory;
 mod outlives;
 mod through;
 mod users;

@@ -80,7 +80,24 @@ impl Actor {
     }
 
     fn of(part: &str, place: &Path, more: &[(&str, String)], uid: Option<u32>) -> Self {
-        let mut command = Command::new(std::env::current_exe().unwrap());
+        Self::start(Command::new(std::env::current_exe().unwrap()), part, place, more, uid)
+    }
+
+    /// In a control group, from its first page on.
+    pub fn in_group(group: &Path, part: &str, place: &Path, more: &[(&str, String)]) -> Self {
+        let mut command = Command::new("sh");
+        let enter = format!("echo $$ > {}/cgroup.procs && exec \"$@\"", group.display());
+        command.args(["-c", &enter, "sh"]).arg(std::env::current_exe().unwrap());
+        Self::start(command, part, place, more, None)
+    }
+
+    fn start(
+        mut command: Command,
+        part: &str,
+        place: &Path,
+        more: &[(&str, String)],
+        uid: Option<u32>,
+    ) -> Self {
         command.args(["world::a_part", "--exact", "--nocapture", "--test-threads=1"]);
         command.env("TIERKEEP_TEST_PART", part).env("TIERKEEP_TEST_PLACE", place);
         command.envs(more.iter().map(|(name, value)| (*name, value)));
@@ -181,7 +198,13 @@ fn a_part() {
     let place = PathBuf::from(std::env::var_os("TIERKEEP_TEST_PLACE").unwrap());
     match part.to_str().unwrap() {
         "agent" => {
-            let (host, listener) = Host::open(settings(&place)).unwrap();
+            let mut settings = settings(&place);
+            let max = std::env::var("TIERKEEP_TEST_RAM_BYTES_MAX").ok();
+            settings.ram_bytes_max = max.map(|max| max.parse().unwrap());
+            let (host, listener) = match Host::open(settings) {
+                Ok(opened) => opened,
+                Err(e) => return say(&format!("refused {}", e.chain())),
+            };
             say("serves");
             host.serve(&listener).unwrap();
         }
@@ -211,7 +234,10 @@ fn train(ram: &Path) {
                 Err(e) => say(&format!("resume {}", e.chain())),
             },
             "save" => {
-                let saved = Model::at(rank, &SMALL, step()).save(&ckpt, step());
+                // Mebibytes, where they are named.
+                let large = words.get(2).map(|mib| vec![mib.parse::<usize>().unwrap() << 20]);
+                let sizes = large.as_deref().unwrap_or(&SMALL);
+                let saved = Model::at(rank, sizes, step()).save(&ckpt, step());
                 say(&format!(
                     "save {}",
                     saved.as_ref().map_or_else(|e| e.chain(), |_| "ok".into())

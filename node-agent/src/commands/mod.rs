@@ -1,10 +1,14 @@
 //! One file a command: ask the core, print.
 
+pub(crate) mod drain;
 mod gc;
 mod inspect;
 mod ls;
 mod pin;
+mod reach;
 mod restore;
+mod status;
+mod top;
 mod verify;
 
 use std::{io::Write, path::Path};
@@ -16,7 +20,7 @@ use tierkeep::{
 };
 
 use crate::{
-    cli::{Cli, Command, Which},
+    cli::{AgentCommand, Cli, Command, Which},
     doctor, export,
     fail::{Failure, NOT_FOUND, runs_below, say},
     service, show,
@@ -48,8 +52,15 @@ pub(crate) fn run(cli: &Cli, out: &mut dyn Write) -> Result<i32, Failure> {
         Command::Export(args) => on(cli, out, &args.dest, |c| export::run(c, args)),
         Command::Pin(args) => on(cli, out, &args.dest, |c| pin::run(c, args)),
         Command::Gc(args) => on(cli, out, &args.dest, |c| gc::run(c, args)),
+        Command::Agent(args) => match &args.command {
+            None => service::run(args, ram_dir, json, out),
+            Some(AgentCommand::Drain(args)) => {
+                drain::run(args.node.agent.as_deref(), args.deadline, json, out)
+            }
+        },
+        Command::Status(args) => status::run(args, json, out),
+        Command::Top(args) => top::run(args, json, out),
         Command::Doctor(args) => doctor::run(args, ram_dir, json, out),
-        Command::Agent(args) => service::run(args, ram_dir, json, out),
     }
 }
 

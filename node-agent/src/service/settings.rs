@@ -167,18 +167,16 @@ impl Settings {
         }
     }
 
-    /// The socket of commands that ask this agent: beside the trainers'.
-    pub(crate) fn control(&self) -> PathBuf {
-        self.socket.with_file_name("control.sock")
-    }
-
     /// Prints what is in force, and where each of it was given.
     pub(crate) fn print(&self, json: bool, out: &mut dyn Write) -> Result<(), Failure> {
         let text = |time: Duration| humantime::format_duration(time).to_string();
         let values = [
             self.socket.display().to_string(),
             self.ram_dir.display().to_string(),
-            self.ram_bytes_max.map_or_else(|| "a share of what is free".into(), |n| n.to_string()),
+            self.ram_bytes_max.map_or_else(
+                || "80 % of the tmpfs, or of the control group".into(),
+                |n| n.to_string(),
+            ),
             self.run_bytes_max.map_or_else(|| "no limit of its own".into(), |n| n.to_string()),
             self.http.map_or_else(|| "off".into(), |address| address.to_string()),
             self.trainers_max.to_string(),

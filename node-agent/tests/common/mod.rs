@@ -174,7 +174,7 @@ pub fn find(root: &Path, parts: &[&str]) -> PathBuf {
     found.remove(0)
 }
 
-fn save(ckpt: &Checkpointer, step: u64, stored: &[Stored]) -> tierkeep::save::Save {
+pub fn save(ckpt: &Checkpointer, step: u64, stored: &[Stored]) -> tierkeep::save::Save {
     let leaf = |s: &Stored| {
         Value::Tensor(TensorRef { name: s.spec.name.clone(), lib: Lib::Torch, param: false })
     };

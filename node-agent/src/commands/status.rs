@@ -1,0 +1,192 @@
+//! `tierkeep status`
+
+use std::{io::Write, time::Duration};
+
+use serde::Serialize;
+use tierkeep_proto::control::{Counters, Rank, StatusReply};
+
+use super::reach::Reached;
+use crate::{
+    cli::Status,
+    fail::{Failure, OK, say},
+    service::control::path,
+    show,
+};
+
+#[derive(Serialize)]
+pub(super) struct Data {
+    agent: AgentData,
+    ram_bytes: u64,
+    ram_limit_bytes: u64,
+    ranks: Vec<RankData>,
+}
+
+#[derive(Serialize)]
+struct AgentData {
+    version: String,
+    uptime_s: f64,
+    socket: String,
+}
+
+#[derive(Serialize)]
+struct RankData {
+    destination: String,
+    rank: u32,
+    world: u32,
+    uid: u32,
+    pid: Option<u32>,
+    gone_s: Option<f64>,
+    attempt: Option<u32>,
+    ram_step: Option<u64>,
+    disk_step: Option<u64>,
+    carrying: Option<u64>,
+    busy: bool,
+    slot_bytes: u64,
+    trouble: Option<String>,
+    counters: CountersData,
+}
+
+#[derive(Serialize)]
+struct CountersData {
+    saves: u64,
+    saves_failed: u64,
+    saves_skipped: u64,
+    captured_bytes: u64,
+    disk_bytes: u64,
+    disk_s: f64,
+    disk_sealed: u64,
+    disk_passed_over: u64,
+    checksum_failures: u64,
+    repairs: u64,
+}
+
+pub(super) fn run(args: &Status, json: bool, out: &mut dyn Write) -> Result<i32, Failure> {
+    let mut agent = Reached::new(args.node.agent.as_deref())?;
+    let status = agent.status()?;
+    if json {
+        show::json(out, &data(&agent, &status))?;
+        return Ok(OK);
+    }
+    writeln!(out, "{}", headline(&status))?;
+    if status.ranks.is_empty() {
+        say("note: no trainer has come yet");
+        return Ok(OK);
+    }
+    writeln!(out)?;
+    let head = ["RUN", "RANK", "TRAINER", "ATTEMPT", "IN RAM", "ON DISK", "SLOTS", "NOTES"];
+    let mut rows = vec![head.map(String::from).to_vec()];
+    rows.extend(status.ranks.iter().map(|rank| {
+        let [run, number, trainer, ram, disk] = place(rank);
+        let attempt = or_dash(rank.attempt);
+        let slots = show::bytes(rank.slot_bytes);
+        vec![run, number, trainer, attempt, ram, disk, slots, notes(rank).join("; ")]
+    }));
+    show::table(out, "", &rows, &[1, 3, 4, 5, 6])?;
+    Ok(OK)
+}
+
+/// `agent 0.1.0, up 2h 3m, 1.2 GiB of 8.0 GiB of RAM, 2 ranks`
+pub(super) fn headline(status: &StatusReply) -> String {
+    format!(
+        "agent {}, up {}, {} of {} of RAM, {}",
+        show::safe(&status.version),
+        seconds(status.uptime_ms),
+        show::bytes(status.ram_bytes),
+        show::bytes(status.ram_limit_bytes),
+        show::count(status.ranks.len(), "rank")
+    )
+}
+
+/// Run, rank, trainer, newest step in RAM and on disk.
+pub(super) fn place(rank: &Rank) -> [String; 5] {
+    let trainer = match (rank.pid, rank.gone_ms) {
+        (Some(pid), _) => format!("pid {pid}"),
+        (None, Some(gone)) => format!("gone {}", seconds(gone)),
+        (None, None) => "gone".into(),
+    };
+    let number = format!("{}/{}", rank.rank, rank.world);
+    [path(&rank.destination), number, trainer, or_dash(rank.ram_step), or_dash(rank.disk_step)]
+}
+
+/// What is on its way, and what is wrong.
+pub(super) fn notes(rank: &Rank) -> Vec<String> {
+    let mut notes = Vec::new();
+    match rank.carrying {
+        Some(step) => notes.push(format!("step {step} is on its way to disk")),
+        None if rank.busy => notes.push("about to go to disk".into()),
+        None => {}
+    }
+    if let Some(trouble) = &rank.trouble {
+        notes.push(format!("nothing goes to disk: {trouble}"));
+    }
+    let counters = rank.counters.unwrap_or_default();
+    let mut count = |n: u64, one: &str, what: &str| {
+        if n > 0 {
+            let n = usize::try_from(n).unwrap_or(usize::MAX);
+            notes.push(format!("{} {what}", show::count(n, one)));
+        }
+    };
+    count(counters.saves_failed, "save", "failed");
+    count(counters.saves_skipped, "save", "passed over");
+    count(counters.checksum_failures, "chunk", "damaged");
+    count(counters.repairs, "copy", "repaired");
+    notes
+}
+
+fn or_dash<T: ToString>(number: Option<T>) -> String {
+    number.map_or_else(|| "-".into(), |n| n.to_string())
+}
+
+/// Whole seconds: `2h 3m 4s`
+fn seconds(ms: u64) -> String {
+    humantime::format_duration(Duration::from_secs(ms / 1000)).to_string()
+}
+
+/// The same for programs.
+pub(super) fn data(agent: &Reached, status: &StatusReply) -> Data {
+    Data {
+        agent: AgentData {
+            version: status.version.clone(),
+            uptime_s: exact(status.uptime_ms),
+            socket: agent.socket().display().to_string(),
+        },
+        ram_bytes: status.ram_bytes,
+        ram_limit_bytes: status.ram_limit_bytes,
+        ranks: status.ranks.iter().map(rank_data).collect(),
+    }
+}
+
+fn exact(ms: u64) -> f64 {
+    Duration::from_millis(ms).as_secs_f64()
+}
+
+fn rank_data(rank: &Rank) -> RankData {
+    let counters: Counters = rank.counters.unwrap_or_default();
+    RankData {
+        destination: path(&rank.destination),
+        rank: rank.rank,
+        world: rank.world,
+        uid: rank.uid,
+        pid: rank.pid,
+        gone_s: rank.gone_ms.map(exact),
+        attempt: rank.attempt,
+        ram_step: rank.ram_step,
+        disk_step: rank.disk_step,
+        carrying: rank.carrying,
+        busy: rank.busy,
+        slot_bytes: rank.slot_bytes,
+        trouble: rank.trouble.clone(),
+        counters: CountersData {
+            saves: counters.saves,
+            saves_failed: counters.saves_failed,
+            saves_skipped: counters.saves_skipped,
+            captured_bytes: counters.captured_bytes,
+            disk_bytes: counters.disk_bytes,
+            disk_s: Duration::from_nanos(counters.disk_ns).as_secs_f64(),
+            disk_sealed: counters.disk_sealed,
+            disk_passed_over: counters.disk_passed_over,
+            checksum_failures: counters.checksum_failures,
+            repairs: counters.repairs,
+        },
+    }
+}
