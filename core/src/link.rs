@@ -71,6 +71,9 @@ struct State {
     filling: HashMap<u64, u64>,
     unpublished: HashMap<u64, Unpublished>,
     saves: BTreeMap<u64, Save>,
+    /// Steps of those that an agent has said to be published, or that it follows: what becomes of
+    /// them another one can tell.
+    published: BTreeSet<u64>,
     record: Option<AttemptRecord>,
     decisions: u32,
     stop_after: Option<u64>,
@@ -110,7 +113,12 @@ impl Shared {
             decisions: state.decisions,
             mapped: state.slots.keys().copied().collect(),
             filling: filling.into_iter().map(|(slot, step)| wire::Filling { slot, step }).collect(),
-            saves: state.saves.values().filter(|s| s.is_open()).map(Save::step).collect(),
+            saves: state
+                .saves
+                .values()
+                .filter(|s| s.is_open() && state.published.contains(&s.step()))
+                .map(Save::step)
+                .collect(),
             stop_after: state.stop_after,
         }
     }
@@ -119,7 +127,9 @@ impl Shared {
         let mut state = locked(&self.state);
         state.saves.insert(save.step(), save.clone());
         while state.saves.len() > SAVES_KEPT {
-            state.saves.pop_first();
+            if let Some((step, _)) = state.saves.pop_first() {
+                state.published.remove(&step);
+            }
         }
     }
 
@@ -234,6 +244,7 @@ impl Owner for Far {
         forget();
         let mut state = locked(&self.shared.state);
         state.saves.clear();
+        state.published.clear();
         state.record = Some(record);
         state.decisions = begun.decisions;
         state.stop_after = None;

@@ -234,7 +234,11 @@ impl Connection {
         let Some(in_hand) = seat.take_back(slot, Some(step)) else {
             let key = CheckpointKey::new(Step(step), &record.attempt);
             if seat.keeper.place.arena.has(slot, &key) {
-                return published(seat.save(step).as_ref()); // The answer was lost.
+                // The answer was lost, perhaps with the agent that gave it.
+                if seat.save(step).is_none() {
+                    seat.keeper.take_up(&seat.follow_save(step), &running(seat)?.1)?;
+                }
+                return published(seat.save(step).as_ref());
             }
             return Err(Error::invalid(format!(
                 "slot {slot} is not being filled with step {step}"
@@ -326,12 +330,8 @@ fn go_on(seat: &Arc<Seat>, connection: &Connection, back: &wire::Back) -> Result
     if let Some(step) = back.stop_after {
         cascade.stop_after(step);
     }
-    let filled: BTreeSet<u64> = back.filling.iter().map(|filling| filling.step).collect();
     for step in &back.saves {
-        let published = seat.keeper.place.arena.holds().iter().any(|key| key.step.0 == *step);
-        if published || !filled.contains(step) {
-            seat.keeper.take_up(&seat.follow_save(*step), &cascade)?;
-        }
+        seat.keeper.take_up(&seat.follow_save(*step), &cascade)?;
     }
     Ok(lost)
 }

@@ -78,6 +78,7 @@ impl Going for FarGoing {
         self.mark_due(save);
         save.reach(Level::Staged, false);
         self.shared.follow(save);
+        locked(&self.shared.state).published.insert(save.step());
         let follow = Call::Follow(wire::Follow { step: save.step() });
         // An agent that is away is told when it is back.
         if let Err(e) = self.dial.ask_until(&follow, SHORT, None) {
@@ -94,6 +95,8 @@ impl Going for FarGoing {
     ) -> Result<Option<Box<dyn Lease>>> {
         let step = save.step();
         self.shared.follow(save);
+        // Of a try before this one.
+        locked(&self.shared.state).published.remove(&step);
         let may_skip =
             skip_if_busy && locked(&self.shared.state).stop_after.is_none_or(|last| step < last);
         let call = Call::Lease(wire::Lease { step, bytes: len, skip_if_busy });
@@ -229,7 +232,12 @@ impl Lease for FarLease {
             return Ok(());
         }
         // The thread that hears may have published it meanwhile, to the next agent.
-        let ours = locked(&shared.state).unpublished.remove(slot).is_some();
+        let mut state = locked(&shared.state);
+        let ours = state.unpublished.remove(slot).is_some();
+        if asked.is_ok() {
+            state.published.insert(step);
+        }
+        drop(state);
         match asked {
             Err(e) if ours => Err(e),
             Ok(Some((Answer::Published(wire::Published { save: Some(said) }), _))) => {

@@ -12,7 +12,7 @@ use tierkeep_proto::trainer::{self as wire, Opened, Reply, reply::Answer, reques
 
 use super::{
     SHORT, Shared,
-    dial::{Dial, is_away},
+    dial::{Dial, is_away, odd},
 };
 use crate::{
     error::{Doing, Error, ErrorKind, Result},
@@ -142,12 +142,21 @@ impl Shared {
     fn publish_again(&self, dial: &Dial, publish: wire::Publish) {
         let slot = publish.slot;
         let asked = dial.ask_until(&Call::Publish(publish), super::going::PUBLISH, None);
-        let failed = match asked {
+        let (said, failed) = match asked {
             Ok(None) => return, // Away again: the next one is asked.
-            Ok(Some(_)) => None,
-            Err(e) => Some(e),
+            Ok(Some((Answer::Published(published), _))) => (published.save, None),
+            Ok(Some(_)) => (None, Some(odd("Publish"))),
+            Err(e) => (None, Some(e)),
         };
-        let Some(unpublished) = locked(&self.state).unpublished.remove(&slot) else { return };
+        let mut state = locked(&self.state);
+        let Some(unpublished) = state.unpublished.remove(&slot) else { return };
+        if failed.is_none() {
+            state.published.insert(unpublished.publish.step);
+        }
+        drop(state);
+        if let Some(said) = said {
+            unpublished.save.learn(said);
+        }
         if let Some(e) = failed {
             let step = unpublished.save.step();
             add(&self.desk.observer.counters.saves_failed, 1);

@@ -86,9 +86,12 @@ fn a_trainer_whose_agent_is_killed_goes_on_with_the_next_one() {
         "{told}"
     );
     second.kill();
+    // A save that begins while there is none waits, and is told nothing that is not so.
+    trainer.tell("save 7");
+    std::thread::sleep(std::time::Duration::from_millis(300));
     let _third = agent(places.ram());
-    assert_eq!(trainer.ask("save 7"), "ok");
-    assert_eq!(trainer.ask("wait ram"), "true");
+    assert_eq!(trainer.hear("save"), "ok");
+    assert_eq!(trainer.ask("wait disk"), "true");
     assert_eq!(trainer.ask("close"), "");
     assert_eq!(sealed(&places), 2);
 }
