@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import agent
 import safetensors.torch
 import torch
 from state import Memcpy, gpt_state, tensors
@@ -357,6 +358,7 @@ def main() -> None:
         "hot": lambda: hot_disk(table, base, rounds),
         "memory": lambda: memory(table, base),
         "disk": lambda: disk(table, base, rounds),
+        "agent": lambda: agent.measure(table, base, rounds),
     }
     if arguments.only is not None:
         for name in arguments.only.split(","):

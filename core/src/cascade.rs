@@ -18,6 +18,9 @@
 //! - A step that was complete in RAM is told as such on every rank, also on one that looks late.
 //! - A newer attempt's record ends this cascade: a late writer completes nothing.
 
+mod again;
+mod asked;
+mod standing;
 mod to_disk;
 mod watching;
 
@@ -30,18 +33,15 @@ use std::{
     time::Duration,
 };
 
+use self::standing::Standing;
 use crate::{
     agree::{Agreements, InRam},
     attempt::{self, AttemptRecord},
     clock::{Deadline, SharedClock},
-    commit::{Gathered, Listing, gather},
     config::Config,
     error::{Error, Result},
-    manifest::{
-        Identity,
-        replicated::{differences_in_words, say_the_same},
-    },
-    names::{AttemptRef, CheckpointKey, Rank, Step, ranks},
+    manifest::Identity,
+    names::{CheckpointKey, Rank, ranks},
     observe::{Observer, locked},
     save::{Level, Save},
     signal::Signal,
@@ -68,17 +68,6 @@ pub(crate) struct Shard {
     pub(crate) complete: bool,
     /// Of a copy that this process did not take: checked before it goes anywhere.
     pub(crate) chunks: Option<Vec<u32>>,
-}
-
-/// How a step stands in RAM.
-#[derive(Debug)]
-enum Standing {
-    /// Every rank has its shard, or had it at one time, and they agree.
-    Whole,
-    /// These ranks have none yet.
-    Missing(Vec<u32>),
-    /// It will not be complete; why.
-    GivenUp(String),
 }
 
 #[derive(Debug)]
@@ -347,61 +336,6 @@ impl Cascade {
         self.parts.record.parent.is_some_and(|p| p.step == step)
     }
 
-    fn missing_in_ram(&self, key: &CheckpointKey) -> Result<Vec<u32>> {
-        Ok(Listing::of(&*self.parts.ram, key)?.missing(&self.parts.config.savers))
-    }
-
-    /// How it stands in RAM. Ranks that are ahead use their slots again, but only after they asked
-    /// this, and a "whole" is recorded.
-    fn in_ram(&self, key: &CheckpointKey) -> Result<Standing> {
-        if self.is_parent(key.step.0) {
-            return Ok(Standing::Whole);
-        }
-        let missing = self.missing_in_ram(key)?;
-        Ok(match self.said_in_ram(key, &missing)? {
-            Some(InRam::Whole) => Standing::Whole,
-            Some(InRam::GivenUp(why)) => Standing::GivenUp(why),
-            None => Standing::Missing(missing),
-        })
-    }
-
-    /// What is recorded of it, or can be now that nobody is `missing`.
-    fn said_in_ram(&self, key: &CheckpointKey, missing: &[u32]) -> Result<Option<InRam>> {
-        let agreements = &self.parts.agreements;
-        if let Some(said) = agreements.was_in_ram(key.step.0)? {
-            return Ok(Some(said));
-        }
-        if !missing.is_empty() {
-            return Ok(None);
-        }
-        let mut seen = InRam::Whole;
-        if !self.parts.config.replicated.is_empty() && !self.say_the_same(key.step.0)? {
-            seen = match gather(&*self.parts.ram, key, &self.parts.config.savers) {
-                Ok(Gathered::Complete(_)) => seen,
-                Ok(Gathered::Differ(list)) => InRam::GivenUp(differences_in_words(&list)),
-                Err(e @ Error::Damaged { .. }) => InRam::GivenUp(e.chain()),
-                // A slot was used again: whoever did it has recorded why it could.
-                Ok(Gathered::Missing(_) | Gathered::Deleted) => {
-                    return agreements.was_in_ram(key.step.0);
-                }
-                // RAM has trouble, not the disk: what is on its way there goes on.
-                Err(e) => {
-                    tracing::warn!("{key} could not be compared: {}", e.chain());
-                    return agreements.was_in_ram(key.step.0);
-                }
-            };
-        }
-        agreements.in_ram(key.step.0, seen).map(Some)
-    }
-
-    /// What the ranks hold alike is the same, by their own words: no manifest need be read.
-    fn say_the_same(&self, step: u64) -> Result<bool> {
-        let savers = self.parts.config.savers.iter();
-        let said = savers.map(|rank| self.parts.agreements.said_alike(step, *rank));
-        let said: Option<Vec<String>> = said.collect::<Result<_>>()?;
-        Ok(said.is_some_and(|said| say_the_same(said.iter().map(String::as_str))))
-    }
-
     fn completed(&self, work: &mut Work, step: u64) {
         let Some(shard) = work.shards.get_mut(&step) else { return };
         shard.complete = true;
@@ -415,93 +349,6 @@ impl Cascade {
 
     fn is_own(&self, key: &CheckpointKey) -> bool {
         key.attempt.is(&self.parts.record.attempt)
-    }
-
-    /// True until the newest step that can still reach disk has reached it or failed.
-    pub(crate) fn is_busy(&self) -> bool {
-        let work = locked(&self.work);
-        if work.fenced {
-            return false;
-        }
-        let waits = |s: &Shard| !s.complete || self.may_be_chosen(&work, s.key.step.0);
-        work.carry.is_some()
-            || work.shards.values().any(waits)
-            || work.watched.values().any(Save::is_open)
-    }
-
-    /// Ends the thread at its next block, and tells everybody who still waits. `fenced`: by whom this
-    /// rank was taken over.
-    pub(crate) fn stop(&self, fenced: Option<&Error>) {
-        let mut work = locked(&self.work);
-        work.stop = true;
-        for save in work.saves() {
-            let why = "the Checkpointer was closed before".into();
-            let closed = Error::Skipped { step: Step(save.step()), why };
-            save.fail(Level::Ram, fenced.unwrap_or(&closed));
-        }
-        drop(work);
-        self.parts.signal.notify();
-    }
-
-    pub(crate) fn is_fenced_by_us(&self) -> bool {
-        locked(&self.work).fenced_by_us
-    }
-
-    pub(crate) fn is_fenced(&self) -> bool {
-        locked(&self.work).fenced
-    }
-
-    /// The newest step that this rank knows to be sealed on disk.
-    pub(crate) fn sealed(&self) -> Option<u64> {
-        locked(&self.work).sealed
-    }
-
-    /// True where what is newest in RAM is sealed on disk, or nothing is there.
-    pub(crate) fn is_durable(&self) -> bool {
-        let work = locked(&self.work);
-        match &work.newest {
-            Some(key) => {
-                work.sealed == Some(key.step.0)
-                    || (self.is_parent(key.step.0) && !work.parent_waits)
-            }
-            None => true,
-        }
-    }
-
-    /// True while something is on its way to disk, or is about to be, whoever still trains.
-    pub(crate) fn is_carrying(&self) -> bool {
-        let work = locked(&self.work);
-        let chosen = |s: &Shard| s.complete && self.may_be_chosen(&work, s.key.step.0);
-        !work.fenced && (work.carry.is_some() || work.shards.values().any(chosen))
-    }
-
-    /// The step that is on its way to disk.
-    pub(crate) fn carrying(&self) -> Option<u64> {
-        locked(&self.work).carry.as_ref().map(|carry| carry.step)
-    }
-
-    /// Why the disk tier does not answer, where it does not.
-    pub(crate) fn trouble(&self) -> Option<String> {
-        locked(&self.work).trouble.clone()
-    }
-
-    /// The attempt that it carries.
-    pub(crate) fn attempt(&self) -> AttemptRef {
-        self.parts.record.attempt
-    }
-
-    /// Steps whose saves failed here and are not tried again: the other ranks need not wait.
-    pub(crate) fn give_up_steps(&self, failed: &[u64]) {
-        let mut work = locked(&self.work);
-        failed.iter().for_each(|step| {
-            work.failed.entry(*step).or_default();
-        });
-        drop(work);
-        self.parts.signal.notify();
-    }
-
-    pub(crate) fn newest(&self) -> Option<CheckpointKey> {
-        locked(&self.work).newest.clone()
     }
 
     /// The thread's whole life.

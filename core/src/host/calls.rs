@@ -194,11 +194,13 @@ impl Connection {
             // Asked before the slots: what is made in between is found.
             let more = seat.keeper.is_preparing();
             let slots = seat.unmapped(FDS_MAX);
-            if slots.is_empty() && more && !self.is_over() {
-                if let Some(left) = deadline.left(&self.host.clock) {
-                    place.signal.wait(seen, left.min(Duration::from_millis(50)));
-                    continue;
-                }
+            if slots.is_empty()
+                && more
+                && !self.is_over()
+                && let Some(left) = deadline.left(&self.host.clock)
+            {
+                place.signal.wait(seen, left.min(Duration::from_millis(50)));
+                continue;
             }
             let more = more || slots.len() == FDS_MAX;
             let fds = slots.iter().map(|slot| descriptor(slot)).collect::<Result<_>>()?;

@@ -10,7 +10,7 @@ pub mod http;
 mod metrics;
 pub(crate) mod settings;
 
-use std::{future::Future, io, io::Write, path::Path, sync::Arc, time::Duration};
+use std::{io, io::Write, path::Path, sync::Arc, time::Duration};
 
 use tierkeep::{Error, host::Host};
 use tokio::{
@@ -120,11 +120,9 @@ async fn attend(host: &Arc<Host>, settings: &Settings) -> Result<(), Failure> {
 }
 
 /// Ready when the agent ends.
-fn over(mut ending: watch::Receiver<bool>) -> impl Future<Output = ()> {
-    async move {
-        // An error: whoever would say so is gone, which is an end as well.
-        let _ = ending.wait_for(|over| *over).await;
-    }
+async fn over(mut ending: watch::Receiver<bool>) {
+    // An error: whoever would say so is gone, which is an end as well.
+    let _ = ending.wait_for(|over| *over).await;
 }
 
 /// This host goes away: what is only in RAM goes to disk first.

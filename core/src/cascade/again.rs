@@ -1,0 +1,83 @@
+//! An attempt that goes on under a new owner (`keeper::again`): where its ranks are, and what the trainer
+//! still waits for.
+//!
+//! # Invariants
+//!
+//! - A level that is told was seen, or recorded by a rank that saw it.
+
+use super::{Carry, Cascade};
+use crate::{
+    agree::InRam,
+    clock::Deadline,
+    error::{Error, Result},
+    names::Step,
+    observe::locked,
+    save::{Level, Save},
+};
+
+impl Cascade {
+    /// A rank whose owner died goes on with the step that the ranks are at, and comes back to none that
+    /// they are done with.
+    pub(super) fn resume_carry(&self) -> Result<()> {
+        let agreements = &self.parts.agreements;
+        let Some(step) = agreements.carried()? else { return Ok(()) };
+        let gave_up = agreements.gave_up(step)?.is_some();
+        let sealed = self.is_sealed(&self.key_of(step))?;
+        let deadline = Deadline::after(&*self.parts.clock, self.parts.config.disk_wait);
+        let mut work = locked(&self.work);
+        work.chosen = Some(step);
+        if sealed {
+            work.sealed = Some(step);
+        } else if !gave_up {
+            work.carry = Some(Carry { step, deadline, own_done: false });
+        }
+        Ok(())
+    }
+
+    /// What the trainer still waits for, of an attempt that goes on under a new owner.
+    pub(crate) fn take_up(&self, save: &Save) -> Result<()> {
+        self.mark_due(save);
+        let step = save.step();
+        let sealed = self.is_sealed(&self.key_of(step))?;
+        if sealed {
+            save.reach(Level::Ram, false);
+            save.reach(Level::Disk, false);
+        } else if let Some(why) = self.parts.agreements.gave_up(step)? {
+            let why = format!("it was given up for disk: {why}");
+            save.fail(Level::Disk, &Error::Skipped { step: Step(step), why });
+        }
+        let mut work = locked(&self.work);
+        let (chosen, carried) = (work.chosen, work.carry.as_ref().map(|c| c.step));
+        if let Some(shard) = work.shards.get_mut(&step) {
+            save.reach(Level::Ram, true);
+            if shard.complete {
+                save.reach(Level::Ram, false);
+            }
+            shard.save = save.clone();
+            drop(work);
+            if let Some(newer) = chosen.filter(|c| *c > step && carried != Some(step)) {
+                self.pass_over(save, newer); // Unless it is there: what is reached stays so.
+            }
+            self.parts.signal.notify();
+            return Ok(());
+        }
+        drop(work);
+        if sealed {
+            return Ok(());
+        }
+        // Its slot was used again, for which it had to be complete, or given up.
+        match self.parts.agreements.was_in_ram(step)? {
+            Some(InRam::GivenUp(why)) => {
+                save.fail(Level::Ram, &Error::Skipped { step: Step(step), why });
+            }
+            said => {
+                if said.is_some() || self.parts.config.savers.len() == 1 {
+                    save.reach(Level::Ram, false);
+                }
+                let why = "its agent went away, and a newer step has its slot".into();
+                save.fail(Level::Ram, &Error::Skipped { step: Step(step), why });
+            }
+        }
+        Ok(())
+    }
+}

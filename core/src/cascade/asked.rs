@@ -1,0 +1,98 @@
+//! What others ask of a cascade: how far it is, and to end.
+
+use super::{Cascade, Shard};
+use crate::{
+    error::Error,
+    names::{AttemptRef, CheckpointKey, Step},
+    observe::locked,
+    save::{Level, Save},
+};
+
+impl Cascade {
+    /// True until the newest step that can still reach disk has reached it or failed.
+    pub(crate) fn is_busy(&self) -> bool {
+        let work = locked(&self.work);
+        if work.fenced {
+            return false;
+        }
+        let waits = |s: &Shard| !s.complete || self.may_be_chosen(&work, s.key.step.0);
+        work.carry.is_some()
+            || work.shards.values().any(waits)
+            || work.watched.values().any(Save::is_open)
+    }
+
+    /// Ends the thread at its next block, and tells everybody who still waits. `fenced`: by whom this
+    /// rank was taken over.
+    pub(crate) fn stop(&self, fenced: Option<&Error>) {
+        let mut work = locked(&self.work);
+        work.stop = true;
+        for save in work.saves() {
+            let why = "the Checkpointer was closed before".into();
+            let closed = Error::Skipped { step: Step(save.step()), why };
+            save.fail(Level::Ram, fenced.unwrap_or(&closed));
+        }
+        drop(work);
+        self.parts.signal.notify();
+    }
+
+    pub(crate) fn is_fenced_by_us(&self) -> bool {
+        locked(&self.work).fenced_by_us
+    }
+
+    pub(crate) fn is_fenced(&self) -> bool {
+        locked(&self.work).fenced
+    }
+
+    /// The newest step that this rank knows to be sealed on disk.
+    pub(crate) fn sealed(&self) -> Option<u64> {
+        locked(&self.work).sealed
+    }
+
+    /// True where what is newest in RAM is sealed on disk, or nothing is there.
+    pub(crate) fn is_durable(&self) -> bool {
+        let work = locked(&self.work);
+        match &work.newest {
+            Some(key) => {
+                work.sealed == Some(key.step.0)
+                    || (self.is_parent(key.step.0) && !work.parent_waits)
+            }
+            None => true,
+        }
+    }
+
+    /// True while something is on its way to disk, or is about to be, whoever still trains.
+    pub(crate) fn is_carrying(&self) -> bool {
+        let work = locked(&self.work);
+        let chosen = |s: &Shard| s.complete && self.may_be_chosen(&work, s.key.step.0);
+        !work.fenced && (work.carry.is_some() || work.shards.values().any(chosen))
+    }
+
+    /// The step that is on its way to disk.
+    pub(crate) fn carrying(&self) -> Option<u64> {
+        locked(&self.work).carry.as_ref().map(|carry| carry.step)
+    }
+
+    /// Why the disk tier does not answer, where it does not.
+    pub(crate) fn trouble(&self) -> Option<String> {
+        locked(&self.work).trouble.clone()
+    }
+
+    /// The attempt that it carries.
+    pub(crate) fn attempt(&self) -> AttemptRef {
+        self.parts.record.attempt
+    }
+
+    /// Steps whose saves failed here and are not tried again: the other ranks need not wait.
+    pub(crate) fn give_up_steps(&self, failed: &[u64]) {
+        let mut work = locked(&self.work);
+        failed.iter().for_each(|step| {
+            work.failed.entry(*step).or_default();
+        });
+        drop(work);
+        self.parts.signal.notify();
+    }
+
+    pub(crate) fn newest(&self) -> Option<CheckpointKey> {
+        locked(&self.work).newest.clone()
+    }
+}
