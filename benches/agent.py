@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -199,17 +200,14 @@ def node(table: Table, base: pathlib.Path) -> None:
                 ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                text=True,
             )
             for rank in range(RANKS)
         ]
         peak = 0
-        waiting = list(ranks)
-        for rank in waiting:
-            os.set_blocking(rank.stdout.fileno(), False)  # type: ignore[union-attr]
-        while waiting:
+        saving = threading.Thread(target=lambda: [rank.stdout.readline() for rank in ranks])
+        saving.start()
+        while saving.is_alive():
             peak = max(peak, agent.private_bytes())
-            waiting = [r for r in waiting if "idle" not in (r.stdout.read() or "")]  # type: ignore[union-attr]
             time.sleep(0.02)
         time.sleep(3)
         begun, cpu = time.monotonic(), agent.cpu_seconds()
@@ -217,8 +215,7 @@ def node(table: Table, base: pathlib.Path) -> None:
         share = (agent.cpu_seconds() - cpu) / (time.monotonic() - begun) * 100
         rest = agent.private_bytes()
         for rank in ranks:
-            rank.stdin.close()  # type: ignore[union-attr]
-            rank.wait()
+            rank.communicate(timeout=120)
     mib = 1 << 20
     table.add(
         f"the agent's own memory beside slots, {RANKS} ranks saving",

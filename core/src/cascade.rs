@@ -52,7 +52,7 @@ use crate::{
 /// How often a rank looks for what other ranks did, while it waits for them.
 const POLL: Duration = Duration::from_millis(5);
 /// How often it looks with nothing in flight.
-const IDLE: Duration = Duration::from_millis(500);
+const IDLE: Duration = Duration::from_secs(1);
 
 /// One shard that this rank has in RAM.
 #[derive(Clone, Debug)]

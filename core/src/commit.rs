@@ -17,7 +17,7 @@
 //! ```compile_fail
 //! # use tierkeep::commit::Complete;
 //! # fn f(tier: &dyn tierkeep::tier::Tier) {
-//! let complete = Complete { shards: vec![] }; // only `gather` can make one
+//! let complete = Complete { lines: vec![] }; // only `gather` can make one
 //! complete.seal(tier);
 //! # }
 //! ```
@@ -26,7 +26,7 @@ use std::collections::BTreeMap;
 
 use crate::{
     error::{Error, Result},
-    manifest::{Identity, Seal, ShardManifest, decode, replicated::differences},
+    manifest::{Identity, Seal, SealedShard, ShardManifest, decode, replicated::differences},
     names::{CheckpointKey, Rank, SEAL, TOMBSTONE, parse_manifest_name, parse_payload_name},
     tier::{Receipt, Tier, create_same, find_record, label, read_record},
 };
@@ -148,7 +148,8 @@ pub enum Gathered {
 /// Every manifest of a checkpoint, read and checked.
 #[derive(Debug)]
 pub struct Complete {
-    shards: Vec<(ShardManifest, Vec<u8>)>,
+    first: Identity,
+    lines: Vec<SealedShard>,
 }
 
 /// A checkpoint that exists.
@@ -171,18 +172,25 @@ pub fn gather(tier: &dyn Tier, key: &CheckpointKey, savers: &[u32]) -> Result<Ga
     if !missing.is_empty() {
         return Ok(Gathered::Missing(missing));
     }
-    let mut shards: Vec<(ShardManifest, Vec<u8>)> = Vec::with_capacity(savers.len());
+    let mut shards: Vec<ShardManifest> = Vec::with_capacity(savers.len());
+    let mut lines = Vec::with_capacity(savers.len());
     for rank in savers {
-        let (manifest, bytes) = read_manifest(tier, key, Rank(*rank), None)?;
-        same_checkpoint(&manifest, shards.first().map(|(first, _)| first), savers)
+        let (mut manifest, bytes) = read_manifest(tier, key, Rank(*rank), None)?;
+        same_checkpoint(&manifest, shards.first(), savers)
             .map_err(|why| Error::damaged(label(tier, &key.manifest(Rank(*rank))), why))?;
-        shards.push((manifest, bytes));
+        lines.push(SealedShard::of(*rank, &bytes));
+        // What is compared stays, of all ranks at once; trees and tensors of a thousand would not.
+        (manifest.tree, manifest.tensors) = (serde_json::Value::Null, Vec::new());
+        shards.push(manifest);
     }
-    let differences = differences(shards.iter().map(|(manifest, _)| manifest));
+    let differences = differences(&shards);
     if !differences.is_empty() {
         return Ok(Gathered::Differ(differences));
     }
-    Ok(Gathered::Complete(Complete { shards }))
+    match shards.into_iter().next() {
+        Some(first) => Ok(Gathered::Complete(Complete { first: first.identity, lines })),
+        None => Err(Error::Bug("a checkpoint of no ranks".into())),
+    }
 }
 
 /// Manifests of one checkpoint agree in run, attempt and saver set.
@@ -209,9 +217,7 @@ impl Complete {
     /// The tier did not answer (the checkpoint may or may not exist: ask again), a tombstone came
     /// meanwhile, or another seal is there.
     pub fn seal(self, tier: &dyn Tier) -> Result<Sealed> {
-        let Some(seal) = Seal::over(&self.shards) else {
-            return Err(Error::Bug("a checkpoint of no ranks".into()));
-        };
+        let seal = Seal::over(&self.first, self.lines);
         let key = CheckpointKey::new(crate::names::Step(seal.step), &seal.attempt);
         let name = key.file(SEAL);
         if !create_same(tier, &name, &seal.encode()?)? {

@@ -96,6 +96,7 @@ impl Host {
     /// # Errors
     /// Another agent has either, or a directory cannot be used.
     pub fn open(mut settings: Settings) -> Result<(Arc<Self>, UnixListener)> {
+        crate::sys::keep_little_memory();
         let clock = SystemClock;
         let users = Users::new(&settings);
         if settings.ram_bytes_max.is_none() {
@@ -192,8 +193,15 @@ impl Host {
 
     /// Looks after ranks that have nobody.
     fn go_round(&self) {
+        let mut worked = true;
         while !self.is_ending() {
             let seen = self.changed.seen();
+            // Sealing reads the manifests of all ranks: what that took is given back.
+            let works = self.seats().iter().any(|seat| seat.is_busy());
+            if works || worked {
+                crate::sys::give_free_memory_back();
+            }
+            worked = works;
             for (place, chair) in self.chairs() {
                 // Somebody is opening it: then it has somebody.
                 let Ok(mut taken) = chair.try_lock() else { continue };

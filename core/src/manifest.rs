@@ -351,6 +351,14 @@ pub struct SealedShard {
     pub sha256: String,
 }
 
+impl SealedShard {
+    /// The line of the shard whose manifest has these bytes.
+    #[must_use]
+    pub fn of(rank: u32, manifest: &[u8]) -> Self {
+        Self { length: manifest.len() as u64, rank, sha256: sha256(manifest) }
+    }
+}
+
 /// The file that makes a checkpoint exist. Canonical: members in alphabetical order, no clock, no
 /// host, no version of the writer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -371,23 +379,17 @@ pub struct Seal {
 }
 
 impl Seal {
-    /// The seal over these manifests, given as (manifest, its bytes), rising by rank.
+    /// The seal over these shards, rising by rank, of which one is `first`.
     #[must_use]
-    pub fn over(shards: &[(ShardManifest, Vec<u8>)]) -> Option<Self> {
-        let first = &shards.first()?.0.identity;
-        let lines = shards.iter().map(|(manifest, bytes)| SealedShard {
-            length: bytes.len() as u64,
-            rank: manifest.identity.rank,
-            sha256: sha256(bytes),
-        });
-        Some(Self {
+    pub fn over(first: &Identity, shards: Vec<SealedShard>) -> Self {
+        Self {
             attempt: first.attempt,
             format: record::FORMAT,
             required_features: Vec::new(),
             run_id: first.run_id,
-            shards: lines.collect(),
+            shards,
             step: first.step,
-        })
+        }
     }
 
     /// Its file.

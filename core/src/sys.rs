@@ -168,3 +168,32 @@ pub(crate) fn peer_groups(socket: &std::os::unix::net::UnixStream) -> io::Result
     }
     Err(io::Error::from(io::ErrorKind::InvalidData))
 }
+
+/// Freed memory goes back to the system at once, and threads share two heaps: a process with many
+/// threads that are busy now and then would keep all that any of them ever had.
+#[cfg(target_env = "gnu")]
+pub(crate) fn keep_little_memory() {
+    for (what, value) in [
+        (libc::M_ARENA_MAX, 2),
+        (libc::M_MMAP_THRESHOLD, 256 << 10),
+        (libc::M_TRIM_THRESHOLD, 1 << 20),
+    ] {
+        // SAFETY: it sets a number of the allocator; what it does not know it refuses.
+        unsafe { libc::mallopt(what, value) };
+    }
+}
+
+/// Gives pages back that are free in the middle of the heap.
+#[cfg(target_env = "gnu")]
+pub(crate) fn give_free_memory_back() {
+    // SAFETY: it looks at what is free, under the allocator's own locks.
+    unsafe { libc::malloc_trim(0) };
+}
+
+/// Other allocators do.
+#[cfg(not(target_env = "gnu"))]
+pub(crate) fn keep_little_memory() {}
+
+/// Other allocators do.
+#[cfg(not(target_env = "gnu"))]
+pub(crate) fn give_free_memory_back() {}

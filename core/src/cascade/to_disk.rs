@@ -1,7 +1,10 @@
 //! The part of the cascade that touches the disk: choosing a step, writing this rank's shard of it,
 //! sealing, giving up, and what retention lets go.
 
-use std::collections::BTreeSet;
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Mutex,
+};
 
 use super::{Carry, Cascade, Shard, Work};
 use crate::{
@@ -216,7 +219,8 @@ impl Cascade {
             retain::drop_shard(disk, &shard.key, rank)?;
             let begun = self.parts.clock.monotonic();
             let name = shard.key.file(&shard.identity.payload_name());
-            let receipt = disk.put(&name, &Counted { shard, cascade: self })?;
+            let receipt =
+                disk.put(&name, &Counted { shard, cascade: self, begun: Mutex::default() })?;
             self.check_fence()?;
             if self.is_fenced() {
                 return Err(Error::Fenced { why: "a newer attempt has begun".into() });
@@ -410,6 +414,8 @@ impl Cascade {
 struct Counted<'a> {
     shard: &'a Shard,
     cascade: &'a Cascade,
+    /// Chunks of which a part was handed out: their checksums so far.
+    begun: Mutex<HashMap<u64, crc32fast::Hasher>>,
 }
 
 impl Payload for Counted<'_> {
@@ -427,24 +433,43 @@ impl Payload for Counted<'_> {
             return Err(Error::Fenced { why: "the attempt ended in this process".into() });
         }
         let block = self.shard.payload.block(offset, len, scratch)?;
+        let there = (len as u64).min(self.len().saturating_sub(offset));
         if let Some(chunks) = &self.shard.chunks {
-            self.shard.check_block(chunks, offset, block)?;
+            let bytes = &block[..usize::try_from(there).unwrap_or(0)];
+            self.check(chunks, offset, bytes)?;
         }
-        self.shard.save.add_disk_bytes((len as u64).min(self.len().saturating_sub(offset)));
+        self.shard.save.add_disk_bytes(there);
         Ok(block)
+    }
+
+    fn block_bytes(&self) -> u64 {
+        self.shard.payload.block_bytes()
     }
 }
 
-impl Shard {
-    /// Blocks are chunks (`DiskTier` asks for no others), so each can be checked alone.
-    fn check_block(&self, chunks: &[u32], offset: u64, block: &[u8]) -> Result<()> {
-        let index = usize::try_from(offset / CHUNK_BYTES).unwrap_or(usize::MAX);
-        let len = usize::try_from(chunk_len(self.payload.len, CHUNK_BYTES, index)).unwrap_or(0);
-        let good = chunks.get(index).copied();
-        let found = block.get(..len).map(crc32fast::hash);
-        if offset.is_multiple_of(CHUNK_BYTES) && found.is_some() && found == good {
+impl Counted<'_> {
+    /// Blocks of a chunk come in order. Its last one is handed out only if the whole is what it was.
+    fn check(&self, chunks: &[u32], offset: u64, bytes: &[u8]) -> Result<()> {
+        let chunk = offset / CHUNK_BYTES;
+        let index = usize::try_from(chunk).unwrap_or(usize::MAX);
+        let end = chunk * CHUNK_BYTES + chunk_len(self.len(), CHUNK_BYTES, index);
+        let begun = locked(&self.begun).remove(&chunk);
+        let mut hasher = match begun {
+            // Perhaps for the second time: a write that failed is tried again.
+            _ if offset.is_multiple_of(CHUNK_BYTES) => crc32fast::Hasher::new(),
+            Some(hasher) => hasher,
+            None => return Err(Error::Bug(format!("block {offset} of a chunk comes first"))),
+        };
+        hasher.update(bytes);
+        if offset + (bytes.len() as u64) < end {
+            locked(&self.begun).insert(chunk, hasher);
             return Ok(());
         }
-        Err(Error::damaged(format!("{} in RAM", self.key), format!("chunk {index}")))
+        match chunks.get(index) {
+            Some(crc) if hasher.finalize() == *crc => Ok(()),
+            _ => {
+                Err(Error::damaged(format!("{} in RAM", self.shard.key), format!("chunk {chunk}")))
+            }
+        }
     }
 }

@@ -17,7 +17,7 @@ use std::{
 use tierkeep_proto::trainer::{Reply, Request, Welcome, reply::Answer, request::Call};
 
 use super::{
-    Host, ROUND,
+    Host,
     hands::{Hands, OPEN_MAX},
     peer::{Came, Peer, wait},
     seat::Seat,
@@ -31,6 +31,9 @@ use crate::{
 
 /// How long a trainer may take to greet, and a message to go through once it has begun.
 const GREETING: Duration = Duration::from_secs(10);
+
+/// How often a thread that hears nothing looks whether the agent ends.
+const LISTEN: Duration = Duration::from_secs(5);
 
 /// A trainer at the other end of a socket.
 pub(super) struct Connection {
@@ -137,7 +140,7 @@ impl Connection {
             if self.host.is_ending() || self.is_over() {
                 return Ok(false);
             }
-            match wait(&self.socket, &self.peer, ROUND)? {
+            match wait(&self.socket, &self.peer, LISTEN)? {
                 Came::Death => return Ok(true),
                 Came::Nothing => continue,
                 Came::Bytes => {}

@@ -259,6 +259,11 @@ impl Seat {
         !cascade.is_carrying() && (cascade.is_durable() || cascade.is_fenced())
     }
 
+    /// Something is on its way to disk.
+    pub(super) fn is_busy(&self) -> bool {
+        self.keeper.running().is_some_and(|(_, cascade)| cascade.is_carrying())
+    }
+
     /// Ends the keeper. `clean`: memory goes back where the newest checkpoint is durable.
     pub(super) fn end(&self, clean: bool) {
         let in_hand = std::mem::take(&mut locked(&self.state).in_hand);

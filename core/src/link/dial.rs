@@ -104,6 +104,8 @@ impl Dial {
                         "{what}, which agent= or TIERKEEP_AGENT names (`tierkeep agent` starts one, \
                          \"off\" does without)"
                     );
+                    // Whatever the system calls it, the agent is what is not there.
+                    let source = io::Error::new(io::ErrorKind::NotConnected, source.to_string());
                     return Err(Error::Io { what, source });
                 }
                 other => return other,

@@ -16,6 +16,7 @@ use std::{
 
 use super::{budget::Budget, map::SlotMap};
 use crate::{
+    chunk::CHUNK_BYTES,
     error::{Doing, Error, Result},
     observe::locked,
     sys,
@@ -25,6 +26,9 @@ use crate::{
         publish::{create_staged, move_file, remove},
     },
 };
+
+/// What is read at a time from a slot that is not mapped here.
+const READ_BYTES: u64 = 512 << 10;
 
 /// One file of the arena.
 #[derive(Debug)]
@@ -224,6 +228,12 @@ impl Payload for SlotPayload {
         let all = map.bytes(usize::try_from(self.len).unwrap_or(usize::MAX));
         all.get(begin..begin.saturating_add(len))
             .ok_or_else(|| Error::Bug(format!("block {offset}+{len} of {} bytes", self.len)))
+    }
+
+    /// Bytes that go through a buffer go in small ones: an agent has many ranks, and its memory is for
+    /// slots. What fits a core's cache is also checksummed from there.
+    fn block_bytes(&self) -> u64 {
+        if self.slot.map().is_some() { CHUNK_BYTES } else { READ_BYTES }
     }
 
     fn slot(&self) -> Option<&Slot> {

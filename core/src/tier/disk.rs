@@ -219,6 +219,7 @@ pub(crate) fn open_direct(path: &Path) -> Result<Option<File>> {
 
 fn write_blocks(file: &File, staged: &Path, payload: &dyn Payload) -> Result<()> {
     let len = payload.len();
+    let piece = usize::try_from(payload.block_bytes().clamp(4096, CHUNK_BYTES)).unwrap_or(4096);
     let next = AtomicU64::new(0);
     let failed = AtomicBool::new(false);
     let error = Mutex::new(None);
@@ -229,10 +230,13 @@ fn write_blocks(file: &File, staged: &Path, payload: &dyn Payload) -> Result<()>
             if offset >= len {
                 break;
             }
-            let want = padded(usize::try_from((len - offset).min(CHUNK_BYTES)).unwrap_or(0));
-            let written = payload
-                .block(offset, want, &mut scratch)
-                .and_then(|block| file.write_all_at(block, offset).at("write", staged));
+            let end = (offset + CHUNK_BYTES).min(len);
+            let mut pieces = (offset..end).step_by(piece);
+            let written = pieces.try_for_each(|at| {
+                let bytes = usize::try_from((end - at).min(piece as u64)).unwrap_or(0);
+                let block = payload.block(at, padded(bytes), &mut scratch)?;
+                file.write_all_at(block, at).at("write", staged)
+            });
             if let Err(e) = written {
                 failed.store(true, Ordering::Relaxed);
                 locked(&error).get_or_insert(e);

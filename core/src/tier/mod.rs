@@ -32,6 +32,7 @@ pub mod wrap;
 use std::fmt;
 
 use crate::{
+    chunk::CHUNK_BYTES,
     error::{Error, Result},
     record,
 };
@@ -83,6 +84,11 @@ pub trait Payload: Sync {
         len: usize,
         scratch: &'a mut AlignedBuf,
     ) -> Result<&'a [u8]>;
+    /// The longest block that is asked for at a time. Blocks of one chunk are asked for in order, by one
+    /// thread.
+    fn block_bytes(&self) -> u64 {
+        CHUNK_BYTES
+    }
     /// The slot that holds them, if one does: the memory tier then moves it instead of copying.
     fn slot(&self) -> Option<&crate::snapshot::slot::Slot> {
         None

@@ -157,6 +157,9 @@ impl<T: Tier> Payload for Paced<'_, T> {
         self.limited.pay(len as u64);
         self.payload.block(offset, len, scratch)
     }
+    fn block_bytes(&self) -> u64 {
+        self.payload.block_bytes()
+    }
     fn slot(&self) -> Option<&crate::snapshot::slot::Slot> {
         self.payload.slot()
     }
