@@ -2,7 +2,7 @@
 ##
 ##   make setup    make .venv and install what python/requirements-dev.txt names (once)
 ##   make wheel    build the release wheel and install it into .venv
-##   make demo     train a small GPT, kill it three times, compare every loss bit for bit
+##   make demo     train a small GPT, kill it four times and its agent once, compare every loss
 ##   make test     everything: check, Rust tests, doctests, Python tests
 ##   make check    formatting, lints, types, stubs and tidiness; no behaviour
 ##   make bench    measure against the bars in benches/RESULTS.md; minutes, wants a quiet machine

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Protocol
 
-from state import Memcpy, gpt_state, tensors
+from state import gpt_state
 
 import tierkeep
 

@@ -1,10 +1,12 @@
-"""The demo: a training job is killed three times, and nobody can tell from its losses.
+"""The demo: a training job is killed again and again, and nobody can tell from its losses.
 
-The job of `train.py` runs twice with the same seed. The first time nothing happens to it. The
+The job of `train.py` runs three times with the same seed. The first time nothing happens to it. The
 second time it is killed with SIGKILL inside a save and resumes from RAM; killed again, with the
 RAM tier wiped, and resumes from disk; killed a third time, and each tier's copy is damaged by one
-flipped byte, so that neither is whole, and it resumes from what is good of both. Every loss of
-both runs must be equal, to the last bit.
+flipped byte, so that neither is whole, and it resumes from what is good of both. The third time
+the node has an agent: killed right after a save, the job loses nothing, for the agent carries that
+step to disk with nobody training; then the agent is killed, and the job goes on with the next one.
+Every loss of all runs must be equal, to the last bit.
 """
 
 from __future__ import annotations
@@ -20,12 +22,14 @@ import time
 from pathlib import Path
 
 import report
+from agent import Agent
 from ranks import WORLD, Failed, Ranks
 
 STEPS = 160
 EVERY = 10
 KILL_DELAY_MS_MAX = 20.0
 PROBLEMS_SHOWN_MAX = 10
+SEAL_SECONDS_MAX = 60.0
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -35,6 +39,8 @@ class Demo:
         self.chance = random.Random(seed)
         self.dest = home / "interrupted"
         self.starts = 0
+        #: What `TIERKEEP_AGENT` says to the job.
+        self.agent = "off"
         self.problems: list[str] = []
 
     def start(self, run: str) -> Ranks:
@@ -42,7 +48,8 @@ class Demo:
         arguments = [str(self.home / run), "--diary", str(self.diary(run))]
         arguments += ["--steps", str(STEPS), "--every", str(EVERY), "--seed", str(self.seed)]
         self.diary(run).mkdir(parents=True, exist_ok=True)
-        return Ranks(arguments, self.ram, self.home / "logs" / f"start-{self.starts}")
+        logs = self.home / "logs" / f"start-{self.starts}"
+        return Ranks(arguments, self.ram, logs, self.agent)
 
     def diary(self, run: str) -> Path:
         return self.home / "diary" / run
@@ -71,7 +78,51 @@ class Demo:
         self.expect_warning(ranks, rank=1)
         self.finish(ranks)
         say("   done")
+        self.run_with_an_agent()
         return self.judge()
+
+    def run_with_an_agent(self) -> None:
+        say("\n3. with an agent: the same job; `tierkeep agent` owns the RAM tier")
+        empty(self.ram)
+        self.dest = self.home / "hosted"
+        agent = Agent(self.ram, self.home / "logs" / "agent.log")
+        self.agent = str(agent.socket)
+        try:
+            ranks = self.start("hosted")
+            step = self.die_after_a_save(ranks, self.pick(60))
+            self.await_seal(step)
+            ranks = self.start("hosted")
+            self.expect_tiers(ranks, ["ram", "ram"], step, "hosted")
+            self.await_due(ranks, self.pick(110))
+            agent.kill()
+            say("   killed the agent; training goes on")
+            self.next(ranks)
+            agent.start()
+            say("   started another one")
+            self.finish(ranks)
+            say("   done")
+        finally:
+            agent.kill()
+
+    def die_after_a_save(self, ranks: Ranks, target: int) -> int:
+        """Kills the job as soon as a save has returned on both ranks."""
+        try:
+            step = self.await_due(ranks, target)
+            self.next(ranks)  # Both have it: the step after it needs both.
+        finally:
+            ranks.kill()
+        self.note_errors(ranks)
+        say(f"   killed right after the save of step {step} returned")
+        return step
+
+    def await_seal(self, step: int) -> None:
+        began = time.monotonic()
+        while not self.files(self.dest, step, "CHECKPOINT.json"):
+            if time.monotonic() - began > SEAL_SECONDS_MAX:
+                raise Failed(f"the agent did not carry step {step} to disk")
+            time.sleep(0.01)
+        took = time.monotonic() - began
+        say(f"   step {step} is on disk {took:.2f} s later, with nobody training")
 
     def pick(self, around: int) -> int:
         """A step near `around` at which a save is due."""
@@ -167,13 +218,15 @@ class Demo:
     def files(root: Path, step: int, name: str) -> list[Path]:
         return sorted(root.rglob(f"{step:020}/*/{name}"))
 
-    def expect_tiers(self, ranks: Ranks, tiers: list[str], step: int | None = None) -> None:
+    def expect_tiers(
+        self, ranks: Ranks, tiers: list[str], step: int | None = None, run: str = "interrupted"
+    ) -> None:
         """Waits until the job has restored, and looks where from."""
         try:
             words = ranks.line()
             # Rank 1 may still be restoring; when a step is done, both ranks have.
             self.next(ranks)
-            starts = [mine[-1] for mine in report.read(self.diary("interrupted"), WORLD).starts]
+            starts = [mine[-1] for mine in report.read(self.diary(run), WORLD).starts]
         except BaseException:
             ranks.kill()
             raise
@@ -199,7 +252,9 @@ class Demo:
     def judge(self) -> int:
         whole = report.read(self.diary("uninterrupted"), WORLD)
         broken = report.read(self.diary("interrupted"), WORLD)
-        self.problems += report.differences(whole, broken, STEPS)
+        hosted = report.read(self.diary("hosted"), WORLD)
+        for run in (broken, hosted):
+            self.problems += report.differences(whole, run, STEPS)
         path = self.home / "loss.png"
         report.picture(whole, broken, self.seed, path)
         say(f"\n{report.table(whole, broken)}\n\n   picture: {shown(path)}")
@@ -211,10 +266,11 @@ class Demo:
                 say(f"   and {len(self.problems) - PROBLEMS_SHOWN_MAX} more")
             say(f"hint: the logs are in {shown(self.home / 'logs')}")
             return 1
-        losses = sum(len(start.losses) for rank in broken.starts for start in rank)
+        ranks = [*broken.starts, *hosted.starts]
+        losses = sum(len(start.losses) for rank in ranks for start in rank)
         say(f"   all {losses} losses and the final weights are equal, bit for bit")
         command = shown(Path(sys.executable).with_name("tierkeep"))
-        say(f"   look around: {command} ls {shown(self.dest)}")
+        say(f"   look around: {command} ls {shown(self.home / 'interrupted')}")
         return 0
 
 
@@ -251,7 +307,7 @@ def main() -> int:
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(1_000_000)
     home = options.home.absolute()
 
-    say("tierkeep demo: a small GPT, two ranks on the CPU, killed three times")
+    say("tierkeep demo: a small GPT, two ranks on the CPU, killed four times, and its agent once")
     say(f"seed {seed}; again with: make demo SEED={seed}")
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True)

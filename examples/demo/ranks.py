@@ -23,7 +23,7 @@ class Failed(Exception):
 class Ranks:
     """One start of the job. What rank 0 prints comes through a pipe, so that nothing is late."""
 
-    def __init__(self, arguments: list[str], ram: Path, logs: Path) -> None:
+    def __init__(self, arguments: list[str], ram: Path, logs: Path, agent: str) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self.logs = [logs / f"rank-{rank}.log" for rank in range(WORLD)]
         self.unread = b""
@@ -42,6 +42,7 @@ class Ranks:
                 "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
                 "OMP_NUM_THREADS": "1",
                 "TIERKEEP_RAM_DIR": str(ram),
+                "TIERKEEP_AGENT": agent,
             }
             with self.logs[rank].open("wb") as log:
                 self.processes.append(

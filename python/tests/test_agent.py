@@ -96,7 +96,9 @@ def test_an_agent_that_was_named_and_is_not_there_is_an_error(
     ram: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TIERKEEP_AGENT", str(ram / "nobody.sock"))
-    with pytest.raises(tierkeep.TierkeepError, match=r"nobody\.sock, which agent= or TIERKEEP_AGENT names"):
+    with pytest.raises(
+        tierkeep.TierkeepError, match=r"nobody\.sock, which agent= or TIERKEEP_AGENT names"
+    ):
         tierkeep.Checkpointer(run, timeouts_s={"lock_wait_s": 0.1})
     monkeypatch.setenv("TIERKEEP_AGENT", "agent.sock")
     with pytest.raises(tierkeep.InvalidError, match="absolute path"):
