@@ -1,7 +1,7 @@
 """The bars of the agent: what a trainer pays for one, and what one costs a node.
 
-`python benches/agent.py [--rounds N] [--dir DIR]`; `run.py` has these lines too. What is compared is
-measured in turn, in one process: a Checkpointer with the agent, and one without.
+`python benches/agent.py [--rounds N] [--dir DIR]`; `run.py` has these lines too. What is compared
+is measured in turn, in one process: a Checkpointer with the agent, and one without.
 """
 
 from __future__ import annotations
