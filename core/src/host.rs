@@ -19,6 +19,7 @@ mod calls;
 mod connection;
 mod drain;
 mod hands;
+mod left;
 mod peer;
 mod seat;
 mod tell;
@@ -146,6 +147,7 @@ impl Host {
     pub fn serve(self: &Arc<Self>, listener: &UnixListener) -> Result<()> {
         let socket = &self.settings.socket;
         listener.set_nonblocking(true).at("set up", socket)?;
+        self.own_what_is_left();
         let host = self.clone();
         let rounds = std::thread::Builder::new().name("tierkeep-rounds".into());
         rounds.spawn(move || host.go_round()).doing(|| "start a thread".into())?;

@@ -122,7 +122,7 @@ pub(crate) fn files_as(uid: u32, gid: u32, groups: &[u32]) -> io::Result<()> {
     set_files_gid(gid);
     set_files_uid(uid);
     // They return the value before, and an error is known by asking again.
-    if set_files_gid(u32::MAX) != gid || set_files_uid(u32::MAX) != uid {
+    if set_files_gid(u32::MAX) != gid || files_uid() != uid {
         return Err(io::Error::from(io::ErrorKind::PermissionDenied));
     }
     Ok(())
@@ -132,6 +132,11 @@ pub(crate) fn files_as(uid: u32, gid: u32, groups: &[u32]) -> io::Result<()> {
 pub(crate) fn set_files_uid(uid: u32) -> u32 {
     // SAFETY: it takes and returns a number, and changes this thread alone.
     unsafe { libc::setfsuid(uid) }.cast_unsigned()
+}
+
+/// The user that this thread acts on files as.
+pub(crate) fn files_uid() -> u32 {
+    set_files_uid(u32::MAX) // No user: it stays as it is.
 }
 
 fn set_files_gid(gid: u32) -> u32 {

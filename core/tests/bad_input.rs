@@ -477,6 +477,20 @@ fn a_payload_whose_header_says_2_to_the_63_costs_that_step_alone() {
 }
 
 #[test]
+fn a_ram_directory_of_another_user_is_refused() {
+    let places = Places::new();
+    let theirs = places.ram().join("theirs");
+    std::fs::create_dir(&theirs).unwrap();
+    if std::os::unix::fs::chown(&theirs, Some(54_321), None).is_err() {
+        println!("NOT TESTED: another user's directory needs root");
+        return;
+    }
+    let config = common::config(&places.destination(), &theirs, 0, 1);
+    let error = Checkpointer::open(config).unwrap_err();
+    assert!(error.to_string().contains("belongs to user 54321"), "{error}");
+}
+
+#[test]
 fn a_tmpfs_that_others_fill_up_costs_the_save_that_needs_more() {
     let places = Places::new();
     let Some(mount) = Mount::new(&places.destination().join("shm"), "size=8m") else { return };

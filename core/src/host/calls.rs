@@ -130,13 +130,9 @@ impl Connection {
                 why: format!("{} is kept for user {}", other.name(), other.uid),
             });
         }
-        let mut lost = Vec::new();
         let there = taken.as_ref().filter(|seat| seat.keeper.place.nonce == nonce).cloned();
         let seat = match (there, &open.back) {
-            (Some(seat), Some(back)) => {
-                seat.come_back(self.id, self.peer.clone(), back);
-                seat
-            }
+            (Some(seat), Some(_)) => seat,
             _ => {
                 if let Some(old) = taken.take() {
                     if let Err(e) = host.wait_for_death(&old, &self.peer, config.lock_wait) {
@@ -147,13 +143,18 @@ impl Connection {
                 }
                 let keeper = host.keeper(config, self.peer.uid, start, nonce)?;
                 let seat = Arc::new(Seat::new(keeper, self.id, self.peer.clone()));
-                if let Some(back) = &open.back {
-                    lost = go_on(&seat, self, back)?;
+                if let Some(back) = open.back.as_ref().filter(|back| !back.record.is_empty()) {
+                    seat.keeper.go_on(&convert::record_of(&back.record)?, back.decisions)?;
                 }
                 *taken = Some(seat.clone());
                 seat
             }
         };
+        let lost = match &open.back {
+            Some(back) => come_back(&seat, self, back)?,
+            None => Vec::new(),
+        };
+        seat.remember(open, &self.peer)?;
         if host.is_ending() || self.is_over() {
             return Err(Error::Fenced { why: "the agent is ending".into() });
         }
@@ -319,20 +320,15 @@ fn os_bytes(path: &std::path::Path) -> Vec<u8> {
     path.as_os_str().as_bytes().to_vec()
 }
 
-/// A trainer whose agent is gone goes on here; the slots it was filling that are no more.
-fn go_on(seat: &Arc<Seat>, connection: &Connection, back: &wire::Back) -> Result<Vec<u64>> {
-    let all = || back.filling.iter().map(|filling| filling.slot).collect();
-    if back.record.is_empty() {
-        return Ok(all());
-    }
-    seat.keeper.go_on(&convert::record_of(&back.record)?, back.decisions)?;
+/// A trainer that was connected before goes on here; the slots it was filling that are no more.
+fn come_back(seat: &Arc<Seat>, connection: &Connection, back: &wire::Back) -> Result<Vec<u64>> {
     seat.come_back(connection.id, connection.peer.clone(), back);
     let lost = seat.take_in_hand(&back.filling);
-    let (_, cascade) = running(seat)?;
+    let Some((_, cascade)) = seat.keeper.running() else { return Ok(lost) };
     if let Some(step) = back.stop_after {
         cascade.stop_after(step);
     }
-    for step in &back.saves {
+    for step in back.saves.iter().filter(|step| seat.save(**step).is_none()) {
         seat.keeper.take_up(&seat.follow_save(*step), &cascade)?;
     }
     Ok(lost)

@@ -21,6 +21,8 @@ pub(super) struct Peer {
     pub(super) pid: u32,
     pub(super) uid: u32,
     pub(super) gid: u32,
+    /// When it started, in ticks since the boot; 0: nobody knows.
+    pub(super) started: u64,
     /// Readable once the process is dead; a number can be given to another one.
     pidfd: Option<OwnedFd>,
 }
@@ -30,7 +32,20 @@ impl Peer {
         let creds = rustix::net::sockopt::socket_peercred(socket)?;
         let pidfd = pidfd_open(creds.pid, PidfdFlags::empty()).ok();
         let pid = creds.pid.as_raw_nonzero().get().unsigned_abs();
-        Ok(Self { pid, uid: creds.uid.as_raw(), gid: creds.gid.as_raw(), pidfd })
+        let started = started(pid).unwrap_or(0);
+        Ok(Self { pid, uid: creds.uid.as_raw(), gid: creds.gid.as_raw(), started, pidfd })
+    }
+
+    /// The process that an agent before this one knew, if it lives.
+    pub(super) fn still_there(pid: u32, since: u64, uid: u32) -> Option<Self> {
+        let number = rustix::process::Pid::from_raw(i32::try_from(pid).ok()?)?;
+        let pidfd = pidfd_open(number, PidfdFlags::empty()).ok()?;
+        // After it is held: a number can be another process's by now.
+        if since == 0 || started(pid) != Some(since) {
+            return None;
+        }
+        let peer = Self { pid, uid, gid: 0, started: since, pidfd: Some(pidfd) };
+        (peer.is_dead() == Some(false)).then_some(peer)
     }
 
     pub(super) fn pidfd(&self) -> Option<BorrowedFd<'_>> {
@@ -42,6 +57,12 @@ impl Peer {
         let fd = self.pidfd()?;
         readable(fd, Duration::ZERO).ok()
     }
+}
+
+/// When a process started: the 22nd field of its `stat`, whose 2nd may have spaces in it.
+fn started(pid: u32) -> Option<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    text.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
 }
 
 fn timespec(time: Duration) -> Timespec {

@@ -38,6 +38,12 @@ pub(super) struct InHand {
     pub(super) save: Save,
 }
 
+impl Default for Trainer {
+    fn default() -> Self {
+        Self::Gone { since: Duration::ZERO }
+    }
+}
+
 /// Whether there is somebody who trains.
 enum Trainer {
     /// It spoke through this connection last.
@@ -46,6 +52,7 @@ enum Trainer {
     Gone { since: Duration },
 }
 
+#[derive(Default)]
 struct State {
     trainer: Trainer,
     in_hand: HashMap<u64, InHand>,
@@ -131,13 +138,22 @@ const SAVES_KEPT: usize = 64;
 impl Seat {
     pub(super) fn new(keeper: Keeper, connection: u64, peer: Arc<Peer>) -> Self {
         let uid = peer.uid;
-        let state = State {
-            trainer: Trainer::Alive { connection, peer, hung_up: None },
-            in_hand: HashMap::new(),
-            mapped: HashSet::new(),
-            saves: BTreeMap::new(),
-            shard: None,
+        let trainer = Trainer::Alive { connection, peer, hung_up: None };
+        let state = State { trainer, ..State::default() };
+        let (state, told) = (Mutex::new(state), Mutex::default());
+        Self { keeper: Arc::new(keeper), uid, state, told }
+    }
+
+    /// One that an agent before this one had; `peer` trains it, if anybody does.
+    pub(super) fn left(keeper: Keeper, uid: u32, peer: Option<Peer>, clock: &dyn Clock) -> Self {
+        let now = clock.monotonic();
+        let trainer = match peer {
+            Some(peer) => {
+                Trainer::Alive { connection: 0, peer: Arc::new(peer), hung_up: Some(now) }
+            }
+            None => Trainer::Gone { since: now },
         };
+        let state = State { trainer, ..State::default() };
         let (state, told) = (Mutex::new(state), Mutex::default());
         Self { keeper: Arc::new(keeper), uid, state, told }
     }
@@ -266,6 +282,10 @@ impl Seat {
 
     /// Ends the keeper. `clean`: memory goes back where the newest checkpoint is durable.
     pub(super) fn end(&self, clean: bool) {
+        // What goes back is not for the next agent to find.
+        if clean && let Err(e) = self.forget() {
+            tracing::warn!("{}: {}", self.name(), e.chain());
+        }
         let in_hand = std::mem::take(&mut locked(&self.state).in_hand);
         self.keeper.shut(clean);
         drop(in_hand);

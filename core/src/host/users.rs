@@ -83,6 +83,25 @@ impl Users {
         become_it().doing(|| format!("act for user {}", peer.uid))
     }
 
+    /// This thread acts for a user whose process is not at hand.
+    ///
+    /// # Errors
+    /// That user is not served.
+    pub(super) fn act_as(&self, uid: u32, gid: u32) -> Result<()> {
+        if uid == self.own {
+            return Ok(());
+        }
+        if !self.are_many() {
+            return Err(Error::invalid(format!("user {uid} is not served")));
+        }
+        sys::files_as(uid, gid, &[gid]).doing(|| format!("act for user {uid}"))
+    }
+
+    /// The ram tiers that there are.
+    pub(super) fn roots(&self) -> BTreeSet<PathBuf> {
+        locked(&self.roots).clone()
+    }
+
     /// The budget of a user's run, which is everybody's.
     pub(super) fn budget(&self, uid: u32, settings: &Settings, run: &Path) -> Result<Budget> {
         let root = self.root_of(uid);

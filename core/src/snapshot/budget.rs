@@ -284,9 +284,20 @@ impl Budget {
 }
 
 /// The root itself only its user can enter: what is below is the state of a training.
+/// One that somebody else made beforehand, in a directory that all may write to, is not trusted.
 fn make_root(root: &Path) -> Result<()> {
-    if root.is_dir() {
-        return Ok(());
+    if let Ok(there) = fs::metadata(root)
+        && there.is_dir()
+    {
+        let (owner, us) = (there.uid(), sys::files_uid());
+        if owner == us || owner == 0 {
+            return Ok(());
+        }
+        return Err(Error::invalid(format!(
+            "the ram tier's directory {} belongs to user {owner}, who is neither root nor this user \
+             ({us}): remove it, or name another one (TIERKEEP_RAM_DIR)",
+            root.display()
+        )));
     }
     crate::tier::publish::make_dirs(root.parent().unwrap_or(root), false)?;
     match fs::DirBuilder::new().mode(0o700).create(root) {

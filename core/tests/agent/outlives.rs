@@ -28,6 +28,37 @@ fn a_trainer_killed_after_staged_loses_nothing_and_its_agent_goes_on_to_disk() {
 }
 
 #[test]
+fn an_agent_goes_on_with_what_the_one_before_it_had_though_the_trainer_is_dead() {
+    let places = Places::new();
+    let first = agent(places.ram());
+    let mut trainer = trainer(&places.destination(), places.ram(), 0, 1);
+    trainer.hear("open");
+    assert_eq!(trainer.ask("resume"), "0");
+    assert_eq!(trainer.ask("save 1"), "ok");
+    assert_eq!(trainer.ask("wait disk"), "true");
+    // Both die with a step that may be in RAM alone.
+    assert_eq!(trainer.ask("save 2"), "ok");
+    first.kill();
+    trainer.kill();
+    for seal in files(&places.destination()).iter().filter(|f| f.ends_with("CHECKPOINT.json")) {
+        if seal.starts_with("00000000000000000002") {
+            std::fs::remove_file(places.destination().join(seal)).unwrap();
+        }
+    }
+    let _second = agent(places.ram());
+    until("step 2 is sealed by an agent that nobody has asked", || {
+        let is = |f: &std::path::PathBuf| {
+            f.starts_with("00000000000000000002") && f.ends_with("CHECKPOINT.json")
+        };
+        files(&places.destination()).iter().any(is)
+    });
+    let mut third = self::trainer(&places.destination(), places.ram(), 0, 1);
+    third.hear("open");
+    assert_eq!(third.ask("resume"), "2");
+    assert_eq!(third.ask("close"), "");
+}
+
+#[test]
 fn a_fork_that_keeps_the_socket_does_not_keep_the_rank() {
     let places = Places::new();
     let _agent = agent(places.ram());

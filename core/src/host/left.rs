@@ -1,0 +1,124 @@
+//! What an agent that is gone has left: its ranks are owned again before anybody asks, so that what is
+//! only in RAM goes on to disk though its trainer is dead too.
+//!
+//! Beside a rank's slots lies what its trainer said when it took the rank.
+//!
+//! # Invariants
+//!
+//! - A rank that is owned again has the same writer: its attempt goes on, nothing is decided anew.
+//! - Whoever trains it still, and has not found this agent yet, has not lost it: the process is known by
+//!   its number and the moment of its start.
+//! - Nothing here keeps an agent from serving: what cannot be owned stays as it lies.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use prost::Message;
+use tierkeep_proto::trainer as wire;
+
+use super::{Host, peer::Peer, seat::Seat};
+use crate::{
+    attempt::{self, Attempts},
+    error::{Doing, Error, Result},
+    names::Rank,
+    observe::locked,
+    wire::convert,
+};
+
+const DIR: &str = "_agent";
+
+/// A trainer's words are some hundred bytes; longer is nobody's of ours.
+const BYTES_MAX: u64 = 1 << 20;
+
+fn name(rank: u32) -> String {
+    format!("{DIR}/rank-{rank:06}")
+}
+
+impl Seat {
+    /// Says beside the slots whose they are.
+    pub(super) fn remember(&self, open: &wire::Open, peer: &Peer) -> Result<()> {
+        let place = &self.keeper.place;
+        let open = Some(wire::Open { back: None, ..open.clone() });
+        let kept = wire::Kept { open, pid: peer.pid, started: peer.started };
+        self.forget()?;
+        place.ram.create(&name(place.config.rank), &kept.encode_to_vec()).map(drop)
+    }
+
+    /// The slots are nobody's any more.
+    pub(super) fn forget(&self) -> Result<()> {
+        let place = &self.keeper.place;
+        place.ram.delete(&name(place.config.rank))
+    }
+}
+
+impl Host {
+    /// Owns again what an agent before has owned, each rank on a thread of its own.
+    pub(super) fn own_what_is_left(self: &Arc<Self>) {
+        for file in self.users.roots().iter().flat_map(|root| kept_below(root)) {
+            let host = self.clone();
+            let own = move || {
+                if let Err(e) = host.own_again(&file) {
+                    tracing::warn!("{} stays as it lies: {}", file.display(), e.chain());
+                }
+            };
+            if let Err(e) = std::thread::Builder::new().name("tierkeep-left".into()).spawn(own) {
+                tracing::error!("no thread for what an agent has left: {e}");
+            }
+        }
+    }
+
+    fn own_again(self: &Arc<Self>, file: &Path) -> Result<()> {
+        use std::os::unix::fs::MetadataExt;
+        let meta = std::fs::symlink_metadata(file).at("stat", file)?;
+        if !meta.is_file() || meta.len() > BYTES_MAX {
+            return Err(Error::damaged(file.display().to_string(), "it is no trainer's words"));
+        }
+        let bytes = std::fs::read(file).at("read", file)?;
+        let kept = wire::Kept::decode(bytes.as_slice()).ok();
+        let Some(wire::Kept { open: Some(open), pid, started }) = kept else {
+            return Err(Error::damaged(file.display().to_string(), "it is no trainer's words"));
+        };
+        let uid = meta.uid();
+        self.users.act_as(uid, meta.gid())?;
+        let mut config = convert::config(&open, self.users.root_of(uid))?;
+        config.lock_wait = Duration::ZERO;
+        if file.parent().and_then(Path::parent) != Some(config.ram_dir().as_path()) {
+            return Err(Error::damaged(file.display().to_string(), "it lies in another run"));
+        }
+        let (start, nonce) = (convert::id(&open.start)?, convert::id(&open.nonce)?);
+        let (rank, leads) = (Rank(config.rank), config.leads());
+        let chair = self.chair(&config);
+        let mut taken = locked(&chair);
+        if taken.is_some() {
+            return Ok(()); // Its trainer was quicker.
+        }
+        let keeper = self.keeper(config, uid, start, nonce)?;
+        let disk = keeper.place.disk.clone();
+        let attempts = Attempts::load(&[&*disk, &*keeper.place.ram])?;
+        let newest = attempts.records().iter().rev().find(|record| {
+            attempt::is_claimed_by(&*disk, &record.attempt, rank, &nonce).is_ok_and(|ours| ours)
+        });
+        let Some(record) = newest else { return Ok(()) };
+        // A decision for each record of this start.
+        keeper.go_on(record, record.decision + 1)?;
+        let seat = Seat::left(keeper, uid, Peer::still_there(pid, started, uid), &self.clock);
+        if leads && seat.trainer().is_none() {
+            seat.keeper.end_start();
+        }
+        tracing::info!("{} is owned again", seat.name());
+        *taken = Some(Arc::new(seat));
+        Ok(())
+    }
+}
+
+/// What was kept below a user's ram tier.
+fn kept_below(root: &Path) -> Vec<PathBuf> {
+    let list = |dir: &Path| -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+        entries.map(|entry| entry.path()).collect()
+    };
+    list(root).iter().flat_map(|run| list(&run.join(DIR))).collect()
+}
