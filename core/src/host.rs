@@ -88,6 +88,9 @@ pub struct Host {
     _locks: [Ownership; 2],
 }
 
+/// Trainers that live come back within moments. What nobody has come back for by then is owned again.
+const LEFT_AFTER: Duration = Duration::from_secs(2);
+
 /// How often it is looked for trainers that died unseen, and for ranks that are idle.
 const ROUND: Duration = Duration::from_millis(500);
 
@@ -147,7 +150,6 @@ impl Host {
     pub fn serve(self: &Arc<Self>, listener: &UnixListener) -> Result<()> {
         let socket = &self.settings.socket;
         listener.set_nonblocking(true).at("set up", socket)?;
-        self.own_what_is_left();
         let host = self.clone();
         let rounds = std::thread::Builder::new().name("tierkeep-rounds".into());
         rounds.spawn(move || host.go_round()).doing(|| "start a thread".into())?;
@@ -194,10 +196,14 @@ impl Host {
     }
 
     /// Looks after ranks that have nobody.
-    fn go_round(&self) {
+    fn go_round(self: &Arc<Self>) {
         let mut worked = true;
+        let mut grace = Some(Deadline::after(&self.clock, LEFT_AFTER));
         while !self.is_ending() {
             let seen = self.changed.seen();
+            if grace.take_if(|grace| grace.left(&self.clock).is_none()).is_some() {
+                self.own_what_is_left();
+            }
             // Sealing reads the manifests of all ranks: what that took is given back.
             let works = self.seats().iter().any(|seat| seat.is_busy());
             if works || worked {

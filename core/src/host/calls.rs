@@ -243,9 +243,9 @@ impl Connection {
                 }
                 return published(seat.save(step).as_ref());
             }
-            return Err(Error::invalid(format!(
-                "slot {slot} is not being filled with step {step}"
-            )));
+            // No mistake of the caller's: its save fails, its training goes on.
+            let what = format!("slot {slot}, which is not being filled with step {step},");
+            return Err(Error::NotFound { what });
         };
         let InHand { filling, cascade, save } = in_hand;
         let file = filling.slot();

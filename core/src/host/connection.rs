@@ -175,6 +175,12 @@ impl Connection {
             ))),
         };
         locked(&self.interrupted).remove(&id);
+        if self.host.is_ending() {
+            // What fails now fails because of that: the next agent is to be asked, not the trainer told.
+            self.over.store(true, Ordering::Release);
+            let _ = self.socket.shutdown(std::net::Shutdown::Both);
+            return;
+        }
         match answered {
             Ok((answer, fds)) => self.answer(id, answer, &fds),
             Err(e) => self.answer(id, Answer::Failure(convert::failure(&e)), &[]),

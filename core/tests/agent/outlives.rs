@@ -52,8 +52,10 @@ fn an_agent_goes_on_with_what_the_one_before_it_had_though_the_trainer_is_dead()
         };
         files(&places.destination()).iter().any(is)
     });
+    let begun = std::time::Instant::now();
     let mut third = self::trainer(&places.destination(), places.ram(), 0, 1);
     third.hear("open");
+    println!("opened after {:?}", begun.elapsed());
     assert_eq!(third.ask("resume"), "2");
     assert_eq!(third.ask("close"), "");
 }

@@ -14,11 +14,17 @@ use tierkeep::host::Host;
 
 use crate::{common::settings, draw::Random};
 
-/// An agent's whole life, until it is killed.
+/// An agent's whole life, until it is killed or told to end.
 pub fn serve(ram: &Path) -> ! {
     let (host, listener) = Host::open(settings(ram)).expect("an agent");
+    let ended = host.clone();
+    std::thread::spawn(move || {
+        // Until it is closed: an upgrade.
+        let _ = std::io::stdin().read_line(&mut String::new());
+        ended.end();
+    });
     host.serve(&listener).expect("serve");
-    unreachable!("nobody ends it")
+    std::process::exit(0)
 }
 
 /// The agents of one run.
@@ -67,6 +73,7 @@ impl Agent {
         let child = Command::new(std::env::current_exe().expect("self"))
             .args(["a_rank_of_the_job", "--exact", "--nocapture"])
             .env("TIERKEEP_TEST_AGENT", &self.ram)
+            .stdin(Stdio::piped())
             .stdout(Stdio::null())
             .spawn();
         self.child = Some(child.expect("spawn"));
@@ -88,7 +95,11 @@ impl Agent {
         let Some(mut child) = self.child.take() else { return };
         let there = child.try_wait().expect("wait");
         assert!(there.is_none(), "an agent ended by itself: {there:?}");
-        child.kill().expect("kill");
+        if self.random.below(2) == 0 {
+            child.kill().expect("kill");
+        } else {
+            drop(child.stdin.take()); // An upgrade: it is told to end.
+        }
         child.wait().expect("wait");
     }
 }
