@@ -313,7 +313,10 @@ impl Drop for Far {
     fn drop(&mut self) {
         if self.shared.desk.is_ours() {
             self.shut(false);
+            return;
         }
+        // A fork's child has no slots (MADV_DONTFORK): nothing may be unmapped where others lie by now.
+        std::mem::forget(self.shared.clone());
     }
 }
 

@@ -94,9 +94,10 @@ class Demo:
             ranks = self.start("hosted")
             self.expect_tiers(ranks, ["ram", "ram"], step, "hosted")
             self.await_due(ranks, self.pick(110))
+            self.next(ranks)  # Between two saves: one under way would wait for the next agent.
             agent.kill()
-            say("   killed the agent; training goes on")
-            self.next(ranks)
+            _, step = self.next(ranks)
+            say(f"   killed the agent; training goes on with step {step}")
             agent.start()
             say("   started another one")
             self.finish(ranks)

@@ -34,7 +34,7 @@ const DIR: &str = "_agent";
 const BYTES_MAX: u64 = 1 << 20;
 
 fn name(rank: u32) -> String {
-    format!("{DIR}/rank-{rank:06}")
+    format!("{DIR}/{rank:06}")
 }
 
 impl Seat {
