@@ -300,6 +300,21 @@ fn the_memory_of_a_rank_that_saves_no_more_is_given_back() {
     assert!(!of_rank_1(), "{:?}", files(&ram));
 }
 
+/// It begins while the saving ranks carry a step: that is theirs to wait for.
+#[test]
+fn a_rank_that_does_not_save_and_begins_late_closes() {
+    let places = Places::new();
+    let ranks = open_all(&places, 2, &[0]);
+    assert_eq!(resume(&ranks[0], &SMALL).unwrap(), 0);
+    let attempt = ranks[0].attempt().unwrap().attempt.dir();
+    let decisions = places.destination().join("_decisions").join(attempt);
+    std::fs::create_dir_all(&decisions).unwrap();
+    let carried = decisions.join(format!("carry-{:020}", 5));
+    std::os::unix::fs::symlink("carry", carried).unwrap();
+    assert_eq!(resume(&ranks[1], &SMALL).unwrap(), 0);
+    assert!(ranks[1].close(Duration::from_secs(5), false).unwrap(), "it waits for itself");
+}
+
 #[test]
 fn who_saves_is_checked() {
     let places = Places::new();

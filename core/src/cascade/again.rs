@@ -19,6 +19,9 @@ impl Cascade {
     /// A rank whose owner died goes on with the step that the ranks are at, and comes back to none that
     /// they are done with.
     pub(super) fn resume_carry(&self) -> Result<()> {
+        if !self.parts.config.saves() {
+            return Ok(()); // It carries nothing, and would wait for itself when it closes.
+        }
         let agreements = &self.parts.agreements;
         let Some(step) = agreements.carried()? else { return Ok(()) };
         let gave_up = agreements.gave_up(step)?.is_some();
