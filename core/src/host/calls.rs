@@ -154,7 +154,10 @@ impl Connection {
             Some(back) => come_back(&seat, self, back)?,
             None => Vec::new(),
         };
-        seat.remember(open, &self.peer)?;
+        // Without it, only a trainer that comes back is known to the next agent: no reason to refuse one.
+        if let Err(e) = seat.remember(open, &self.peer) {
+            tracing::warn!("{}: {}", seat.name(), e.chain());
+        }
         if host.is_ending() || self.is_over() {
             return Err(Error::Fenced { why: "the agent is ending".into() });
         }

@@ -76,13 +76,14 @@ impl Host {
         if !meta.is_file() || meta.len() > BYTES_MAX {
             return Err(Error::damaged(file.display().to_string(), "it is no trainer's words"));
         }
+        // As its user from here on: what a name leads to may change under our feet.
+        let uid = meta.uid();
+        self.users.act_as(uid, meta.gid())?;
         let bytes = std::fs::read(file).at("read", file)?;
         let kept = wire::Kept::decode(bytes.as_slice()).ok();
         let Some(wire::Kept { open: Some(open), pid, started }) = kept else {
             return Err(Error::damaged(file.display().to_string(), "it is no trainer's words"));
         };
-        let uid = meta.uid();
-        self.users.act_as(uid, meta.gid())?;
         let mut config = convert::config(&open, self.users.root_of(uid))?;
         config.lock_wait = Duration::ZERO;
         if file.parent().and_then(Path::parent) != Some(config.ram_dir().as_path()) {

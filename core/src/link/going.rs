@@ -239,7 +239,11 @@ impl Lease for FarLease {
         }
         drop(state);
         match asked {
-            Err(e) if ours => Err(e),
+            Err(e) if ours => {
+                // Where no answer came, the agent may hold the slot still: it is given back.
+                locked(&shared.state).filling.insert(*slot, step);
+                Err(e)
+            }
             Ok(Some((Answer::Published(wire::Published { save: Some(said) }), _))) => {
                 save.learn(said);
                 Ok(())
