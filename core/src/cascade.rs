@@ -101,6 +101,8 @@ struct Work {
     /// The disk tier did not answer at the last turn: nothing is kept for it.
     trouble: Option<String>,
     stop: bool,
+    /// Stopped for the next owner of the same attempt: what fails here now is not given up.
+    handed_over: bool,
     /// Steps whose saves failed here and are not tried again: the other ranks need not wait for them.
     /// True: they know.
     failed: BTreeMap<u64, bool>,
@@ -368,6 +370,7 @@ impl Cascade {
                     }
                     self.is_busy()
                 }
+                Err(_) if self.is_handed_over() => return,
                 Err(e) => {
                     // The same trouble is told once, not at every turn.
                     let text = e.chain();
@@ -431,6 +434,9 @@ impl Cascade {
             self.parts.signal.notify();
         }
         let Some(error) = failed else { return Ok(moved) };
+        if self.is_handed_over() {
+            return Err(error);
+        }
         // Retries are behind us. Training waits for no disk that does not answer: the step is given
         // up here, for all ranks if that can be recorded, and its slot is free.
         let carried = locked(&self.work).carry.as_ref().map(|c| c.step);

@@ -42,7 +42,7 @@ use crate::{
     clock::{Clock, Deadline, SystemClock},
     config::Config,
     error::{Doing, Error, Result},
-    keeper::{Ground, Keeper},
+    keeper::{Ending, Ground, Keeper},
     names::Id,
     observe::locked,
     ownership::Ownership,
@@ -217,7 +217,7 @@ impl Host {
                 seat.look_for_death(&self.clock);
                 if seat.is_done(&self.clock, self.settings.idle) {
                     tracing::info!("{} gives its memory back", seat.name());
-                    seat.end(true);
+                    seat.end(Ending::Clean);
                     *taken = None;
                     drop(taken);
                     self.forget(&place, &chair);
@@ -308,7 +308,7 @@ impl Host {
     pub fn end(&self) {
         self.ending.store(true, Ordering::Release);
         self.changed.notify();
-        self.seats().iter().for_each(|seat| seat.end(false));
+        self.seats().iter().for_each(|seat| seat.end(Ending::HandOver));
     }
 
     fn is_ending(&self) -> bool {

@@ -25,7 +25,7 @@ use std::{
     thread::JoinHandle,
 };
 
-pub(crate) use self::local::Local;
+pub(crate) use self::{ending::Ending, local::Local};
 use crate::{
     agree::Agreements,
     attempt::AttemptRecord,

@@ -77,8 +77,8 @@ struct State {
     record: Option<AttemptRecord>,
     decisions: u32,
     stop_after: Option<u64>,
-    /// Steps that the agent knows to have failed here.
-    given_up: BTreeSet<u64>,
+    /// Steps that failed here and are not tried again. True: an agent was told.
+    failed: BTreeMap<u64, bool>,
     /// The agent carries something of ours.
     busy: bool,
     fenced: Option<String>,
@@ -120,7 +120,33 @@ impl Shared {
                 .map(Save::step)
                 .collect(),
             stop_after: state.stop_after,
+            // Also what was told: the agent may have died before it passed it on.
+            failed: state.failed.keys().copied().collect(),
         }
+    }
+
+    fn add_failed(&self, steps: &[u64]) {
+        let mut state = locked(&self.state);
+        steps.iter().for_each(|step| {
+            state.failed.entry(*step).or_default();
+        });
+        while state.failed.len() > SAVES_KEPT {
+            state.failed.pop_first();
+        }
+    }
+
+    fn told_failed(&self, steps: &[u64]) {
+        let mut state = locked(&self.state);
+        for step in steps {
+            state.failed.entry(*step).and_modify(|told| *told = true);
+        }
+        drop(state);
+        self.desk.signal.notify();
+    }
+
+    fn has_untold(&self) -> bool {
+        let state = locked(&self.state);
+        state.fenced.is_none() && state.failed.values().any(|told| !told)
     }
 
     fn follow(&self, save: &Save) {
@@ -245,6 +271,7 @@ impl Owner for Far {
         let mut state = locked(&self.shared.state);
         state.saves.clear();
         state.published.clear();
+        state.failed.clear();
         state.record = Some(record);
         state.decisions = begun.decisions;
         state.stop_after = None;

@@ -63,6 +63,10 @@ struct Stages {
     bytes: u64,
     disk_bytes: u64,
     skipped: Option<String>,
+    /// It was this rank alone that passed it over.
+    alone: bool,
+    /// The other ranks were told that it failed here.
+    told: bool,
     waiting_for: String,
 }
 
@@ -310,6 +314,13 @@ impl Save {
         matches!(locked(&self.shared.stages).stage(level, false), Stage::Pending)
     }
 
+    /// Passed over here, by a decision of no other rank.
+    pub(crate) fn skip_alone(&self, why: &str) {
+        locked(&self.shared.stages).alone = true;
+        self.skip(why);
+    }
+
+    /// Passed over by all ranks.
     pub(crate) fn skip(&self, why: &str) {
         locked(&self.shared.stages).skipped = Some(why.into());
         let error = Error::Skipped { step: crate::names::Step(self.step()), why: why.into() };
@@ -337,5 +348,13 @@ impl Save {
     /// True where a level failed or a copy did not happen: a second save of the step may try again.
     pub(crate) fn is_void(&self) -> bool {
         matches!(locked(&self.shared.stages).ram_own, Stage::Failed(_))
+    }
+
+    /// True, once: it came to nothing by what happened on this rank alone.
+    pub(crate) fn take_untold(&self) -> bool {
+        let mut stages = locked(&self.shared.stages);
+        let agreed = stages.skipped.is_some() && !stages.alone;
+        let void = matches!(stages.ram_own, Stage::Failed(_));
+        void && !agreed && !std::mem::replace(&mut stages.told, true)
     }
 }

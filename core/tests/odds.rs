@@ -16,7 +16,7 @@ use std::{
 use tierkeep::{
     Error, ErrorKind,
     begin::Begin,
-    checkpointer::Checkpointer,
+    checkpointer::{Checkpointer, SaveRequest},
     names::Step,
     reader::Reader,
     restore::decide::Wish,
@@ -361,9 +361,8 @@ fn a_tier_that_does_not_answer_marks_nothing_bad() {
     assert_eq!(resume(&p.open(), &SMALL).unwrap(), 2);
 }
 
-#[test]
-fn a_rank_whose_save_failed_tells_the_others_when_it_ends() {
-    let p = Places::new();
+/// Two ranks, and a switch that makes saves of the second fail.
+fn one_whose_ram_may_be_full(p: &Places) -> (Checkpointer, Checkpointer, Arc<AtomicBool>) {
     let full = Arc::new(AtomicBool::new(false));
     let switch = full.clone();
     let well = Checkpointer::open(p.config_of(0, 2)).unwrap();
@@ -378,6 +377,40 @@ fn a_rank_whose_save_failed_tells_the_others_when_it_ends() {
     for c in [&well, &ill] {
         resume(c, &SMALL).unwrap();
     }
+    (well, ill, full)
+}
+
+#[test]
+fn a_save_that_failed_on_one_rank_costs_those_that_skip_no_later_one() {
+    let p = Places::new();
+    let (well, ill, full) = one_whose_ram_may_be_full(&p);
+    let save = |c: &Checkpointer, rank, step| {
+        let model = Model::at(rank, &SMALL, step);
+        // SAFETY: nobody writes to it before this returns.
+        unsafe { c.save(SaveRequest { skip_if_busy: true, ..model.request(step) }) }.unwrap()
+    };
+    let (mine, theirs) = (save(&well, 0, 1), save(&ill, 1, 1));
+    for saved in [mine, theirs] {
+        assert!(saved.poll(Level::Ram, false, Duration::from_secs(10)).unwrap());
+    }
+    full.store(true, Ordering::SeqCst);
+    save(&well, 0, 2);
+    save(&ill, 1, 2);
+    full.store(false, Ordering::SeqCst);
+    let saved = (3..100).any(|step| {
+        save(&ill, 1, step);
+        let saved = save(&well, 0, step);
+        saved.poll(Level::Ram, false, Duration::from_millis(100)).unwrap_or(false)
+    });
+    assert!(saved, "a step that one rank never had keeps the slots of the other");
+    close(&ill);
+    close(&well);
+}
+
+#[test]
+fn a_rank_whose_save_failed_tells_the_others_when_it_ends() {
+    let p = Places::new();
+    let (well, ill, full) = one_whose_ram_may_be_full(&p);
     full.store(true, Ordering::SeqCst);
     let failed = Model::at(1, &SMALL, 1).save(&ill, 1).unwrap();
     assert!(failed.poll(Level::Ram, false, Duration::ZERO).is_err());

@@ -21,6 +21,16 @@ impl Cascade {
             || work.watched.values().any(Save::is_open)
     }
 
+    /// Ends the thread at its next block: another owner goes on with the same attempt, so nothing is
+    /// given up and nobody is told anything.
+    pub(crate) fn hand_over(&self) {
+        let mut work = locked(&self.work);
+        work.stop = true;
+        work.handed_over = true;
+        drop(work);
+        self.parts.signal.notify();
+    }
+
     /// Ends the thread at its next block, and tells everybody who still waits. `fenced`: by whom this
     /// rank was taken over.
     pub(crate) fn stop(&self, fenced: Option<&Error>) {

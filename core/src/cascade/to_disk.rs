@@ -167,6 +167,8 @@ impl Cascade {
                     carry.own_done = true;
                 }
             }
+            // The next owner writes it anew.
+            Err(_) if self.is_handed_over() => return Ok(false),
             Err(e) => {
                 let why = format!("{}: {}", Rank(self.parts.config.rank), e.chain());
                 // Told to the others if it can be; without, the leader's deadline does it.
@@ -179,6 +181,10 @@ impl Cascade {
             }
         }
         Ok(true)
+    }
+
+    pub(super) fn is_handed_over(&self) -> bool {
+        locked(&self.work).handed_over
     }
 
     /// Somebody closed, or began anew, who did not want to wait: nothing failed.

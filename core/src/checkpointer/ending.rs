@@ -21,7 +21,7 @@ impl Checkpointer {
         place.check_pid()?;
         let deadline = Deadline::after(&*place.clock, timeout);
         let going = self.inner.owner.going();
-        self.inner.give_up_failed();
+        self.inner.give_up_failed(u64::MAX);
         loop {
             let seen = place.signal.seen();
             let publishing = self.inner.publishing.load(Ordering::Acquire) > 0;
@@ -61,19 +61,20 @@ impl Inner {
         Ok(())
     }
 
-    /// Tells of the steps whose saves failed here: another rank that closes waits for them, as this
-    /// one for its.
-    fn give_up_failed(&self) {
-        let failed: Vec<u64> =
-            locked(&self.saves).values().filter(|s| s.is_void()).map(Save::step).collect();
-        if let Some(going) = self.owner.going().filter(|_| !failed.is_empty()) {
+    /// Tells of the steps before `end` whose saves failed here and will not be tried again: the other
+    /// ranks wait for them, with a slot in use.
+    pub(super) fn give_up_failed(&self, end: u64) {
+        let Some(going) = self.owner.going().filter(|_| self.desk().config.saves()) else { return };
+        let untold = |(step, save): (&u64, &Save)| save.take_untold().then_some(*step);
+        let failed: Vec<u64> = locked(&self.saves).range(..end).filter_map(untold).collect();
+        if !failed.is_empty() {
             going.give_up(&failed);
         }
     }
 
     /// Ends the owner. Memory goes back only where the newest checkpoint is durable elsewhere.
     fn shut(&self, clean: bool) {
-        self.give_up_failed();
+        self.give_up_failed(u64::MAX);
         self.owner.shut(clean);
     }
 }

@@ -54,6 +54,8 @@ impl Checkpointer {
             going.follow(&save);
             return Ok(save);
         }
+        // Steps rise: none before this one is tried again.
+        self.inner.give_up_failed(request.step);
         // SAFETY: the caller's promise.
         match unsafe { self.take(&save, request, &*going) } {
             Ok(()) => Ok(save),

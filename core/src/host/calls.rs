@@ -19,6 +19,7 @@ use crate::{
     chunk::{CHUNK_BYTES, chunk_count},
     clock::Deadline,
     error::{Doing, Error, Result},
+    keeper::Ending,
     manifest::Identity,
     names::{CheckpointKey, Rank, Step},
     owner::Filled,
@@ -139,7 +140,7 @@ impl Connection {
                         *taken = Some(old);
                         return Err(e);
                     }
-                    old.end(false);
+                    old.end(Ending::Now);
                 }
                 let keeper = host.keeper(config, self.peer.uid, start, nonce)?;
                 let seat = Arc::new(Seat::new(keeper, self.id, self.peer.clone()));
@@ -289,7 +290,7 @@ impl Connection {
             let chair = self.host.chair(&config);
             let mut taken = crate::observe::locked(&chair);
             if taken.as_ref().is_some_and(|there| Arc::ptr_eq(there, seat)) {
-                seat.end(true);
+                seat.end(Ending::Clean);
                 *taken = None;
             }
             drop(taken);
@@ -331,6 +332,7 @@ fn come_back(seat: &Arc<Seat>, connection: &Connection, back: &wire::Back) -> Re
     if let Some(step) = back.stop_after {
         cascade.stop_after(step);
     }
+    cascade.give_up_steps(&back.failed);
     for step in back.saves.iter().filter(|step| seat.save(**step).is_none()) {
         seat.keeper.take_up(&seat.follow_save(*step), &cascade)?;
     }

@@ -23,7 +23,7 @@ use crate::{
     cascade::Cascade,
     clock::Clock,
     error::{Error, Result},
-    keeper::Keeper,
+    keeper::{Ending, Keeper},
     names::Step,
     observe::locked,
     restore::read::Restorable,
@@ -280,14 +280,16 @@ impl Seat {
         self.keeper.running().is_some_and(|(_, cascade)| cascade.is_carrying())
     }
 
-    /// Ends the keeper. `clean`: memory goes back where the newest checkpoint is durable.
-    pub(super) fn end(&self, clean: bool) {
+    /// Ends the keeper.
+    pub(super) fn end(&self, ending: Ending) {
         // What goes back is not for the next agent to find.
-        if clean && let Err(e) = self.forget() {
+        if ending == Ending::Clean
+            && let Err(e) = self.forget()
+        {
             tracing::warn!("{}: {}", self.name(), e.chain());
         }
         let in_hand = std::mem::take(&mut locked(&self.state).in_hand);
-        self.keeper.shut(clean);
+        self.keeper.shut(ending);
         drop(in_hand);
     }
 

@@ -4,6 +4,7 @@
 //!
 //! - After `shut` no thread of the owner runs, but one that a hanging disk keeps.
 //! - Memory goes back only where the newest checkpoint is durable elsewhere.
+//! - An owner that hands over gives nothing up and tells nobody: the next one goes on with the attempt.
 
 use std::{sync::atomic::Ordering, time::Duration};
 
@@ -18,11 +19,26 @@ use crate::{
 /// How long an owner that is closed or dropped waits for its disk thread.
 const STOP_WAIT: Duration = Duration::from_secs(1);
 
+/// How an owner ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// Closed: memory goes back where the newest checkpoint is durable elsewhere.
+    Clean,
+    /// Its slots stay; what is on its way is given up.
+    Now,
+    /// Its slots stay, and the next owner of the same attempt goes on with what is on its way.
+    HandOver,
+}
+
 impl Running {
     /// Ends the disk tier's thread. It stops at its next block; a disk that hangs in a system call
     /// keeps it, and is left behind after `wait`.
     pub(super) fn stop(self, place: &Place, fenced: Option<&Error>, wait: Duration) -> Result<()> {
         self.cascade.stop(fenced);
+        self.join(place, wait)
+    }
+
+    fn join(self, place: &Place, wait: Duration) -> Result<()> {
         let deadline = Deadline::after(&*place.clock, wait);
         loop {
             let seen = place.signal.seen();
@@ -42,9 +58,8 @@ impl Running {
 }
 
 impl Keeper {
-    /// Ends the threads and gives the locks up. Memory goes back only where the newest checkpoint
-    /// is durable elsewhere.
-    pub(crate) fn shut(&self, clean: bool) {
+    /// Ends the threads.
+    pub(crate) fn shut(&self, ending: Ending) {
         if self.place.closed.swap(true, Ordering::AcqRel) {
             return;
         }
@@ -63,12 +78,16 @@ impl Keeper {
             let current = self.ownership.is_current();
             // What is in RAM is the newer handle's: it carries it on.
             let fenced = (!current).then(|| Error::Fenced { why: TAKEN_OVER.into() });
-            let stopped = running.stop(&self.place, fenced.as_ref(), STOP_WAIT);
+            match ending {
+                Ending::HandOver => cascade.hand_over(),
+                Ending::Clean | Ending::Now => cascade.stop(fenced.as_ref()),
+            }
+            let stopped = running.join(&self.place, STOP_WAIT);
             if let Err(e) = &stopped {
                 self.place.observer.error("stop_failed", None, e.chain());
             }
             let durable = cascade.newest().is_some_and(|k| cascade.sealed() == Some(k.step.0));
-            if clean
+            if ending == Ending::Clean
                 && durable
                 && current
                 && stopped.is_ok()
@@ -96,7 +115,7 @@ impl Keeper {
 impl Drop for Keeper {
     fn drop(&mut self) {
         if self.place.is_ours() {
-            self.shut(false);
+            self.shut(Ending::Now);
             self.end_start();
             return;
         }

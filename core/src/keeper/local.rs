@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::Keeper;
+use super::{Ending, Keeper};
 use crate::{
     attempt::AttemptRecord,
     begin::Begin,
@@ -57,7 +57,7 @@ impl Owner for Local {
     fn taken_over(&self) {} // It is seen from the lock.
 
     fn shut(&self, clean: bool) {
-        self.0.shut(clean);
+        self.0.shut(if clean { Ending::Clean } else { Ending::Now });
     }
 }
 

@@ -48,13 +48,20 @@ impl FarGoing {
         Ok(true)
     }
 
+    /// The other ranks wait for what failed here, and are told when the agent is back. It may keep this
+    /// rank as long as a save.
+    fn has_untold(&self) -> bool {
+        let away = self.dial.away();
+        away.is_none_or(|away| away < AWAY_MAX) && self.shared.has_untold()
+    }
+
     /// The agent is away, and the caller does not want to wait.
     fn skip(&self, save: &Save) {
         let why = "the agent is away";
         let observer = &self.shared.desk.observer;
         add(&observer.counters.saves_skipped, 1);
         observer.warn("skipped", Some(save.step()), format!("step {}: {why}", save.step()));
-        save.skip(why);
+        save.skip_alone(why);
     }
 }
 
@@ -162,24 +169,20 @@ impl Going for FarGoing {
     }
 
     fn give_up(&self, failed: &[u64]) {
-        let steps: Vec<u64> = {
-            let known = &locked(&self.shared.state).given_up;
-            failed.iter().filter(|step| !known.contains(step)).copied().collect()
-        };
-        if steps.is_empty() {
-            return;
-        }
-        // An agent that is away is asked when this handle closes: until then there may be a next one.
-        let give_up = Call::GiveUp(wire::GiveUp { steps: steps.clone() });
+        self.shared.add_failed(failed);
+        let give_up = Call::GiveUp(wire::GiveUp { steps: failed.to_vec() });
         match self.dial.ask_until(&give_up, SHORT, None) {
-            Ok(Some(_)) => locked(&self.shared.state).given_up.extend(steps),
-            Ok(None) => {}
-            Err(e) => tracing::warn!("the agent was not told what failed: {}", e.chain()),
+            Ok(Some(_)) => self.shared.told_failed(failed),
+            Ok(None) => {} // An agent that is away is told when it is back.
+            Err(e) => {
+                tracing::warn!("the agent was not told what failed: {}", e.chain());
+                self.shared.told_failed(failed); // It heard, and could not.
+            }
         }
     }
 
     fn is_busy(&self) -> bool {
-        self.shared.is_busy()
+        self.shared.is_busy() || self.has_untold()
     }
 }
 

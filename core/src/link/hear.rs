@@ -71,10 +71,12 @@ fn find_next(shared: &Arc<Shared>, dial: &Arc<Dial>) -> Option<Arc<UnixStream>> 
         }
         let back = shared.back();
         let said: Vec<u64> = back.filling.iter().map(|filling| filling.slot).collect();
+        let failed = back.failed.clone();
         match dial.again(back) {
             Ok((stream, opened)) => {
                 let stream = Arc::new(stream);
                 dial.install(stream.clone());
+                shared.told_failed(&failed);
                 come_back(shared, dial, &opened, said);
                 return Some(stream);
             }

@@ -1,8 +1,8 @@
 //! RAM that outlives the trainer, and trainers that outlive the agent.
 
 use crate::{
-    common::{Places, files},
-    world::{agent, trainer, until},
+    common::{Places, files, settings},
+    world::{Actor, Hosted, agent, trainer, until},
 };
 
 fn sealed(places: &Places) -> usize {
@@ -127,4 +127,36 @@ fn a_trainer_whose_agent_is_killed_goes_on_with_the_next_one() {
     assert_eq!(trainer.ask("wait disk"), "true");
     assert_eq!(trainer.ask("close"), "");
     assert_eq!(sealed(&places), 2);
+}
+
+#[test]
+fn an_agent_that_is_upgraded_while_it_writes_gives_nothing_up() {
+    let places = Places::new();
+    let first = Hosted::new(settings(places.ram()));
+    let start = |rank| {
+        let actor = trainer(&places.destination(), places.ram(), rank, 2);
+        actor.hear("open");
+        actor
+    };
+    let mut ranks: Vec<Actor> = (0..2).map(start).collect();
+    ranks.iter_mut().for_each(|rank| rank.tell("resume"));
+    ranks.iter().for_each(|rank| assert_eq!(rank.hear("resume"), "0"));
+    ranks.iter_mut().for_each(|rank| rank.tell("save 1 192"));
+    ranks.iter().for_each(|rank| assert_eq!(rank.hear("save"), "ok"));
+    until("bytes are on their way to disk", || {
+        first.host.ranks().iter().any(|rank| rank.carrying == Some(1))
+    });
+    drop(first);
+    let there = sealed(&places);
+    let _second = Hosted::new(settings(places.ram()));
+    ranks.iter_mut().for_each(|rank| rank.tell("wait disk"));
+    ranks.iter().for_each(|rank| assert_eq!(rank.hear("wait"), "true"));
+    for rank in &mut ranks {
+        let told = rank.ask("events");
+        let expected = told.split(" | ").all(|e| e.is_empty() || e.starts_with("agent_"));
+        assert!(expected, "{told}");
+        rank.tell("close");
+    }
+    ranks.iter().for_each(|rank| assert_eq!(rank.hear("close"), ""));
+    assert_eq!(there, 0, "it was upgraded too late to say anything");
 }
