@@ -273,6 +273,8 @@ pub(crate) fn remove(path: &Path) -> Result<()> {
         {
             match fs::symlink_metadata(path) {
                 Ok(meta) if meta.is_dir() => fs::remove_dir(path),
+                // Another rank was quicker.
+                Err(gone) if gone.kind() == io::ErrorKind::NotFound => Ok(()),
                 _ => Err(e),
             }
         }
@@ -363,6 +365,27 @@ mod tests {
             let made: Result<()> = (0..3000).try_for_each(|_| make_dirs(&attempt, false));
             done.store(true, Ordering::Relaxed);
             made.unwrap();
+        });
+    }
+
+    #[test]
+    fn what_two_remove_at_once_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let step = dir.path().join("1");
+        let done = std::sync::atomic::AtomicBool::new(false);
+        let removes = || -> Result<()> {
+            while !done.load(Ordering::Relaxed) {
+                remove(&step)?;
+            }
+            Ok(())
+        };
+        std::thread::scope(|scope| {
+            let removed: [_; 2] = std::array::from_fn(|_| scope.spawn(removes));
+            for _ in 0..10_000 {
+                let _ = fs::create_dir(&step); // It may be there still.
+            }
+            done.store(true, Ordering::Relaxed);
+            removed.into_iter().for_each(|thread| thread.join().unwrap().unwrap());
         });
     }
 
