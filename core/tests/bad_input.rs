@@ -3,13 +3,9 @@
 
 mod common;
 
-use std::{
-    path::{Path, PathBuf},
-    process::Command,
-    time::Duration,
-};
+use std::{path::Path, time::Duration};
 
-use common::{Model, Places, SIZES, SMALL, close, files, resume, train, wait};
+use common::{Model, Places, SIZES, SMALL, close, files, mount::Mount, resume, train, wait};
 use tierkeep::{
     Error, ErrorKind, Hint,
     begin::Begin,
@@ -289,28 +285,6 @@ fn names_with_slashes_dots_nul_and_emoji() {
     let error = Config::new(Path::new("")).unwrap_err();
     assert!(error.to_string().contains("empty"), "{error}");
     assert!(Config::new(&Path::new("/tmp").join("x".repeat(129))).is_err());
-}
-
-/// A tmpfs of so many bytes; needs root.
-struct Mount(PathBuf);
-
-impl Mount {
-    fn new(at: &Path, options: &str) -> Option<Self> {
-        std::fs::create_dir_all(at).unwrap();
-        let mut mount = Command::new("mount");
-        mount.args(["-t", "tmpfs", "-o", options, "none"]).arg(at);
-        let ok = mount.status().is_ok_and(|s| s.success());
-        if !ok {
-            println!("NOT TESTED: mounting a tmpfs needs root");
-        }
-        ok.then(|| Self(at.into()))
-    }
-}
-
-impl Drop for Mount {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
 }
 
 #[test]

@@ -11,12 +11,15 @@
 //! - Nothing here keeps an agent from serving: what cannot be owned stays as it lies.
 
 use std::{
+    io::{self, Read},
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
 use prost::Message;
+use rustix::fs::OFlags;
 use tierkeep_proto::trainer as wire;
 
 use super::{Host, peer::Peer, seat::Seat};
@@ -71,7 +74,6 @@ impl Host {
     }
 
     fn own_again(self: &Arc<Self>, file: &Path) -> Result<()> {
-        use std::os::unix::fs::MetadataExt;
         let meta = std::fs::symlink_metadata(file).at("stat", file)?;
         if !meta.is_file() || meta.len() > BYTES_MAX {
             return Err(Error::damaged(file.display().to_string(), "it is no trainer's words"));
@@ -79,7 +81,7 @@ impl Host {
         // As its user from here on: what a name leads to may change under our feet.
         let uid = meta.uid();
         self.users.act_as(uid, meta.gid())?;
-        let bytes = std::fs::read(file).at("read", file)?;
+        let bytes = read_words(file).at("read", file)?;
         let kept = wire::Kept::decode(bytes.as_slice()).ok();
         let Some(wire::Kept { open: Some(open), pid, started }) = kept else {
             return Err(Error::damaged(file.display().to_string(), "it is no trainer's words"));
@@ -113,6 +115,15 @@ impl Host {
         *taken = Some(Arc::new(seat));
         Ok(())
     }
+}
+
+/// Of a file that may be another one by now: no link is followed, no pipe waited for.
+fn read_words(file: &Path) -> io::Result<Vec<u8>> {
+    let flags = (OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed();
+    let file = std::fs::File::options().read(true).custom_flags(flags).open(file)?;
+    let mut bytes = Vec::new();
+    file.take(BYTES_MAX).read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// What was kept below a user's ram tier.

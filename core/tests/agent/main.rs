@@ -5,11 +5,13 @@
 #![allow(clippy::unwrap_used, clippy::disallowed_methods)] // Tests: real processes, real time.
 #![allow(clippy::print_stdout, clippy::print_stderr, unreachable_pub)]
 
+mod clock;
 #[path = "../common/mod.rs"]
 mod common;
 mod liars;
 mod memory;
 mod outlives;
+mod runs;
 mod through;
 mod users;
 mod world;

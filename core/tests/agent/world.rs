@@ -172,6 +172,13 @@ pub fn trainer(destination: &Path, ram: &Path, rank: u32, world: u32) -> Actor {
     Actor::new("trainer", ram, &more)
 }
 
+/// A lone trainer, with more variables.
+pub fn trainer_with(destination: &Path, ram: &Path, more: &[(&'static str, String)]) -> Actor {
+    let mut all = of_rank(destination, 0, 1).to_vec();
+    all.extend_from_slice(more);
+    Actor::new("trainer", ram, &all)
+}
+
 /// A lone trainer that is another user's process.
 pub fn trainer_as(uid: u32, destination: &Path, ram: &Path) -> Actor {
     Actor::of("trainer", ram, &of_rank(destination, 0, 1), Some(uid))
@@ -218,7 +225,10 @@ fn train(ram: &Path) {
     let text = |name: &str| std::env::var(name).unwrap();
     let number = |name: &str| text(name).parse::<u32>().unwrap();
     let (rank, world) = (number("TIERKEEP_TEST_RANK"), number("TIERKEEP_TEST_WORLD"));
-    let config = far(Path::new(&text("TIERKEEP_TEST_DEST")), ram, rank, world);
+    let mut config = far(Path::new(&text("TIERKEEP_TEST_DEST")), ram, rank, world);
+    if std::env::var_os("TIERKEEP_TEST_DISK_EVERY").is_some() {
+        config.disk_every = number("TIERKEEP_TEST_DISK_EVERY").into();
+    }
     let ckpt = match Checkpointer::open(config) {
         Ok(ckpt) => ckpt,
         Err(e) => return say(&format!("refused {}", e.chain())),

@@ -3,6 +3,7 @@
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)] // Each test uses its part.
 
 pub mod gate;
+pub mod mount;
 
 use std::{
     collections::HashMap,

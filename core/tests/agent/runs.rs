@@ -1,0 +1,94 @@
+//! Several runs on one node: whose memory goes back, whose bytes go first, what a full tmpfs costs.
+
+use std::{fs, path::Path, time::Duration};
+
+use crate::{
+    common::{Places, files, mount::Mount, settings},
+    world::{Hosted, trainer, trainer_with, until},
+};
+
+fn ends(root: &Path, end: &str) -> usize {
+    files(root).iter().filter(|f| f.to_string_lossy().ends_with(end)).count()
+}
+
+#[test]
+fn an_idle_run_gives_its_memory_back_after_its_checkpoint_is_durable_and_not_before() {
+    let places = Places::new();
+    let mut settings = settings(places.ram());
+    settings.idle = Duration::from_millis(200);
+    let hosted = Hosted::new(settings);
+    let (run, moved) = (places.destination(), places.destination().with_extension("moved"));
+    let never_due = [("TIERKEEP_TEST_DISK_EVERY", "1000000".to_string())];
+    let mut first = trainer_with(&run, places.ram(), &never_due);
+    first.hear("open");
+    assert_eq!(first.ask("resume"), "0");
+    assert_eq!(first.ask("save 1"), "ok");
+    assert_eq!(first.ask("wait ram"), "true");
+    // The disk is no disk for a while.
+    fs::rename(&run, &moved).unwrap();
+    fs::File::create(&run).unwrap();
+    first.kill();
+    let rank = || hosted.host.ranks().pop();
+    until("the agent meets the disk's trouble", || rank().unwrap().trouble.is_some());
+    let idle = || rank().is_some_and(|r| r.gone.is_some_and(|g| g > Duration::from_secs(2)));
+    until("ten times the time after which it is idle", idle);
+    assert_eq!(ends(places.ram(), ".safetensors"), 1, "{:?}", files(places.ram()));
+    fs::remove_file(&run).unwrap();
+    fs::rename(&moved, &run).unwrap();
+    until("the rank is given up", || rank().is_none());
+    assert_eq!(ends(&run, "CHECKPOINT.json"), 1);
+    let left = [ends(places.ram(), ".safetensors"), ends(places.ram(), ".slot")];
+    assert_eq!(left, [0, 0], "{:?}", files(places.ram()));
+    let mut second = trainer(&run, places.ram(), 0, 1);
+    second.hear("open");
+    assert_eq!(second.ask("resume"), "1");
+    assert_eq!(second.ask("close"), "");
+}
+
+#[test]
+fn a_small_run_does_not_wait_behind_a_large_one() {
+    let places = Places::new();
+    let hosted = Hosted::new(settings(places.ram()));
+    let other = places.destination().with_file_name("other");
+    let [mut large, mut small] =
+        [&places.destination(), &other].map(|run| trainer(run, places.ram(), 0, 1));
+    for actor in [&mut large, &mut small] {
+        actor.hear("open");
+        assert_eq!(actor.ask("resume"), "0");
+    }
+    assert_eq!(large.ask("save 1 256"), "ok");
+    assert_eq!(small.ask("save 1"), "ok");
+    assert_eq!(small.ask("wait disk"), "true");
+    let of_large = hosted.host.ranks().into_iter().find(|r| r.destination == places.destination());
+    assert_eq!(of_large.unwrap().on_disk, None, "it was there first: this run says nothing");
+    assert_eq!(large.ask("wait disk"), "true");
+    for actor in [&mut large, &mut small] {
+        assert_eq!(actor.ask("close"), "");
+    }
+}
+
+#[test]
+fn a_full_tmpfs_refuses_no_trainer_and_its_saves_say_why() {
+    let places = Places::new();
+    let at = places.destination().with_file_name("shm");
+    let Some(mount) = Mount::new(&at, "size=64m") else { return };
+    let ram = mount.0.join("ram");
+    fs::create_dir(&ram).unwrap();
+    let _hosted = Hosted::new(settings(&ram));
+    // Somebody else's file, to the last byte.
+    let filler = mount.0.join("filler");
+    let mut file = fs::File::create(&filler).unwrap();
+    let full = std::io::copy(&mut std::io::repeat(1), &mut file).unwrap_err();
+    assert_eq!(full.kind(), std::io::ErrorKind::StorageFull);
+    let mut actor = trainer(&places.destination(), &ram, 0, 1);
+    actor.hear("open");
+    assert_eq!(actor.ask("resume"), "0");
+    assert_eq!(actor.ask("save 1"), "ok");
+    let why = actor.ask("wait ram");
+    assert!(why.contains("memory budget is too small") || why.contains("No space left"), "{why}");
+    drop(file);
+    fs::remove_file(&filler).unwrap();
+    assert_eq!(actor.ask("save 2"), "ok");
+    assert_eq!(actor.ask("wait disk"), "true");
+    assert_eq!(actor.ask("close"), "");
+}
