@@ -93,6 +93,8 @@ struct Work {
     parent_waits: bool,
     /// Steps of this attempt that were given up for disk: what lies there of them is rubbish.
     given_up: BTreeSet<u64>,
+    /// Every shard that was found was looked at once: what is newest is known.
+    judged: bool,
     /// A shard came since the last look for a newer attempt.
     unchecked: bool,
     fenced: bool,
@@ -233,26 +235,44 @@ impl Cascade {
     /// Gives the slot that holds `key` up for the next snapshot, if it may be: the shard is then
     /// known here no more, and can be chosen for nothing.
     pub(crate) fn release(&self, key: &CheckpointKey) -> bool {
-        let mut work = locked(&self.work);
-        let on_its_way = work.carry.as_ref().is_some_and(|c| self.key_of(c.step) == *key);
-        if work.newest.as_ref() == Some(key) || on_its_way {
-            return false;
-        }
-        let Some(shard) = work.shards.get(&key.step.0).filter(|s| s.key == *key) else {
-            return true; // Of an older attempt, and not what this one resumed from.
-        };
-        let newest = work.newest.as_ref().map_or(0, |k| k.step.0);
         let step = key.step.0;
-        if step >= newest {
-            return false;
-        }
+        let (shard, newest, trouble, carries) = {
+            let work = locked(&self.work);
+            if self.is_needed(&work, key) {
+                return false;
+            }
+            let Some(shard) = work.shards.get(&step).filter(|s| s.key == *key) else {
+                return true; // Of an older attempt, and not what this one resumed from.
+            };
+            let newest = work.newest.as_ref().map_or(0, |k| k.step.0);
+            if step >= newest {
+                return false;
+            }
+            (shard.clone(), newest, work.trouble.is_some(), work.carry.is_some())
+        };
+        // With nothing locked: a directory that does not answer keeps this save waiting, and no look at
+        // this rank.
         let complete = shard.complete || matches!(self.in_ram(key), Ok(Standing::Whole));
         // The leader may choose it at this moment.
-        let may_go = !complete || !self.may_be_chosen(&work, step) || self.passed(&work, step);
-        if may_go && let Some(shard) = work.shards.remove(&step) {
+        let may_go = !complete
+            || !self.may_be_chosen(&locked(&self.work), step)
+            || self.passed(step, trouble, carries);
+        let gone = {
+            let mut work = locked(&self.work);
+            if !may_go || self.is_needed(&work, key) {
+                return false;
+            }
+            work.shards.remove(&step)
+        };
+        if let Some(shard) = gone {
             self.drop_shard(&shard, newest);
         }
-        may_go
+        true
+    }
+
+    fn is_needed(&self, work: &Work, key: &CheckpointKey) -> bool {
+        let on_its_way = work.carry.as_ref().is_some_and(|c| self.key_of(c.step) == *key);
+        work.newest.as_ref() == Some(key) || on_its_way
     }
 
     fn may_be_chosen(&self, work: &Work, step: u64) -> bool {
@@ -261,16 +281,14 @@ impl Cascade {
 
     /// Whether all ranks know that a step which the leader may choose will not go to disk. While
     /// another step is on its way this rank may say so itself: the disk is slower than the saves.
-    fn passed(&self, work: &Work, step: u64) -> bool {
+    fn passed(&self, step: u64, trouble: bool, carries: bool) -> bool {
         let agreements = &self.parts.agreements;
-        if work.trouble.is_some() {
+        if trouble {
             let _ = agreements.pass_over(step);
             return true; // Nothing is kept for a disk that does not answer.
         }
-        let passed = match work.carry {
-            Some(_) => agreements.pass_over(step),
-            None => agreements.was_passed_over(step),
-        };
+        let passed =
+            if carries { agreements.pass_over(step) } else { agreements.was_passed_over(step) };
         passed.unwrap_or(false)
     }
 
@@ -396,15 +414,16 @@ impl Cascade {
     /// On this thread: whoever closes waits for no directory that does not answer.
     fn tell_failed(&self) {
         let untold: Vec<u64> = {
-            let failed = &mut locked(&self.work).failed;
-            let untold = failed.iter_mut().filter(|(_, told)| !**told);
-            untold.map(|(step, told)| (*step, *told = true).0).collect()
+            let work = locked(&self.work);
+            work.failed.iter().filter(|(_, told)| !**told).map(|(step, _)| *step).collect()
         };
         for step in untold {
             let why = format!("its save failed on rank {}", self.parts.config.rank);
             if let Err(e) = self.parts.agreements.in_ram(step, InRam::GivenUp(why)) {
                 tracing::warn!("that step {step} failed could not be recorded: {}", e.chain());
+                return; // The next turn tries again.
             }
+            locked(&self.work).failed.entry(step).and_modify(|told| *told = true);
         }
     }
 
@@ -417,8 +436,12 @@ impl Cascade {
         if !self.parts.config.saves() {
             return self.watch();
         }
+        let judged = self.watch_ram();
+        if judged.is_ok() {
+            locked(&self.work).judged = true;
+        }
         let stages = [
-            self.watch_ram(),
+            judged,
             self.join(),
             self.watch_disk(),
             self.watch_passed(),

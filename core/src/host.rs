@@ -91,6 +91,9 @@ pub struct Host {
 /// Trainers that live come back within moments. What nobody has come back for by then is owned again.
 const LEFT_AFTER: Duration = Duration::from_secs(2);
 
+/// How long an agent that ends waits for its ranks.
+const END_WAIT: Duration = Duration::from_secs(3);
+
 /// How often it is looked for trainers that died unseen, and for ranks that are idle.
 const ROUND: Duration = Duration::from_millis(500);
 
@@ -212,18 +215,55 @@ impl Host {
             worked = works;
             for (place, chair) in self.chairs() {
                 // Somebody is opening it: then it has somebody.
-                let Ok(mut taken) = chair.try_lock() else { continue };
-                let Some(seat) = taken.as_ref() else { continue };
-                seat.look_for_death(&self.clock);
-                if seat.is_done(&self.clock, self.settings.idle) {
-                    tracing::info!("{} gives its memory back", seat.name());
-                    seat.end(Ending::Clean);
-                    *taken = None;
-                    drop(taken);
-                    self.forget(&place, &chair);
+                let Ok(taken) = chair.try_lock() else { continue };
+                let Some(seat) = taken.clone() else { continue };
+                drop(taken);
+                let idle = self.settings.idle;
+                if seat.has_lost_trainer(&self.clock) || seat.is_done(&self.clock, idle) {
+                    let host = self.clone();
+                    let care = move || host.care_for(&place, &chair, &seat);
+                    let thread = std::thread::Builder::new().name("tierkeep-care".into());
+                    if let Err(e) = thread.spawn(care) {
+                        tracing::error!("no thread to look after a rank: {e}");
+                    }
                 }
             }
             self.changed.wait(seen, ROUND);
+        }
+    }
+
+    /// Looks after a rank whose trainer is gone: on a thread of its own, which acts as its user and may
+    /// meet a disk that hangs.
+    fn care_for(self: &Arc<Self>, place: &(PathBuf, u32), chair: &Chair, seat: &Arc<Seat>) {
+        if let Err(e) = self.users.act_as(&seat.who) {
+            tracing::error!("{}: {}", seat.name(), e.chain());
+            return;
+        }
+        // Somebody else is at it: then it has somebody.
+        let Ok(mut taken) = chair.try_lock() else { return };
+        if !taken.as_ref().is_some_and(|there| Arc::ptr_eq(there, seat)) {
+            return;
+        }
+        seat.look_for_death(&self.clock);
+        if !seat.is_done(&self.clock, self.settings.idle) {
+            return;
+        }
+        let begun = seat.has_begun();
+        if begun {
+            tracing::info!("{} gives its memory back", seat.name());
+            seat.end(Ending::Clean);
+        } else {
+            seat.end(Ending::Now);
+        }
+        *taken = None;
+        drop(taken);
+        self.forget(place, chair);
+        let words = seat.words();
+        if !begun && words.exists() {
+            // Nobody came after the trainer before: its attempt goes on to disk.
+            if let Err(e) = self.own_again(&words) {
+                tracing::warn!("{} stays as it lies: {}", seat.name(), e.chain());
+            }
         }
     }
 
@@ -259,9 +299,7 @@ impl Host {
         let deadline = Deadline::after(&self.clock, wait);
         loop {
             seat.look_for_death(&self.clock);
-            let Some(pid) = seat.trainer().filter(|pid| *pid != newcomer.pid) else {
-                return Ok(());
-            };
+            let Some(pid) = seat.other_trainer(newcomer) else { return Ok(()) };
             if self.is_ending() || deadline.left(&self.clock).is_none() {
                 return Err(Error::Fenced {
                     why: format!(
@@ -308,7 +346,26 @@ impl Host {
     pub fn end(&self) {
         self.ending.store(true, Ordering::Release);
         self.changed.notify();
-        self.seats().iter().for_each(|seat| seat.end(Ending::HandOver));
+        let (done, ended) = std::sync::mpsc::channel();
+        for seat in self.seats() {
+            let done = done.clone();
+            let end = move || {
+                seat.end(Ending::HandOver);
+                let _ = done.send(()); // Nobody waits that long.
+            };
+            let thread = std::thread::Builder::new().name("tierkeep-ending".into());
+            if let Err(e) = thread.spawn(end) {
+                tracing::error!("no thread to end a rank: {e}");
+            }
+        }
+        drop(done);
+        // One that hangs keeps no other: what it was doing is done anew.
+        let deadline = Deadline::after(&self.clock, END_WAIT);
+        while let Some(left) = deadline.left(&self.clock) {
+            if ended.recv_timeout(left).is_err() {
+                return; // All have, or the time is up.
+            }
+        }
     }
 
     fn is_ending(&self) -> bool {

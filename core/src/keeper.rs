@@ -20,7 +20,7 @@ mod slots;
 use std::{
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread::JoinHandle,
 };
@@ -50,6 +50,9 @@ use crate::{
 /// Why an older owner in this process does nothing more.
 pub(crate) const TAKEN_OVER: &str = "a newer Checkpointer of this process has taken over this run";
 
+/// Wishes for ready slots that may wait at once.
+const PREPARES_MAX: usize = 8;
+
 /// An attempt that goes on.
 struct Running {
     record: AttemptRecord,
@@ -78,6 +81,8 @@ pub(crate) struct Keeper {
     decisions: Mutex<u32>,
     /// The thread that makes the slots ready, if there was one.
     preparing: Mutex<Option<JoinHandle<()>>>,
+    /// Such threads, each of which waits for the one before.
+    prepares: Arc<AtomicUsize>,
 }
 
 impl Keeper {
@@ -138,6 +143,7 @@ impl Keeper {
             running: Mutex::new(None),
             decisions: Mutex::new(0),
             preparing: Mutex::new(None),
+            prepares: Arc::default(),
         })
     }
 
@@ -188,14 +194,12 @@ impl Keeper {
         let resumed = restorable.as_ref().filter(|_| waits);
         let resumed = resumed.and_then(|found| resumed_shard(&place.arena, found));
         let resumed = resumed.into_iter().collect();
-        let mut running = locked(&self.running);
-        // Closing says so first and takes what runs after: nothing starts behind its back.
-        place.check_closed()?;
-        *running = Some(self.run(started.record, waits, resumed)?);
+        self.run(started.record, waits, resumed)?;
         Ok(restorable)
     }
 
-    fn run(&self, record: AttemptRecord, parent_waits: bool, found: Vec<Shard>) -> Result<Running> {
+    /// Starts what carries an attempt's shards.
+    fn run(&self, record: AttemptRecord, parent_waits: bool, found: Vec<Shard>) -> Result<()> {
         let place = &self.place;
         let lone = place.config.is_lone();
         let agreements = Agreements::new(&place.config.destination, &record.attempt, lone);
@@ -209,7 +213,11 @@ impl Keeper {
             clock: place.clock.clone(),
             signal: place.signal.clone(),
         };
+        // Directories are asked here, before anybody is kept waiting.
         let cascade = Cascade::new(parts, parent_waits, found)?;
+        let mut running = locked(&self.running);
+        // Closing says so first and takes what runs after: nothing starts behind its back.
+        place.check_closed()?;
         let runner = cascade.clone();
         let over = Arc::new(AtomicBool::new(false));
         let told = over.clone();
@@ -222,7 +230,8 @@ impl Keeper {
                 signal.notify();
             })
             .map_err(|source| Error::Io { what: "start the disk tier's thread".into(), source })?;
-        Ok(Running { record, cascade, thread, over })
+        *running = Some(Running { record, cascade, thread, over });
+        Ok(())
     }
 
     /// Makes every slot ready for `len` bytes, behind.
@@ -234,6 +243,11 @@ impl Keeper {
         arena.check_budget(len)?;
         let mut preparing = locked(&self.preparing);
         self.place.check_closed()?;
+        let waiting = self.prepares.clone();
+        if waiting.fetch_add(1, Ordering::AcqRel) >= PREPARES_MAX {
+            waiting.fetch_sub(1, Ordering::AcqRel);
+            return Err(Error::invalid("slots are being made ready: too many wishes at once"));
+        }
         let before = preparing.take();
         let work = move || {
             // One after the other: two at once would take each other's slots for busy.
@@ -251,6 +265,7 @@ impl Keeper {
                     format!("slots were not prepared: {}", e.chain()),
                 );
             }
+            waiting.fetch_sub(1, Ordering::AcqRel);
         };
         let spawned = std::thread::Builder::new().name("tierkeep-prepare".into()).spawn(work);
         *preparing =
@@ -261,6 +276,12 @@ impl Keeper {
     /// Slots are being made ready.
     pub(crate) fn is_preparing(&self) -> bool {
         locked(&self.preparing).as_ref().is_some_and(|thread| !thread.is_finished())
+    }
+
+    /// A trainer that comes back has seen so many decisions recorded: one whose answer it never had is
+    /// asked for once more, and found.
+    pub(crate) fn set_decisions(&self, seen: u32) {
+        *locked(&self.decisions) = seen;
     }
 
     /// Decisions recorded so far.

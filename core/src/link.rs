@@ -44,7 +44,7 @@ use crate::{
     owner::{Going, Owner},
     place::Desk,
     restore::read::{Care, Restorable},
-    save::Save,
+    save::{Save, forget_decided},
     signal::Signal,
     snapshot::{device::Pin, map::SlotMap},
     tier::{Tier, TierKind},
@@ -152,10 +152,8 @@ impl Shared {
     fn follow(&self, save: &Save) {
         let mut state = locked(&self.state);
         state.saves.insert(save.step(), save.clone());
-        while state.saves.len() > SAVES_KEPT {
-            if let Some((step, _)) = state.saves.pop_first() {
-                state.published.remove(&step);
-            }
+        for step in forget_decided(&mut state.saves, SAVES_KEPT) {
+            state.published.remove(&step);
         }
     }
 

@@ -15,7 +15,10 @@ use std::{
     fs::{File, OpenOptions},
     os::unix::fs::{FileExt, MetadataExt},
     path::Path,
-    sync::{LazyLock, Mutex},
+    sync::{
+        Arc, LazyLock, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -33,7 +36,9 @@ struct Owned {
     _file: File,
     /// A fork's child inherits this table but not the locks.
     pid: u32,
-    generation: u64,
+    /// Of the owner in force. Shared with every owner, who asks at each save: without the table's lock,
+    /// which is held while a directory answers or does not.
+    generation: Arc<AtomicU64>,
 }
 
 /// Device and inode.
@@ -53,6 +58,7 @@ static TABLE: LazyLock<Mutex<Table>> = LazyLock::new(Mutex::default);
 pub struct Ownership {
     id: FileId,
     generation: u64,
+    in_force: Arc<AtomicU64>,
     pid: u32,
 }
 
@@ -114,12 +120,13 @@ impl Ownership {
             if !over {
                 return Ok(Err(me.cast_signed()));
             }
-            owned.generation = generation;
-            return Ok(Ok(Self { id, generation, pid: me }));
+            owned.generation.store(generation, Ordering::Release);
+            let in_force = owned.generation.clone();
+            return Ok(Ok(Self { id, generation, in_force, pid: me }));
         }
         let mut open = OpenOptions::new();
-        let file = open.read(true).write(true).create(true).truncate(false).open(path);
-        let file = file.at("open", path)?;
+        open.read(true).write(true).create(true).truncate(false);
+        let file = sys::open_regular(&mut open, path).at("open", path)?;
         if let sys::Lock::HeldBy(pid) = sys::lock(&file).at("lock", path)? {
             return Ok(Err(pid));
         }
@@ -129,8 +136,9 @@ impl Ownership {
         }
         let text = format!("{me}\n");
         file.set_len(0).and_then(|()| file.write_all_at(text.as_bytes(), 0)).at("write", path)?;
-        table.owned.insert(id, Owned { _file: file, pid: me, generation });
-        Ok(Ok(Self { id, generation, pid: me }))
+        let in_force = Arc::new(AtomicU64::new(generation));
+        table.owned.insert(id, Owned { _file: file, pid: me, generation: in_force.clone() });
+        Ok(Ok(Self { id, generation, in_force, pid: me }))
     }
 
     /// The lock file, whatever its path.
@@ -141,8 +149,7 @@ impl Ownership {
     /// True until another handle in this process takes over. In a fork's child: false.
     #[must_use]
     pub fn is_current(&self) -> bool {
-        self.pid == std::process::id()
-            && locked(&TABLE).owned.get(&self.id).is_some_and(|o| o.generation == self.generation)
+        self.pid == std::process::id() && self.in_force.load(Ordering::Acquire) == self.generation
     }
 }
 
@@ -152,7 +159,8 @@ impl Drop for Ownership {
             return;
         }
         let mut table = locked(&TABLE);
-        if table.owned.get(&self.id).is_some_and(|o| o.generation == self.generation) {
+        if self.in_force.load(Ordering::Acquire) == self.generation {
+            // Closed with the table locked: who opens the file meanwhile would lose its lock with it.
             table.owned.remove(&self.id);
         }
     }
@@ -168,7 +176,7 @@ pub fn is_held(path: &Path) -> Result<bool> {
     if table.owned.get(&id).is_some_and(|o| o.pid == std::process::id()) {
         return Ok(true);
     }
-    match File::open(path) {
+    match sys::open_regular(OpenOptions::new().read(true), path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
         Err(e) => Err(e).at("open", path),
         Ok(file) => Ok(sys::holder(&file).at("ask for the lock of", path)?.is_some()),

@@ -6,6 +6,7 @@
 //! - When a wait returns true, the checkpoint has that level.
 
 use std::{
+    collections::BTreeMap,
     sync::{
         Arc, Condvar, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -118,6 +119,22 @@ impl Shared {
             signal.notify();
         }
     }
+}
+
+/// Keeps the handles of the newest saves, `most` of them and those of which something may still become
+/// true; the steps of the others, which are forgotten.
+pub(crate) fn forget_decided(saves: &mut BTreeMap<u64, Save>, most: usize) -> Vec<u64> {
+    let surplus = saves.len().saturating_sub(most);
+    let decided = saves.iter().filter(|(_, save)| !save.is_open());
+    let mut gone: Vec<u64> = decided.take(surplus).map(|(step, _)| *step).collect();
+    // Whatever a peer claims to wait for, there is an end to it.
+    let still = saves.len() - gone.len();
+    let open = saves.iter().filter(|(_, save)| save.is_open());
+    gone.extend(open.take(still.saturating_sub(16 * most)).map(|(step, _)| *step));
+    gone.iter().for_each(|step| {
+        saves.remove(step);
+    });
+    gone
 }
 
 /// One checkpoint on its way out.
@@ -356,5 +373,29 @@ impl Save {
         let agreed = stages.skipped.is_some() && !stages.alone;
         let void = matches!(stages.ram_own, Stage::Failed(_));
         void && !agreed && !std::mem::replace(&mut stages.told, true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_save_that_waits_is_not_forgotten_for_newer_ones_that_are_decided() {
+        let mut saves: BTreeMap<u64, Save> = BTreeMap::new();
+        for step in 0..100 {
+            let save = Save::new(step);
+            if step != 3 {
+                save.skip("every slot is in use");
+            }
+            saves.insert(step, save);
+            forget_decided(&mut saves, 8);
+        }
+        assert!(saves.len() == 8 && saves.contains_key(&3), "{:?}", saves.keys());
+        for step in 100..1000 {
+            saves.insert(step, Save::new(step));
+            forget_decided(&mut saves, 8);
+        }
+        assert_eq!(saves.len(), 16 * 8, "whatever is claimed");
     }
 }

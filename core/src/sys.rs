@@ -4,7 +4,12 @@
 //! It owns POSIX locks that know their holder, write leases and the page population of a map. It
 //! decides nothing.
 
-use std::{fs::File, io, os::fd::AsRawFd};
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    os::{fd::AsRawFd, unix::fs::OpenOptionsExt},
+    path::Path,
+};
 
 /// The answer to a request for a lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,11 +59,29 @@ pub(crate) fn holder(file: &File) -> io::Result<Option<i32>> {
     Ok((libc::c_int::from(request.l_type) != libc::F_UNLCK).then_some(request.l_pid))
 }
 
+/// Opens a file that other processes may have put something else in the place of: a pipe or a device
+/// is refused, not waited for.
+pub(crate) fn open_regular(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
+    let file = options.custom_flags(libc::O_NONBLOCK).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file"));
+    }
+    Ok(file)
+}
+
 /// True where nobody else has the file open or mapped: a write lease was granted (and given back).
 ///
 /// Refused also where the file system has no leases (NFS, FUSE): the caller then treats the file as
 /// in use, which costs a recycled file and nothing else.
 pub(crate) fn nobody_else_has_it_open(file: &File) -> bool {
+    /// Of `fcntl`, on Linux.
+    const F_SETSIG: libc::c_int = 10;
+    // Whoever opens the file between the two calls below breaks the lease: by default the kernel tells
+    // with SIGIO, which ends a process; nobody minds SIGURG.
+    // SAFETY: the descriptor is open for the whole call; `F_SETSIG` takes an int.
+    if unsafe { libc::fcntl(file.as_raw_fd(), F_SETSIG, libc::SIGURG) } != 0 {
+        return false;
+    }
     // SAFETY: the descriptor is open for the whole call; `F_SETLEASE` takes an int.
     let granted =
         unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_WRLCK as libc::c_int) };
@@ -144,6 +167,24 @@ fn set_files_gid(gid: u32) -> u32 {
     unsafe { libc::setfsgid(gid) }.cast_unsigned()
 }
 
+/// Who is at the other end of a unix socket, as it was when it connected; its number is 0 where it is in
+/// another pid namespace.
+pub(crate) fn peer_creds(socket: &std::os::unix::net::UnixStream) -> io::Result<libc::ucred> {
+    let mut creds = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
+    let mut bytes = libc::socklen_t::try_from(size_of::<libc::ucred>()).unwrap_or_default();
+    // SAFETY: the descriptor is open for the whole call, `creds` has so many bytes.
+    let rc = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut creds).cast(),
+            &raw mut bytes,
+        )
+    };
+    if rc == 0 { Ok(creds) } else { Err(io::Error::last_os_error()) }
+}
+
 /// The groups of the process at the other end of a unix socket, as they were when it connected.
 pub(crate) fn peer_groups(socket: &std::os::unix::net::UnixStream) -> io::Result<Vec<u32>> {
     const SO_PEERGROUPS: libc::c_int = 59;
@@ -202,3 +243,29 @@ pub(crate) fn keep_little_memory() {}
 /// Other allocators do.
 #[cfg(not(target_env = "gnu"))]
 pub(crate) fn give_free_memory_back() {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_opens_a_file_while_it_is_probed_ends_nobody() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        let file = File::options().create_new(true).read(true).write(true).open(&path).unwrap();
+        let over = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                    // Breaks a lease that is there; without waiting for its holder.
+                    let _ = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&path);
+                }
+            });
+            for _ in 0..20_000 {
+                nobody_else_has_it_open(&file); // By default the signal ends the process.
+            }
+            over.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+        assert!(nobody_else_has_it_open(&file));
+    }
+}

@@ -3,7 +3,10 @@
 
 mod common;
 
-use std::{path::Path, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use common::{Model, Places, SIZES, SMALL, close, files, mount::Mount, resume, train, wait};
 use tierkeep::{

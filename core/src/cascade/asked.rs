@@ -8,6 +8,9 @@ use crate::{
     save::{Level, Save},
 };
 
+/// The newest failed steps that are told to the others.
+const FAILED_KEPT: usize = 256;
+
 impl Cascade {
     /// True until the newest step that can still reach disk has reached it or failed.
     pub(crate) fn is_busy(&self) -> bool {
@@ -60,7 +63,13 @@ impl Cascade {
 
     /// True where what is newest in RAM is sealed on disk, or nothing is there.
     pub(crate) fn is_durable(&self) -> bool {
+        if !self.parts.config.saves() {
+            return true;
+        }
         let work = locked(&self.work);
+        if !work.judged {
+            return false; // Found in RAM, perhaps, and not looked at.
+        }
         match &work.newest {
             Some(key) => {
                 work.sealed == Some(key.step.0)
@@ -98,6 +107,9 @@ impl Cascade {
         failed.iter().for_each(|step| {
             work.failed.entry(*step).or_default();
         });
+        while work.failed.len() > FAILED_KEPT {
+            work.failed.pop_first();
+        }
         drop(work);
         self.parts.signal.notify();
     }

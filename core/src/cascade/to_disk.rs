@@ -51,6 +51,13 @@ impl Cascade {
             return Ok(true);
         }
         let mut work = locked(&self.work);
+        if self.parts.config.leads() && !self.is_parent(step) && !work.shards.contains_key(&step) {
+            // Its slot was used again at this moment: a newer step is complete. Nobody else knows the
+            // step to be chosen, or all give it up.
+            drop(work);
+            self.parts.agreements.give_up(step, "its slot was used again")?;
+            return Ok(true);
+        }
         // The leader chooses what is complete; a follower may not have seen it yet.
         self.completed(&mut work, step);
         let old = work.carry.take();
@@ -324,7 +331,10 @@ impl Cascade {
             work.carry.take_if(|c| c.step == step);
             let before = work.sealed.replace(step);
             work.failed = work.failed.split_off(&step);
-            self.forget_old(&mut work);
+            let newest = work.newest.as_ref().map_or(0, |k| k.step.0);
+            let old = Self::forget_old(&mut work);
+            drop(work);
+            old.iter().for_each(|shard| self.drop_shard(shard, newest));
             before.filter(|before| *before < step)
         };
         add(&self.parts.observer.counters.disk_sealed, 1);
@@ -342,13 +352,11 @@ impl Cascade {
     }
 
     /// Shards whose slots were taken meanwhile are of no more use here.
-    pub(super) fn forget_old(&self, work: &mut Work) {
+    fn forget_old(work: &mut Work) -> Vec<Shard> {
         let newest = work.newest.as_ref().map_or(0, |k| k.step.0);
         let oldest = newest.min(work.chosen.unwrap_or(0));
         let kept = work.shards.split_off(&oldest);
-        for shard in std::mem::replace(&mut work.shards, kept).values() {
-            self.drop_shard(shard, newest);
-        }
+        std::mem::replace(&mut work.shards, kept).into_values().collect()
     }
 
     pub(super) fn abandon(&self, step: u64, why: &str) {

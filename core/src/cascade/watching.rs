@@ -20,6 +20,9 @@ use crate::{
     save::{Level, Save},
 };
 
+/// Checkpoints that one rank can wait for at once.
+const WATCHED_MAX: usize = 4096;
+
 impl Cascade {
     /// This rank would have saved `save` by now: from here on it follows the others' checkpoint.
     pub(crate) fn follow(&self, save: &Save) {
@@ -28,7 +31,12 @@ impl Cascade {
         let mut work = locked(&self.work);
         work.unchecked = true;
         work.watched.insert(save.step(), save.clone());
+        let old = if work.watched.len() > WATCHED_MAX { work.watched.pop_first() } else { None };
         drop(work);
+        if let Some((step, old)) = old {
+            let why = format!("{WATCHED_MAX} newer ones are waited for");
+            old.fail(Level::Ram, &Error::Skipped { step: Step(step), why });
+        }
         self.parts.signal.notify();
     }
 

@@ -36,6 +36,9 @@ type Answered = Result<(Answer, Vec<OwnedFd>)>;
 /// How long a trainer's question for slots waits for one to be ready.
 const SLOTS_WAIT: Duration = Duration::from_secs(30);
 
+/// How long one that was asked before may be at work: less than its trainer waits.
+const PUBLISH_WAIT: Duration = Duration::from_secs(45);
+
 fn published(save: Option<&Save>) -> Answered {
     let published = wire::Published { save: save.map(Save::state) };
     Ok((Answer::Published(published), Vec::new()))
@@ -67,7 +70,7 @@ impl Connection {
             Call::Lease(lease) => self.lease(seat, id, &lease),
             Call::Publish(publish) => self.publish(seat, publish),
             Call::Abandon(abandon) => {
-                drop(seat.take_back(abandon.slot, None));
+                drop(seat.take_back(self.id, abandon.slot));
                 done()
             }
             Call::Follow(follow) => {
@@ -120,15 +123,19 @@ impl Connection {
             return Err(Error::invalid("it has a rank already"));
         }
         let host = &self.host;
-        let config = convert::config(open, host.users.root_of(self.peer.uid))?;
+        let config = convert::config(open, host.users.root_of(self.peer.who.uid))?;
         let (start, nonce) = (convert::id(&open.start)?, convert::id(&open.nonce)?);
         let chair = host.chair(&config);
         let mut taken = crate::observe::locked(&chair);
-        if let Some(other) = taken.as_ref().filter(|seat| seat.uid != self.peer.uid) {
+        if self.is_over() {
+            // Its trainer has lost patience, and perhaps the rank by another connection by now.
+            return Err(Error::Fenced { why: "its trainer has hung up".into() });
+        }
+        if let Some(other) = taken.as_ref().filter(|seat| seat.who.uid != self.peer.who.uid) {
             // Whoever may not enter the directory learns nothing of it.
             DiskTier::open(&config.destination)?;
             return Err(Error::Fenced {
-                why: format!("{} is kept for user {}", other.name(), other.uid),
+                why: format!("{} is kept for user {}", other.name(), other.who.uid),
             });
         }
         let there = taken.as_ref().filter(|seat| seat.keeper.place.nonce == nonce).cloned();
@@ -140,12 +147,14 @@ impl Connection {
                         *taken = Some(old);
                         return Err(e);
                     }
-                    old.end(Ending::Now);
+                    // Should nobody begin, the attempt before goes on (`Host::care_for`).
+                    old.end(Ending::HandOver);
                 }
-                let keeper = host.keeper(config, self.peer.uid, start, nonce)?;
-                let seat = Arc::new(Seat::new(keeper, self.id, self.peer.clone()));
+                let keeper = host.keeper(config, self.peer.who.uid, start, nonce)?;
+                let seat = Arc::new(Seat::new(keeper, open, self.id, self.peer.clone()));
                 if let Some(back) = open.back.as_ref().filter(|back| !back.record.is_empty()) {
                     seat.keeper.go_on(&convert::record_of(&back.record)?, back.decisions)?;
+                    self.remember(&seat);
                 }
                 *taken = Some(seat.clone());
                 seat
@@ -155,10 +164,6 @@ impl Connection {
             Some(back) => come_back(&seat, self, back)?,
             None => Vec::new(),
         };
-        // Without it, only a trainer that comes back is known to the next agent: no reason to refuse one.
-        if let Err(e) = seat.remember(open, &self.peer) {
-            tracing::warn!("{}: {}", seat.name(), e.chain());
-        }
         if host.is_ending() || self.is_over() {
             return Err(Error::Fenced { why: "the agent is ending".into() });
         }
@@ -175,11 +180,21 @@ impl Connection {
         Ok((Answer::Opened(opened), Vec::new()))
     }
 
+    /// Says beside the slots whose they are. Without it, only a trainer that comes back is known to the
+    /// next agent: no reason to refuse one.
+    fn remember(&self, seat: &Seat) {
+        if let Err(e) = seat.remember(&self.peer) {
+            tracing::warn!("{}: {}", seat.name(), e.chain());
+        }
+    }
+
     fn begin(&self, seat: &Seat, how: &wire::Begin) -> Answered {
         let quiet = || Ok(()); // The trainer was, before it asked.
         let found =
             seat.keeper.begin(&convert::how_to_begin(how), &quiet, &|| seat.forget_saves())?;
         let (record, _) = running(seat)?;
+        // Not before: until it has begun, the slots are the attempt's before it.
+        self.remember(seat);
         let begun = wire::Begun {
             record: convert::record_bytes(&record)?,
             shard: found.as_ref().map(convert::shard),
@@ -229,16 +244,18 @@ impl Connection {
             return Ok((Answer::Leased(wire::Leased { slot: 0, skipped }), Vec::new()));
         };
         let slot = filling.slot().clone();
+        let fd = descriptor(&slot)?; // Before it is the trainer's: without one it is not.
         let mapped = seat.hand_out(self.id, InHand { filling, cascade, save })?;
-        let fds = if mapped { Vec::new() } else { vec![descriptor(&slot)?] };
+        let fds = if mapped { Vec::new() } else { vec![fd] };
         let leased = wire::Leased { slot: slot.inode(), skipped: String::new() };
         Ok((Answer::Leased(leased), fds))
     }
 
     fn publish(&self, seat: &Seat, publish: wire::Publish) -> Answered {
-        let wire::Publish { slot, step, bytes, chunks, manifest, words } = publish;
+        let (slot, step) = (publish.slot, publish.step);
         let (record, _) = running(seat)?;
-        let Some(in_hand) = seat.take_back(slot, Some(step)) else {
+        let Some(in_hand) = seat.take_filled(slot, step) else {
+            self.wait_for_publish(seat, slot);
             let key = CheckpointKey::new(Step(step), &record.attempt);
             if seat.keeper.place.arena.has(slot, &key) {
                 // The answer was lost, perhaps with the agent that gave it.
@@ -251,6 +268,33 @@ impl Connection {
             let what = format!("slot {slot}, which is not being filled with step {step},");
             return Err(Error::NotFound { what });
         };
+        let published = self.publish_filled(seat, &record, in_hand, publish);
+        seat.is_published(slot);
+        published
+    }
+
+    /// The same question, asked through a connection that is gone, may be at work.
+    fn wait_for_publish(&self, seat: &Seat, slot: u64) {
+        let deadline = Deadline::after(&self.host.clock, PUBLISH_WAIT);
+        let signal = &seat.keeper.place.signal;
+        loop {
+            let seen = signal.seen();
+            if !seat.is_publishing(slot) || self.is_over() {
+                return;
+            }
+            let Some(left) = deadline.left(&self.host.clock) else { return };
+            signal.wait(seen, left.min(Duration::from_millis(50)));
+        }
+    }
+
+    fn publish_filled(
+        &self,
+        seat: &Seat,
+        record: &AttemptRecord,
+        in_hand: InHand,
+        publish: wire::Publish,
+    ) -> Answered {
+        let wire::Publish { step, bytes, chunks, manifest, words, .. } = publish;
         let InHand { filling, cascade, save } = in_hand;
         let file = filling.slot();
         if bytes > file.capacity() as u64 || chunks.len() as u64 != chunk_count(bytes, CHUNK_BYTES)
@@ -286,7 +330,8 @@ impl Connection {
     fn close(&self, seat: &Arc<Seat>, close: &wire::Close) -> Answered {
         let config = seat.keeper.place.config.clone();
         seat.died(&self.host.clock);
-        if close.clean {
+        // What is in RAM alone stays somebody's: in time it goes to disk, and then the memory goes back.
+        if close.clean && seat.has_begun() && seat.is_durable() {
             let chair = self.host.chair(&config);
             let mut taken = crate::observe::locked(&chair);
             if taken.as_ref().is_some_and(|there| Arc::ptr_eq(there, seat)) {
@@ -296,6 +341,7 @@ impl Connection {
             drop(taken);
             self.host.forget(&(crate::config::real(&config.destination), config.rank), &chair);
         }
+        self.host.changed.notify();
         done()
     }
 }
@@ -326,7 +372,10 @@ fn os_bytes(path: &std::path::Path) -> Vec<u8> {
 
 /// A trainer that was connected before goes on here; the slots it was filling that are no more.
 fn come_back(seat: &Arc<Seat>, connection: &Connection, back: &wire::Back) -> Result<Vec<u64>> {
-    seat.come_back(connection.id, connection.peer.clone(), back);
+    seat.come_back(connection.id, connection.peer.clone(), back)?;
+    if !back.record.is_empty() {
+        seat.keeper.set_decisions(back.decisions);
+    }
     let lost = seat.take_in_hand(&back.filling);
     let Some((_, cascade)) = seat.keeper.running() else { return Ok(lost) };
     if let Some(step) = back.stop_after {

@@ -1,7 +1,7 @@
 //! One socket: it hears questions, has them answered, and ends with the process at its other end.
 
 use std::{
-    collections::HashSet,
+    collections::HashMap,
     io,
     os::{
         fd::{AsFd, OwnedFd},
@@ -44,8 +44,8 @@ pub(super) struct Connection {
     writing: Mutex<()>,
     seat: Mutex<Option<Arc<Seat>>>,
     over: AtomicBool,
-    /// Questions whose answers are waited for no longer.
-    interrupted: Mutex<HashSet<u64>>,
+    /// Questions that are being answered. True: the answer is waited for no longer.
+    open: Mutex<HashMap<u64, bool>>,
     hands: Hands,
 }
 
@@ -66,7 +66,7 @@ impl Connection {
             writing: Mutex::default(),
             seat: Mutex::default(),
             over: AtomicBool::new(false),
-            interrupted: Mutex::default(),
+            open: Mutex::default(),
             hands: Hands::default(),
         }))
     }
@@ -112,7 +112,7 @@ impl Connection {
         };
         // From here on this thread, and those that it starts, are the trainer's in all that concerns
         // files.
-        if let Err(e) = self.host.users.act_for(&self.peer, &self.socket) {
+        if let Err(e) = self.host.users.act_for(&self.peer) {
             return refused(&e);
         }
         let Some(Call::Hello(hello)) = request.call else {
@@ -150,15 +150,19 @@ impl Connection {
             };
             let (id, call) = (request.id, request.call);
             if let Some(Call::Interrupt(interrupt)) = &call {
-                locked(&self.interrupted).insert(interrupt.request);
+                if let Some(interrupted) = locked(&self.open).get_mut(&interrupt.request) {
+                    *interrupted = true;
+                }
                 if let Some(seat) = self.seat() {
                     seat.keeper.place.signal.notify();
                 }
                 continue;
             }
+            locked(&self.open).insert(id, false);
             let connection = self.clone();
             let taken = self.hands.take(Box::new(move || connection.serve(id, call)))?;
             if !taken {
+                locked(&self.open).remove(&id);
                 let why = format!("more than {OPEN_MAX} questions at once");
                 self.answer(id, Answer::Failure(convert::failure(&Error::invalid(why))), &[]);
             }
@@ -174,7 +178,7 @@ impl Connection {
                 program()
             ))),
         };
-        locked(&self.interrupted).remove(&id);
+        locked(&self.open).remove(&id);
         if self.host.is_ending() {
             // What fails now fails because of that: the next agent is to be asked, not the trainer told.
             self.over.store(true, Ordering::Release);
@@ -219,7 +223,11 @@ impl Connection {
     }
 
     pub(super) fn is_interrupted(&self, id: u64) -> bool {
-        self.is_over() || self.host.is_ending() || locked(&self.interrupted).contains(&id)
+        self.is_over() || self.host.is_ending() || self.is_unwanted(id)
+    }
+
+    fn is_unwanted(&self, id: u64) -> bool {
+        locked(&self.open).get(&id).is_some_and(|interrupted| *interrupted)
     }
 
     pub(super) fn seat(&self) -> Option<Arc<Seat>> {

@@ -39,7 +39,8 @@ impl Host {
     pub fn drain(&self, within: Duration) -> Vec<Drained> {
         let deadline = Deadline::after(&self.clock, within);
         let mut runs: BTreeMap<PathBuf, Vec<Arc<Seat>>> = BTreeMap::new();
-        for seat in self.seats() {
+        let (seats, unseen) = self.seats_by(&Deadline::after(&self.clock, within.min(BUSY_WAIT)));
+        for seat in seats {
             runs.entry(seat.keeper.place.config.destination.clone()).or_default().push(seat);
         }
         let mut runs: Vec<Vec<Arc<Seat>>> = runs.into_values().collect();
@@ -63,9 +64,34 @@ impl Host {
         {
             self.clock.pause(LOOK);
         }
-        runs.iter().flatten().map(|seat| seat.drained()).collect()
+        runs.iter().flatten().map(|seat| seat.drained()).chain(unseen).collect()
+    }
+
+    /// Every rank, those too that somebody opens or closes at this moment; and what is said of one that
+    /// stays so.
+    fn seats_by(&self, deadline: &Deadline) -> (Vec<Arc<Seat>>, Vec<Drained>) {
+        let (mut seats, mut unseen) = (Vec::new(), Vec::new());
+        for ((destination, rank), chair) in self.chairs() {
+            loop {
+                if let Ok(taken) = chair.try_lock() {
+                    seats.extend(taken.clone());
+                    break;
+                }
+                if deadline.left(&self.clock).is_none() {
+                    let trouble = Some("it is being opened or closed at this moment".into());
+                    let (in_ram, on_disk, durable) = (None, None, false);
+                    unseen.push(Drained { destination, rank, in_ram, on_disk, durable, trouble });
+                    break;
+                }
+                self.clock.pause(LOOK);
+            }
+        }
+        (seats, unseen)
     }
 }
+
+/// How long a rank may be in somebody's hands before a drain goes on without it.
+const BUSY_WAIT: Duration = Duration::from_secs(2);
 
 impl Seat {
     /// What is newest goes to disk now.
@@ -84,7 +110,7 @@ impl Seat {
             rank: config.rank,
             in_ram: cascade.and_then(|c| c.newest()).map(|key| key.step.0),
             on_disk: cascade.and_then(|c| c.sealed()),
-            durable: cascade.is_none_or(|c| c.is_durable()),
+            durable: self.is_durable(),
             trouble: cascade.and_then(|c| c.trouble()),
         }
     }

@@ -22,7 +22,11 @@ use prost::Message;
 use rustix::fs::OFlags;
 use tierkeep_proto::trainer as wire;
 
-use super::{Host, peer::Peer, seat::Seat};
+use super::{
+    Host,
+    peer::{Peer, Who},
+    seat::Seat,
+};
 use crate::{
     attempt::{self, Attempts},
     error::{Doing, Error, Result},
@@ -42,12 +46,18 @@ fn name(rank: u32) -> String {
 
 impl Seat {
     /// Says beside the slots whose they are.
-    pub(super) fn remember(&self, open: &wire::Open, peer: &Peer) -> Result<()> {
+    pub(super) fn remember(&self, peer: &Peer) -> Result<()> {
         let place = &self.keeper.place;
-        let open = Some(wire::Open { back: None, ..open.clone() });
+        let open = Some(self.open.clone());
         let kept = wire::Kept { open, pid: peer.pid, started: peer.started };
         self.forget()?;
         place.ram.create(&name(place.config.rank), &kept.encode_to_vec()).map(drop)
+    }
+
+    /// Where its words lie, or those of who had the rank before.
+    pub(super) fn words(&self) -> PathBuf {
+        let config = &self.keeper.place.config;
+        config.ram_dir().join(name(config.rank))
     }
 
     /// The slots are nobody's any more.
@@ -73,14 +83,15 @@ impl Host {
         }
     }
 
-    fn own_again(self: &Arc<Self>, file: &Path) -> Result<()> {
+    pub(super) fn own_again(self: &Arc<Self>, file: &Path) -> Result<()> {
         let meta = std::fs::symlink_metadata(file).at("stat", file)?;
         if !meta.is_file() || meta.len() > BYTES_MAX {
             return Err(Error::damaged(file.display().to_string(), "it is no trainer's words"));
         }
         // As its user from here on: what a name leads to may change under our feet.
         let uid = meta.uid();
-        self.users.act_as(uid, meta.gid())?;
+        let who = Who { uid, gid: meta.gid(), groups: vec![meta.gid()] };
+        self.users.act_as(&who)?;
         let bytes = read_words(file).at("read", file)?;
         let kept = wire::Kept::decode(bytes.as_slice()).ok();
         let Some(wire::Kept { open: Some(open), pid, started }) = kept else {
@@ -107,7 +118,8 @@ impl Host {
         let Some(record) = newest else { return Ok(()) };
         // A decision for each record of this start.
         keeper.go_on(record, record.decision + 1)?;
-        let seat = Seat::left(keeper, uid, Peer::still_there(pid, started, uid), &self.clock);
+        let peer = Peer::still_there(pid, started, who.clone());
+        let seat = Seat::left(keeper, who, open, peer, &self.clock);
         if leads && seat.trainer().is_none() {
             seat.keeper.end_start();
         }

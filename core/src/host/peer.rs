@@ -11,16 +11,25 @@ use std::{
 
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
-    process::{PidfdFlags, pidfd_open},
+    process::{Pid, PidfdFlags, pidfd_open},
 };
+
+use crate::sys;
+
+/// As whom files are touched.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Who {
+    pub(super) uid: u32,
+    pub(super) gid: u32,
+    pub(super) groups: Vec<u32>,
+}
 
 /// A process that connected.
 #[derive(Debug)]
 pub(super) struct Peer {
     /// 0 where it is in another pid namespace, which we cannot see into.
     pub(super) pid: u32,
-    pub(super) uid: u32,
-    pub(super) gid: u32,
+    pub(super) who: Who,
     /// When it started, in ticks since the boot; 0: nobody knows.
     pub(super) started: u64,
     /// Readable once the process is dead; a number can be given to another one.
@@ -29,23 +38,31 @@ pub(super) struct Peer {
 
 impl Peer {
     pub(super) fn of(socket: &UnixStream) -> io::Result<Self> {
-        let creds = rustix::net::sockopt::socket_peercred(socket)?;
-        let pidfd = pidfd_open(creds.pid, PidfdFlags::empty()).ok();
-        let pid = creds.pid.as_raw_nonzero().get().unsigned_abs();
+        let creds = sys::peer_creds(socket)?;
+        let pidfd =
+            Pid::from_raw(creds.pid).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+        let pid = creds.pid.unsigned_abs();
         let started = started(pid).unwrap_or(0);
-        Ok(Self { pid, uid: creds.uid.as_raw(), gid: creds.gid.as_raw(), started, pidfd })
+        let groups = sys::peer_groups(socket)?;
+        let who = Who { uid: creds.uid, gid: creds.gid, groups };
+        Ok(Self { pid, who, started, pidfd })
     }
 
     /// The process that an agent before this one knew, if it lives.
-    pub(super) fn still_there(pid: u32, since: u64, uid: u32) -> Option<Self> {
-        let number = rustix::process::Pid::from_raw(i32::try_from(pid).ok()?)?;
+    pub(super) fn still_there(pid: u32, since: u64, who: Who) -> Option<Self> {
+        let number = Pid::from_raw(i32::try_from(pid).ok()?)?;
         let pidfd = pidfd_open(number, PidfdFlags::empty()).ok()?;
         // After it is held: a number can be another process's by now.
         if since == 0 || started(pid) != Some(since) {
             return None;
         }
-        let peer = Self { pid, uid, gid: 0, started: since, pidfd: Some(pidfd) };
+        let peer = Self { pid, who, started: since, pidfd: Some(pidfd) };
         (peer.is_dead() == Some(false)).then_some(peer)
+    }
+
+    /// True where both are known to be one process.
+    pub(super) fn is(&self, other: &Self) -> bool {
+        self.pid != 0 && self.pid == other.pid && self.started == other.started
     }
 
     pub(super) fn pidfd(&self) -> Option<BorrowedFd<'_>> {

@@ -18,7 +18,7 @@ use std::{
 
 use tierkeep_proto::trainer as wire;
 
-use super::peer::Peer;
+use super::peer::{Peer, Who};
 use crate::{
     cascade::Cascade,
     clock::Clock,
@@ -27,7 +27,7 @@ use crate::{
     names::Step,
     observe::locked,
     restore::read::Restorable,
-    save::Save,
+    save::{Save, forget_decided},
     snapshot::arena::Filling,
 };
 
@@ -56,6 +56,8 @@ enum Trainer {
 struct State {
     trainer: Trainer,
     in_hand: HashMap<u64, InHand>,
+    /// Slots that came back filled and are being published at this moment.
+    publishing: HashSet<u64>,
     /// Slots that the trainer has mapped.
     mapped: HashSet<u64>,
     saves: BTreeMap<u64, Save>,
@@ -65,7 +67,9 @@ struct State {
 /// One rank.
 pub(super) struct Seat {
     pub(super) keeper: Arc<Keeper>,
-    pub(super) uid: u32,
+    pub(super) who: Who,
+    /// How its trainer took the rank.
+    pub(super) open: wire::Open,
     state: Mutex<State>,
     /// Counts that were told.
     pub(super) told: Mutex<wire::Counts>,
@@ -136,16 +140,23 @@ const UNSEEN: Duration = Duration::from_secs(60);
 const SAVES_KEPT: usize = 64;
 
 impl Seat {
-    pub(super) fn new(keeper: Keeper, connection: u64, peer: Arc<Peer>) -> Self {
-        let uid = peer.uid;
+    pub(super) fn new(keeper: Keeper, open: &wire::Open, connection: u64, peer: Arc<Peer>) -> Self {
+        let who = peer.who.clone();
+        let open = wire::Open { back: None, ..open.clone() };
         let trainer = Trainer::Alive { connection, peer, hung_up: None };
         let state = State { trainer, ..State::default() };
         let (state, told) = (Mutex::new(state), Mutex::default());
-        Self { keeper: Arc::new(keeper), uid, state, told }
+        Self { keeper: Arc::new(keeper), who, open, state, told }
     }
 
     /// One that an agent before this one had; `peer` trains it, if anybody does.
-    pub(super) fn left(keeper: Keeper, uid: u32, peer: Option<Peer>, clock: &dyn Clock) -> Self {
+    pub(super) fn left(
+        keeper: Keeper,
+        who: Who,
+        open: wire::Open,
+        peer: Option<Peer>,
+        clock: &dyn Clock,
+    ) -> Self {
         let now = clock.monotonic();
         let trainer = match peer {
             Some(peer) => {
@@ -155,7 +166,7 @@ impl Seat {
         };
         let state = State { trainer, ..State::default() };
         let (state, told) = (Mutex::new(state), Mutex::default());
-        Self { keeper: Arc::new(keeper), uid, state, told }
+        Self { keeper: Arc::new(keeper), who, open, state, told }
     }
 
     /// `rank 3 of /ckpt/run`, for people.
@@ -172,9 +183,29 @@ impl Seat {
         }
     }
 
+    /// The process that trains, where it is another one than `newcomer`.
+    pub(super) fn other_trainer(&self, newcomer: &Peer) -> Option<u32> {
+        match &locked(&self.state).trainer {
+            Trainer::Alive { peer, .. } if !peer.is(newcomer) => Some(peer.pid),
+            _ => None,
+        }
+    }
+
     /// The same trainer is back, through another connection.
-    pub(super) fn come_back(&self, connection: u64, peer: Arc<Peer>, back: &wire::Back) {
+    ///
+    /// # Errors
+    /// It is back through a newer one already.
+    pub(super) fn come_back(
+        &self,
+        connection: u64,
+        peer: Arc<Peer>,
+        back: &wire::Back,
+    ) -> Result<()> {
         let mut state = locked(&self.state);
+        if matches!(&state.trainer, Trainer::Alive { connection: newer, .. } if *newer > connection)
+        {
+            return Err(Error::Fenced { why: "its trainer is back already".into() });
+        }
         state.trainer = Trainer::Alive { connection, peer, hung_up: None };
         state.mapped = back.mapped.iter().copied().collect();
         // A slot whose answer was lost: the trainer does not know that it has it.
@@ -184,15 +215,18 @@ impl Seat {
         let dropped: Vec<_> = unknown.iter().filter_map(|s| state.in_hand.remove(s)).collect();
         drop(state);
         drop(dropped); // Each tells the arena.
+        Ok(())
     }
 
     /// The slots that a trainer of an agent that is gone is filling; those that are no more.
     pub(super) fn take_in_hand(&self, filling: &[wire::Filling]) -> Vec<u64> {
         let mut lost = Vec::new();
         for wire::Filling { slot, step } in filling {
-            if locked(&self.state).in_hand.contains_key(slot) {
+            let state = locked(&self.state);
+            if state.in_hand.contains_key(slot) || state.publishing.contains(slot) {
                 continue;
             }
+            drop(state);
             let Some((record, cascade)) = self.keeper.running() else {
                 lost.push(*slot);
                 continue;
@@ -229,14 +263,18 @@ impl Seat {
     }
 
     /// Whether the trainer has died unseen.
-    pub(super) fn look_for_death(&self, clock: &dyn Clock) {
-        let dead = match &locked(&self.state).trainer {
-            Trainer::Gone { .. } => return,
+    pub(super) fn has_lost_trainer(&self, clock: &dyn Clock) -> bool {
+        match &locked(&self.state).trainer {
+            Trainer::Gone { .. } => false,
             Trainer::Alive { peer, hung_up, .. } => peer.is_dead().unwrap_or_else(|| {
                 hung_up.is_some_and(|since| clock.monotonic().saturating_sub(since) > UNSEEN)
             }),
-        };
-        if dead {
+        }
+    }
+
+    /// Tells the seat, where its trainer has died unseen.
+    pub(super) fn look_for_death(&self, clock: &dyn Clock) {
+        if self.has_lost_trainer(clock) {
             self.died(clock);
         }
     }
@@ -260,16 +298,31 @@ impl Seat {
         );
     }
 
-    /// True where nobody has trained for `idle` and nothing would be lost with its memory.
+    /// An attempt has begun.
+    pub(super) fn has_begun(&self) -> bool {
+        self.keeper.running().is_some()
+    }
+
+    /// Nothing would be lost with its memory.
+    pub(super) fn is_durable(&self) -> bool {
+        match self.keeper.running() {
+            Some((_, cascade)) => cascade.is_durable(),
+            // What an attempt before it has left: nobody carries it until one begins.
+            None => self.keeper.place.arena.holds().is_empty(),
+        }
+    }
+
+    /// True where nobody has trained for `idle` and nothing would be lost with its memory, or where
+    /// nobody has begun to: whoever had the rank before is to have it again.
     pub(super) fn is_done(&self, clock: &dyn Clock, idle: Duration) -> bool {
         let since = match &locked(&self.state).trainer {
             Trainer::Gone { since } => *since,
             Trainer::Alive { .. } => return false,
         };
+        let Some((_, cascade)) = self.keeper.running() else { return true };
         if clock.monotonic().saturating_sub(since) < idle {
             return false;
         }
-        let Some((_, cascade)) = self.keeper.running() else { return true };
         // What never became due for disk goes there now: nobody will save anything newer.
         cascade.hurry();
         !cascade.is_carrying() && (cascade.is_durable() || cascade.is_fenced())
@@ -298,9 +351,7 @@ impl Seat {
         let save = Save::told_by(step, self.keeper.place.signal.clone());
         let mut state = locked(&self.state);
         state.saves.insert(step, save.clone());
-        while state.saves.len() > SAVES_KEPT {
-            state.saves.pop_first();
-        }
+        forget_decided(&mut state.saves, SAVES_KEPT);
         save
     }
 
@@ -332,11 +383,32 @@ impl Seat {
     }
 
     /// The slot comes back, filled or not.
-    pub(super) fn take_back(&self, slot: u64, step: Option<u64>) -> Option<InHand> {
+    pub(super) fn take_back(&self, connection: u64, slot: u64) -> Option<InHand> {
         let mut state = locked(&self.state);
-        let of_step = |h: &InHand| step.is_none_or(|step| h.save.step() == step);
-        state.in_hand.get(&slot).filter(|h| of_step(h))?;
+        if !state.speaks(connection) {
+            return None; // The same trainer has it, through a newer connection.
+        }
         state.in_hand.remove(&slot)
+    }
+
+    /// The slot comes back, filled with `step`: it is on its way into the ram tier until
+    /// [`is_published`](Self::is_published).
+    pub(super) fn take_filled(&self, slot: u64, step: u64) -> Option<InHand> {
+        let mut state = locked(&self.state);
+        state.in_hand.get(&slot).filter(|h| h.save.step() == step)?;
+        state.publishing.insert(slot);
+        state.in_hand.remove(&slot)
+    }
+
+    /// The slot is published, or was not.
+    pub(super) fn is_published(&self, slot: u64) {
+        locked(&self.state).publishing.remove(&slot);
+        self.keeper.place.signal.notify();
+    }
+
+    /// Another connection's question is publishing it.
+    pub(super) fn is_publishing(&self, slot: u64) -> bool {
+        locked(&self.state).publishing.contains(&slot)
     }
 
     /// Slots that the trainer has not mapped; it does from here on.
@@ -386,7 +458,7 @@ impl Seat {
             destination: config.destination.clone(),
             rank: config.rank,
             world: config.world,
-            uid: self.uid,
+            uid: self.who.uid,
             pid,
             gone,
             attempt: running.as_ref().map(|(record, _)| record.attempt.number),

@@ -13,13 +13,15 @@
 
 use std::{
     collections::BTreeSet,
-    io,
-    os::unix::net::UnixStream,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
 };
 
-use super::{Settings, peer::Peer};
+use super::{
+    Settings,
+    peer::{Peer, Who},
+};
 use crate::{
     error::{Doing, Error, Result},
     observe::locked,
@@ -67,34 +69,34 @@ impl Users {
     ///
     /// # Errors
     /// It is of a user that is not served.
-    pub(super) fn act_for(&self, peer: &Peer, socket: &UnixStream) -> Result<()> {
-        if peer.uid == self.own {
+    pub(super) fn act_for(&self, peer: &Peer) -> Result<()> {
+        let uid = peer.who.uid;
+        if uid == self.own {
             return Ok(());
         }
         if !self.are_many() {
             return Err(Error::invalid(format!(
                 "this agent serves user {} alone, not user {}: it serves all where root runs it with \
                  {UID} in ram_dir",
-                self.own, peer.uid
+                self.own, uid
             )));
         }
-        let become_it =
-            || -> io::Result<()> { sys::files_as(peer.uid, peer.gid, &sys::peer_groups(socket)?) };
-        become_it().doing(|| format!("act for user {}", peer.uid))
+        self.act_as(&peer.who)
     }
 
-    /// This thread acts for a user whose process is not at hand.
+    /// This thread acts for a user from here on.
     ///
     /// # Errors
     /// That user is not served.
-    pub(super) fn act_as(&self, uid: u32, gid: u32) -> Result<()> {
+    pub(super) fn act_as(&self, who: &Who) -> Result<()> {
+        let uid = who.uid;
         if uid == self.own {
             return Ok(());
         }
         if !self.are_many() {
             return Err(Error::invalid(format!("user {uid} is not served")));
         }
-        sys::files_as(uid, gid, &[gid]).doing(|| format!("act for user {uid}"))
+        sys::files_as(uid, who.gid, &who.groups).doing(|| format!("act for user {uid}"))
     }
 
     /// The ram tiers that there are.
@@ -127,7 +129,11 @@ impl Users {
         for entry in std::fs::read_dir(parent).into_iter().flatten().flatten() {
             let name = entry.file_name();
             let uid = name.to_str().and_then(|name| name.strip_prefix(before)?.strip_suffix(after));
-            if uid.is_some_and(|uid| uid.parse::<u32>().is_ok()) {
+            let Some(uid) = uid.and_then(|uid| uid.parse::<u32>().ok()) else { continue };
+            // Anybody may make anything in a directory that is open to all.
+            let theirs = std::fs::symlink_metadata(entry.path())
+                .is_ok_and(|meta| meta.is_dir() && (meta.uid() == uid || meta.uid() == self.own));
+            if theirs {
                 roots.insert(entry.path());
             }
         }

@@ -13,7 +13,6 @@ use crate::{
     commit::{Listing, read_manifest},
     error::{Error, Result},
     names::{CheckpointKey, Rank},
-    observe::locked,
     save::Save,
     snapshot::slot::SlotPayload,
 };
@@ -34,7 +33,7 @@ impl Keeper {
         }
         let rank = Rank(place.config.rank);
         attempt::claim(&*place.disk, &record.attempt, rank, &place.nonce)?;
-        *locked(&self.decisions) = decisions;
+        self.set_decisions(decisions);
         let waits = match &record.parent {
             Some(parent) => !Listing::of(&*place.disk, &parent.key())?.sealed,
             None => false,
@@ -45,10 +44,7 @@ impl Keeper {
         };
         let held = place.arena.holds().into_iter().filter(ours);
         let shards = held.filter_map(|key| self.shard_in_ram(key)).collect();
-        let mut running = locked(&self.running);
-        place.check_closed()?;
-        *running = Some(self.run(record, waits, shards)?);
-        Ok(())
+        self.run(record, waits, shards)
     }
 
     /// This rank's shard of `key` as it lies in a slot. One whose manifest is bad is nobody's.

@@ -86,7 +86,7 @@ impl Keeper {
             if let Err(e) = &stopped {
                 self.place.observer.error("stop_failed", None, e.chain());
             }
-            let durable = cascade.newest().is_some_and(|k| cascade.sealed() == Some(k.step.0));
+            let durable = cascade.newest().is_some() && cascade.is_durable();
             if ending == Ending::Clean
                 && durable
                 && current

@@ -96,6 +96,10 @@ impl Keeper {
         let manifest = Arc::new(manifest);
         let payload = SlotPayload { slot: filling.slot().clone(), len };
         let key = identity.key();
+        if self.place.arena.find(&key).is_some() {
+            // An earlier try is there, whose answer was lost: nothing is put in its place.
+            return cascade.take_up(&save);
+        }
         let ram = &*self.place.ram;
         // Before the manifest: whoever sees that finds these too. Words of an earlier try that stayed
         // would vouch for bytes that nobody compared, so without an answer nothing is published.

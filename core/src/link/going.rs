@@ -113,10 +113,17 @@ impl Going for FarGoing {
                 self.skip(save);
                 return Ok(None);
             }
-            match self.dial.ask_until(&call, within, interrupted)? {
-                Some((Answer::Leased(leased), fds)) => break (leased, fds),
-                Some(_) => return Err(dial::odd("Lease")),
-                None => {}
+            match self.dial.ask_until(&call, within, interrupted) {
+                Ok(Some((Answer::Leased(leased), fds))) => break (leased, fds),
+                Ok(Some(_)) => return Err(dial::odd("Lease")),
+                Ok(None) => {}
+                Err(e) => {
+                    if matches!(e, Error::Deadline { .. }) {
+                        // A slot that comes yet would be nobody's: the two sides tell each other anew.
+                        self.dial.reset();
+                    }
+                    return Err(e);
+                }
             }
         };
         if leased.slot == 0 {

@@ -70,14 +70,12 @@ fn find_next(shared: &Arc<Shared>, dial: &Arc<Dial>) -> Option<Arc<UnixStream>> 
             return None;
         }
         let back = shared.back();
-        let said: Vec<u64> = back.filling.iter().map(|filling| filling.slot).collect();
-        let failed = back.failed.clone();
-        match dial.again(back) {
+        match dial.again(back.clone()) {
             Ok((stream, opened)) => {
                 let stream = Arc::new(stream);
                 dial.install(stream.clone());
-                shared.told_failed(&failed);
-                come_back(shared, dial, &opened, said);
+                shared.told_failed(&back.failed);
+                come_back(shared, dial, &opened, &back);
                 return Some(stream);
             }
             Err(e) if e.kind() == ErrorKind::Fenced => {
@@ -100,9 +98,11 @@ fn find_next(shared: &Arc<Shared>, dial: &Arc<Dial>) -> Option<Arc<UnixStream>> 
     None
 }
 
-/// The next agent knows what `said` named. What was filled is published, what was given back
-/// meanwhile is given back.
-fn come_back(shared: &Arc<Shared>, dial: &Arc<Dial>, opened: &Opened, said: Vec<u64>) {
+/// The next agent knows what was `said`. What was filled is published, what was given back meanwhile
+/// is given back, what else was to be told meanwhile is told.
+fn come_back(shared: &Arc<Shared>, dial: &Arc<Dial>, opened: &Opened, said: &wire::Back) {
+    // Of now: from here on whoever has something to tell reaches the agent by himself.
+    let late = late(shared, said);
     let mut state = locked(&shared.state);
     state.busy = opened.busy;
     for slot in &opened.lost {
@@ -116,16 +116,26 @@ fn come_back(shared: &Arc<Shared>, dial: &Arc<Dial>, opened: &Opened, said: Vec<
     let publish: Vec<wire::Publish> =
         state.unpublished.values().map(|unpublished| unpublished.publish.clone()).collect();
     let abandoned: Vec<u64> = said
-        .into_iter()
+        .filling
+        .iter()
+        .map(|filling| filling.slot)
         .filter(|slot| !state.filling.contains_key(slot) && !state.unpublished.contains_key(slot))
         .collect();
     drop(state);
-    if publish.is_empty() && abandoned.is_empty() {
+    if publish.is_empty() && abandoned.is_empty() && late.is_empty() {
         return;
     }
     // On a thread of its own: this one hears the answers.
     let (shared, dial) = (shared.clone(), dial.clone());
     let work = move || {
+        for call in late {
+            // Lost once more, it will be told to the next one.
+            if let Ok(Some(_)) = dial.ask_until(&call, SHORT, None)
+                && let Call::GiveUp(told) = call
+            {
+                shared.told_failed(&told.steps);
+            }
+        }
         for slot in abandoned {
             // Lost once more, it will be told to the next one.
             let _ = dial.ask_now(Call::Abandon(wire::Abandon { slot }), SHORT);
@@ -137,6 +147,24 @@ fn come_back(shared: &Arc<Shared>, dial: &Arc<Dial>, opened: &Opened, said: Vec<
     if let Err(e) = std::thread::Builder::new().name("tierkeep-publish".into()).spawn(work) {
         tracing::error!("no thread to publish what was filled: {e}");
     }
+}
+
+/// What happened while the agent was being told what was `said`.
+fn late(shared: &Shared, said: &wire::Back) -> Vec<Call> {
+    let now = shared.back();
+    let mut late = Vec::new();
+    if let Some(step) = now.stop_after.filter(|_| now.stop_after != said.stop_after) {
+        late.push(Call::StopAfter(wire::StopAfter { step }));
+    }
+    let steps: Vec<u64> = now.failed.into_iter().filter(|s| !said.failed.contains(s)).collect();
+    if !steps.is_empty() {
+        late.push(Call::GiveUp(wire::GiveUp { steps }));
+    }
+    if !shared.desk.config.saves() {
+        let follow = now.saves.into_iter().filter(|step| !said.saves.contains(step));
+        late.extend(follow.map(|step| Call::Follow(wire::Follow { step })));
+    }
+    late
 }
 
 impl Shared {

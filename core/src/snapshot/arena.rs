@@ -365,32 +365,16 @@ impl Arena {
         len: u64,
         may_go: &dyn Fn(&CheckpointKey) -> bool,
     ) -> Result<Option<Filling>> {
-        let (index, retired) = {
-            let mut held = locked(&self.held);
-            let free = |made: bool| {
-                held.iter().position(|h| h.used == Use::Free && h.slot.is_some() == made)
-            };
-            // Oldest first; `may_go` gives the checkpoint up, so it is asked about one at a time.
-            let goer = || {
-                let mut holders: Vec<_> = held
-                    .iter()
-                    .enumerate()
-                    .filter_map(|(i, h)| match &h.used {
-                        Use::Holds(key) => Some((key.clone(), i)),
-                        _ => None,
-                    })
-                    .collect();
-                holders.sort();
-                holders.into_iter().find(|(key, _)| may_go(key))
-            };
-            let chosen = match free(true).or(free(false)) {
-                Some(index) => Some((index, None)),
-                None => goer().map(|(key, index)| (index, Some(key))),
-            };
-            let Some((index, retired)) = chosen else { return Ok(None) };
-            held[index].used = Use::Busy;
-            (index, retired)
+        let chosen = match self.take_free() {
+            Some(index) => Some((index, None)),
+            // Oldest first; `may_go` gives the checkpoint up, so it is asked about one at a time. It may
+            // ask a directory that does not answer: nothing is locked meanwhile.
+            None => self.holders().into_iter().find_map(|(key, index)| {
+                let taken = may_go(&key) && self.take_if(index, &Use::Holds(key.clone()));
+                taken.then_some((index, Some(key)))
+            }),
         };
+        let Some((index, retired)) = chosen else { return Ok(None) };
         if let Some(key) = retired
             && let Err(e) = self.retire(index, &key)
         {
@@ -404,6 +388,34 @@ impl Arena {
                 Err(e)
             }
         }
+    }
+
+    /// A slot that holds nothing is busy from here on; one that is made rather than one that is not.
+    fn take_free(&self) -> Option<usize> {
+        let mut held = locked(&self.held);
+        let free =
+            |made: bool| held.iter().position(|h| h.used == Use::Free && h.slot.is_some() == made);
+        let index = free(true).or(free(false))?;
+        held[index].used = Use::Busy;
+        Some(index)
+    }
+
+    fn take_if(&self, index: usize, used: &Use) -> bool {
+        let mut held = locked(&self.held);
+        let there = held.get_mut(index).filter(|h| h.used == *used);
+        there.map(|h| h.used = Use::Busy).is_some()
+    }
+
+    /// Checkpoints and their slots, the oldest first.
+    fn holders(&self) -> Vec<(CheckpointKey, usize)> {
+        let held = locked(&self.held);
+        let holders = held.iter().enumerate().filter_map(|(i, h)| match &h.used {
+            Use::Holds(key) => Some((key.clone(), i)),
+            _ => None,
+        });
+        let mut holders: Vec<_> = holders.collect();
+        holders.sort();
+        holders
     }
 
     fn retire(&self, index: usize, key: &CheckpointKey) -> Result<()> {

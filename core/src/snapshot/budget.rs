@@ -10,7 +10,7 @@
 //!   will take, and a hundred gigabytes of zeroing keep no other rank waiting.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File, OpenOptions},
     io,
     os::unix::fs::{DirBuilderExt, MetadataExt},
@@ -88,7 +88,15 @@ impl Budget {
         // With the process's own rights: those of other users are theirs alone.
         let acting = sys::set_files_uid(rustix::process::geteuid().as_raw());
         let sum = roots.iter().try_fold(Usage::default(), |sum, root| {
-            let part = count(root)?;
+            let part = match count(root) {
+                Ok(part) => part,
+                // Another user's, who may have put anything there: nobody else has to do without.
+                Err(e) if *root != self.root => {
+                    tracing::warn!("{}", e.chain());
+                    return Ok(sum);
+                }
+                Err(e) => return Err(e),
+            };
             let used = sum.used.saturating_add(part.used);
             Ok(Usage { used, reserved: sum.reserved.saturating_add(part.reserved) })
         });
@@ -260,15 +268,19 @@ impl Budget {
     /// A POSIX lock for other processes, a mutex for our own threads. Not `flock`: that one belongs
     /// to the open file, which a fork's child inherits and would hold for ever.
     fn lock(&self) -> Result<Guard> {
-        let thread = locked(&IN_PROCESS);
+        let thread = locked(mutex_of(&self.root));
         let path = self.root.join(".budget.lock");
-        let open = || OpenOptions::new().create(true).truncate(false).write(true).open(&path);
-        let file = open().at("open", &path)?;
+        let mut open = OpenOptions::new();
+        open.create(true).truncate(false).write(true);
+        let file = sys::open_regular(&mut open, &path).at("open", &path)?;
         let clock = SystemClock;
         let deadline = Deadline::after(&clock, LOCK_WAIT);
         loop {
             match sys::lock(&file).at("lock", &path)? {
-                sys::Lock::Taken => return Ok(Guard { _file: file, _thread: thread }),
+                sys::Lock::Taken => {
+                    let all = locked(&IN_PROCESS);
+                    return Ok(Guard { _all: all, _file: file, _thread: thread });
+                }
                 sys::Lock::HeldBy(pid) => match deadline.left(&clock) {
                     Some(_) => clock.pause(Duration::from_millis(1)),
                     None => {
@@ -327,13 +339,23 @@ fn allocate(
 /// Allocated or mapped in one system call: some tens of milliseconds.
 pub(crate) const PIECE_BYTES: u64 = 256 << 20;
 
+/// Of all roots of this process, which may have one limit: held for the sum alone, never while somebody
+/// else's lock is waited for.
 static IN_PROCESS: Mutex<()> = Mutex::new(());
+
+/// Of one root.
+fn mutex_of(root: &Path) -> &'static Mutex<()> {
+    static ROOTS: Mutex<BTreeMap<PathBuf, &'static Mutex<()>>> = Mutex::new(BTreeMap::new());
+    // For as long as the process: there are as many as users.
+    locked(&ROOTS).entry(root.into()).or_insert_with(|| Box::leak(Box::default()))
+}
 
 /// Another process counts and allocates for this long at most, unless it is stopped.
 const LOCK_WAIT: Duration = Duration::from_secs(60);
 
 /// The file before the thread: the lock is let go before another thread may open the file.
 struct Guard {
+    _all: MutexGuard<'static, ()>,
     _file: File,
     _thread: MutexGuard<'static, ()>,
 }
@@ -346,6 +368,9 @@ struct Usage {
     /// Of these, what has no pages yet.
     reserved: u64,
 }
+
+/// No file of ours is longer: a hole of an exabyte, which takes no memory, is not counted as memory.
+const LEN_MAX: u64 = 1 << 48;
 
 /// What vanishes while we count counts nothing.
 fn used_below(dir: &Path, depth: usize) -> io::Result<Usage> {
@@ -366,6 +391,9 @@ fn used_below(dir: &Path, depth: usize) -> io::Result<Usage> {
                 return used_below(&entry.path(), depth + 1);
             }
             let blocks = meta.blocks() * 512;
+            if meta.len() > LEN_MAX {
+                return Ok(Usage { used: blocks, reserved: 0 }); // No slot of ours.
+            }
             Ok(Usage { used: meta.len().max(blocks), reserved: meta.len().saturating_sub(blocks) })
         });
         match part {

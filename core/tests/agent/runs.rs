@@ -46,6 +46,52 @@ fn an_idle_run_gives_its_memory_back_after_its_checkpoint_is_durable_and_not_bef
 }
 
 #[test]
+fn what_a_dead_trainer_left_is_carried_on_though_the_next_one_dies_before_it_begins() {
+    let places = Places::new();
+    let mut settings = settings(places.ram());
+    settings.idle = Duration::from_millis(200);
+    let hosted = Hosted::new(settings);
+    let run = places.destination();
+    let never_due = [("TIERKEEP_TEST_DISK_EVERY", "1000000".to_string())];
+    let mut first = trainer_with(&run, places.ram(), &never_due);
+    first.hear("open");
+    assert_eq!(first.ask("resume"), "0");
+    assert_eq!(first.ask("save 1"), "ok");
+    assert_eq!(first.ask("wait ram"), "true");
+    first.kill();
+    let second = trainer_with(&run, places.ram(), &never_due);
+    second.hear("open");
+    // Nobody carries it at this moment, and nobody says that it is safe.
+    let drained = hosted.host.drain(Duration::from_millis(100));
+    assert_eq!(drained.iter().map(|d| d.durable).collect::<Vec<_>>(), [false], "{drained:?}");
+    assert_eq!(ends(&run, "CHECKPOINT.json"), 0);
+    second.kill();
+    until("step 1 is on disk", || ends(&run, "CHECKPOINT.json") == 1);
+    until("the rank is given up", || hosted.host.ranks().is_empty());
+    let mut third = trainer(&run, places.ram(), 0, 1);
+    third.hear("open");
+    assert_eq!(third.ask("resume"), "1");
+    assert_eq!(third.ask("close"), "");
+}
+
+#[test]
+fn what_is_not_due_when_its_trainer_closes_goes_to_disk_in_time() {
+    let places = Places::new();
+    let mut settings = settings(places.ram());
+    settings.idle = Duration::from_millis(200);
+    let hosted = Hosted::new(settings);
+    let never_due = [("TIERKEEP_TEST_DISK_EVERY", "1000000".to_string())];
+    let mut actor = trainer_with(&places.destination(), places.ram(), &never_due);
+    actor.hear("open");
+    assert_eq!(actor.ask("resume"), "0");
+    assert_eq!(actor.ask("save 1"), "ok");
+    assert_eq!(actor.ask("close"), "");
+    until("the rank is given up", || hosted.host.ranks().is_empty());
+    assert_eq!(ends(&places.destination(), "CHECKPOINT.json"), 1);
+    assert_eq!(ends(places.ram(), ".safetensors"), 0);
+}
+
+#[test]
 fn a_small_run_does_not_wait_behind_a_large_one() {
     let places = Places::new();
     let hosted = Hosted::new(settings(places.ram()));

@@ -3,11 +3,12 @@
 use std::{
     os::unix::fs::{MetadataExt, PermissionsExt, chown},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use crate::{
     common::{Places, files, settings},
-    world::{Actor, Hosted, trainer_as},
+    world::{Actor, Hosted, trainer_as, until},
 };
 
 /// Nobody's on any machine.
@@ -47,12 +48,7 @@ fn two_users_of_one_agent_cannot_read_or_write_each_others_runs() {
         return;
     }
     let places = Places::new();
-    open_to_all(places.ram());
-    open_to_all(places.destination().parent().unwrap());
-    let mut settings = settings(places.ram());
-    settings.ram_root = places.ram().join("of-{uid}");
-    let hosted = Hosted::new(settings);
-    let (first, second) = (home(&places, ONE), home(&places, TWO));
+    let (hosted, [first, second]) = agent_for_all(&places, Duration::from_secs(3600));
     let mut one = trainer_as(ONE, &first, places.ram());
     let mut two = trainer_as(TWO, &second, places.ram());
     for actor in [&mut one, &mut two] {
@@ -92,6 +88,83 @@ fn two_users_of_one_agent_cannot_read_or_write_each_others_runs() {
     assert_eq!(one.ask("resume"), "2");
     assert_eq!(two.ask("close"), "");
     drop(hosted);
+}
+
+/// An agent for all, two users with homes, and what its ram tiers are named.
+fn agent_for_all(places: &Places, idle: Duration) -> (Hosted, [PathBuf; 2]) {
+    open_to_all(places.ram());
+    open_to_all(places.destination().parent().unwrap());
+    let mut settings = settings(places.ram());
+    settings.ram_root = places.ram().join("of-{uid}");
+    settings.idle = idle;
+    (Hosted::new(settings), [home(places, ONE), home(places, TWO)])
+}
+
+#[test]
+fn what_a_user_puts_in_the_place_of_slots_leads_the_agent_to_no_other_users_files() {
+    if !is_root() {
+        return;
+    }
+    let places = Places::new();
+    let (hosted, [first, second]) = agent_for_all(&places, Duration::from_millis(1500));
+    let mut victim = trainer_as(TWO, &second, places.ram());
+    let mut one = trainer_as(ONE, &first, places.ram());
+    for actor in [&mut victim, &mut one] {
+        actor.hear("open");
+        assert_eq!(actor.ask("resume"), "0");
+        saves(actor, 1);
+    }
+    let manifest = |run: &Path| {
+        let file = files(run).into_iter().find(|f| f.ends_with("rank-000000.json")).unwrap();
+        run.join(file)
+    };
+    let theirs = manifest(&second);
+    one.kill();
+    // Where the agent will remove a manifest, the way leads to another user's checkpoint.
+    let mine = manifest(&places.ram().join(format!("of-{ONE}")));
+    let dir = mine.parent().unwrap();
+    std::fs::rename(dir, dir.with_extension("away")).unwrap();
+    std::os::unix::fs::symlink(theirs.parent().unwrap(), dir).unwrap();
+    until("the idle rank is given up", || hosted.host.ranks().iter().all(|r| r.uid != ONE));
+    assert!(theirs.exists(), "the agent removed what its user may not");
+    assert_eq!(victim.ask("close"), "");
+}
+
+#[test]
+fn what_one_user_leaves_lying_keeps_no_other_waiting() {
+    if !is_root() {
+        return;
+    }
+    let places = Places::new();
+    let make = |path: &Path| {
+        assert!(std::process::Command::new("mkfifo").arg(path).status().unwrap().success());
+        chown(path, Some(ONE), Some(ONE)).unwrap();
+    };
+    // Neither a directory nor that user's.
+    std::fs::write(places.ram().join("of-1"), "x").unwrap();
+    let (hosted, [first, second]) = agent_for_all(&places, Duration::from_secs(3600));
+    let ram = places.ram().join(format!("of-{ONE}"));
+    let mut one = trainer_as(ONE, &first, places.ram());
+    one.hear("open");
+    make(&ram.join("pipe"));
+    std::fs::rename(ram.join("pipe"), ram.join(".budget.lock")).unwrap();
+    make(&first.join("_locks/start-00000000"));
+    std::fs::File::create(ram.join("hole")).unwrap().set_len(1 << 60).unwrap();
+    one.tell("resume");
+    assert_eq!(one.hear("resume"), "0");
+    assert_eq!(one.ask("save 1"), "ok");
+    let why = one.ask("wait ram");
+    assert!(why.contains("it is no regular file"), "{why}");
+    let mut two = trainer_as(TWO, &second, places.ram());
+    two.hear("open");
+    assert_eq!(two.ask("resume"), "0");
+    saves(&mut two, 1);
+    // It may put a file in the place of all that is its own.
+    std::fs::rename(&ram, ram.with_extension("away")).unwrap();
+    std::fs::write(&ram, "x").unwrap();
+    saves(&mut two, 2);
+    assert!(hosted.host.memory().is_ok());
+    assert_eq!(two.ask("close"), "");
 }
 
 #[test]
