@@ -62,11 +62,12 @@ pub(crate) fn holder(file: &File) -> io::Result<Option<i32>> {
 /// Opens a file that other processes may have put something else in the place of: a pipe or a device
 /// is refused, not waited for.
 pub(crate) fn open_regular(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
-    let file = options.custom_flags(libc::O_NONBLOCK).open(path)?;
-    if !file.metadata()?.is_file() {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file"));
+    let other = || Err(io::Error::other("it is no regular file"));
+    match options.custom_flags(libc::O_NONBLOCK).open(path) {
+        Ok(file) if !file.metadata()?.is_file() => other(),
+        Err(e) if e.raw_os_error() == Some(libc::ENXIO) => other(), // A pipe that nobody reads.
+        opened => opened,
     }
-    Ok(file)
 }
 
 /// True where nobody else has the file open or mapped: a write lease was granted (and given back).
