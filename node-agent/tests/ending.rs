@@ -10,7 +10,10 @@ use std::{
 };
 
 use common::{Place, model, save};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::{
+    fs::{CWD, RenameFlags, renameat_with},
+    process::{Pid, Signal, kill_process},
+};
 use tierkeep::{begin::Begin, checkpointer::Checkpointer, config::Config, save::Level};
 
 /// One that is ended by SIGTERM; what it said.
@@ -72,8 +75,10 @@ fn an_upgrade_carries_nothing_and_a_host_that_goes_away_everything() {
     // A host whose disk is gone: it says what is lost, in time.
     let (third, _) = agent(&place, &["--drain-on-sigterm", "1s"]);
     saves(&trainer, 9);
-    std::fs::rename(place.run(), place.root().join("moved")).unwrap();
-    std::fs::File::create(place.run()).unwrap();
+    let moved = place.root().join("moved");
+    std::fs::File::create(&moved).unwrap();
+    // At one moment: nobody makes a directory where there is none in between.
+    renameat_with(CWD, &moved, CWD, place.run(), RenameFlags::EXCHANGE).unwrap();
     let said = ends(third);
     let line = format!("rank 0 of {}: step 9 is in RAM only", place.run().display());
     assert!(said.contains(&line), "{said}");

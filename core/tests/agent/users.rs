@@ -126,6 +126,8 @@ fn what_a_user_puts_in_the_place_of_slots_leads_the_agent_to_no_other_users_file
     std::fs::rename(dir, dir.with_extension("away")).unwrap();
     std::os::unix::fs::symlink(theirs.parent().unwrap(), dir).unwrap();
     until("the idle rank is given up", || hosted.host.ranks().iter().all(|r| r.uid != ONE));
+    // Not listed while somebody is at it: then it is being given up.
+    std::thread::sleep(Duration::from_millis(500));
     assert!(theirs.exists(), "the agent removed what its user may not");
     assert_eq!(victim.ask("close"), "");
 }
