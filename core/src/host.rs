@@ -21,9 +21,11 @@ mod drain;
 mod hands;
 mod left;
 mod peer;
+mod rounds;
 mod seat;
 mod tell;
 mod users;
+mod view;
 
 use std::{
     collections::HashMap,
@@ -37,7 +39,7 @@ use std::{
 };
 
 use self::{connection::Connection, peer::Peer, seat::Seat, users::Users};
-pub use self::{drain::Drained, seat::RankView, users::UID};
+pub use self::{drain::Drained, users::UID, view::RankView};
 use crate::{
     clock::{Clock, Deadline, SystemClock},
     config::Config,
@@ -65,7 +67,7 @@ pub struct Settings {
     pub run_bytes_max: Option<u64>,
     /// Trainers that are connected at once.
     pub trainers_max: usize,
-    /// A rank whose trainer has been gone for this long, and whose newest checkpoint is on disk,
+    /// A rank whose trainer has been gone for this long goes to disk, whatever the schedule, and then
     /// gives its memory back.
     pub idle: Duration,
 }
@@ -198,86 +200,8 @@ impl Host {
         }
     }
 
-    /// Looks after ranks that have nobody.
-    fn go_round(self: &Arc<Self>) {
-        let mut worked = true;
-        let mut grace = Some(Deadline::after(&self.clock, LEFT_AFTER));
-        while !self.is_ending() {
-            let seen = self.changed.seen();
-            if grace.take_if(|grace| grace.left(&self.clock).is_none()).is_some() {
-                self.own_what_is_left();
-            }
-            // Sealing reads the manifests of all ranks: what that took is given back.
-            let works = self.seats().iter().any(|seat| seat.is_busy());
-            if works || worked {
-                crate::sys::give_free_memory_back();
-            }
-            worked = works;
-            for (place, chair) in self.chairs() {
-                // Somebody is opening it: then it has somebody.
-                let Ok(taken) = chair.try_lock() else { continue };
-                let Some(seat) = taken.clone() else { continue };
-                drop(taken);
-                let idle = self.settings.idle;
-                if seat.has_lost_trainer(&self.clock) || seat.is_done(&self.clock, idle) {
-                    let host = self.clone();
-                    let care = move || host.care_for(&place, &chair, &seat);
-                    let thread = std::thread::Builder::new().name("tierkeep-care".into());
-                    if let Err(e) = thread.spawn(care) {
-                        tracing::error!("no thread to look after a rank: {e}");
-                    }
-                }
-            }
-            self.changed.wait(seen, ROUND);
-        }
-    }
-
-    /// Looks after a rank whose trainer is gone: on a thread of its own, which acts as its user and may
-    /// meet a disk that hangs.
-    fn care_for(self: &Arc<Self>, place: &(PathBuf, u32), chair: &Chair, seat: &Arc<Seat>) {
-        if let Err(e) = self.users.act_as(&seat.who) {
-            tracing::error!("{}: {}", seat.name(), e.chain());
-            return;
-        }
-        // Somebody else is at it: then it has somebody.
-        let Ok(mut taken) = chair.try_lock() else { return };
-        if !taken.as_ref().is_some_and(|there| Arc::ptr_eq(there, seat)) {
-            return;
-        }
-        seat.look_for_death(&self.clock);
-        if !seat.is_done(&self.clock, self.settings.idle) {
-            return;
-        }
-        let begun = seat.has_begun();
-        if begun {
-            tracing::info!("{} gives its memory back", seat.name());
-            seat.end(Ending::Clean);
-        } else {
-            seat.end(Ending::Now);
-        }
-        *taken = None;
-        drop(taken);
-        self.forget(place, chair);
-        let words = seat.words();
-        if !begun && words.exists() {
-            // Nobody came after the trainer before: its attempt goes on to disk.
-            if let Err(e) = self.own_again(&words) {
-                tracing::warn!("{} stays as it lies: {}", seat.name(), e.chain());
-            }
-        }
-    }
-
     fn chairs(&self) -> Vec<((PathBuf, u32), Chair)> {
         locked(&self.chairs).iter().map(|(place, chair)| (place.clone(), chair.clone())).collect()
-    }
-
-    /// Removes an empty chair, unless somebody is at it.
-    fn forget(&self, place: &(PathBuf, u32), chair: &Chair) {
-        let mut chairs = locked(&self.chairs);
-        // One in the table, one in the caller's hands.
-        if Arc::strong_count(chair) <= 2 && chair.try_lock().is_ok_and(|taken| taken.is_none()) {
-            chairs.remove(place);
-        }
     }
 
     /// The chair of a rank.

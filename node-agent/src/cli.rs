@@ -131,8 +131,8 @@ pub(crate) struct AgentArgs {
     /// Trainers that are connected at once [default: 256]
     #[arg(long, value_name = "N")]
     trainers_max: Option<OsString>,
-    /// A rank whose trainer has been gone for this long, and whose newest checkpoint is on disk, gives
-    /// its memory back [default: 1h]
+    /// A rank whose trainer has been gone for this long goes to disk, whatever disk_every says, and then
+    /// gives its memory back [default: 1h]
     #[arg(long, value_name = "TIME")]
     idle: Option<OsString>,
     /// On SIGTERM, first carry what is only in RAM to disk, for at most this long: for hosts that go
