@@ -24,12 +24,13 @@ use super::{
     tell,
 };
 use crate::{
+    clock::Deadline,
     error::{Doing, Error, Result},
     observe::locked,
     wire::{FRAME_BYTES_MAX, GREETING_BYTES_MAX, PROTOCOLS, convert, program, receive, send},
 };
 
-/// How long a trainer may take to greet, and a message to go through once it has begun.
+/// How long a trainer may take to greet, then to ask for its rank, and a message to go through once it has begun.
 const GREETING: Duration = Duration::from_secs(10);
 
 /// How often a thread that hears nothing looks whether the agent ends.
@@ -136,8 +137,14 @@ impl Connection {
 
     /// True: the process is dead.
     fn listen(self: &Arc<Self>) -> io::Result<bool> {
+        let to_open = Deadline::after(&self.host.clock, GREETING);
         loop {
             if self.host.is_ending() || self.is_over() {
+                return Ok(false);
+            }
+            // Who has no rank, and asks for none, takes the place of a trainer.
+            let asks = self.seat().is_some() || !locked(&self.open).is_empty();
+            if !asks && to_open.left(&self.host.clock).is_none() {
                 return Ok(false);
             }
             match wait(&self.socket, &self.peer, LISTEN)? {

@@ -337,3 +337,15 @@ fn who_asks_too_much_at_once_is_told() {
     assert!(told > 10, "{told}");
     is_well(&places);
 }
+
+#[test]
+fn who_greets_and_asks_for_no_rank_is_let_go() {
+    let places = Places::new();
+    let _hosted = Hosted::new(settings(places.ram()));
+    let mut client = Client::new(places.ram());
+    client.greet();
+    client.socket.set_read_timeout(Some(crate::world::PATIENCE)).unwrap();
+    assert!(client.fill(&mut [0; 4], &mut Vec::new()).is_none(), "it is told something");
+    let closed = std::io::Read::read(&mut &client.socket, &mut [0]).unwrap();
+    assert_eq!(closed, 0);
+}
