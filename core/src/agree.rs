@@ -191,6 +191,15 @@ impl Agreements {
         self.record(&format!("gaveup-{step:020}"), &sentence(why)).map(drop)
     }
 
+    /// The leader: `step` may go to disk once more.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn try_again(&self, step: u64) -> Result<()> {
+        let Some(dir) = &self.dir else { return Ok(()) };
+        remove(&dir.join(format!("gaveup-{step:020}")))
+    }
+
     /// Why `step` was given up, if it was.
     ///
     /// # Errors

@@ -50,6 +50,8 @@ use crate::{
 
 /// How often a rank looks for what other ranks did, while it waits for them.
 const POLL: Duration = Duration::from_millis(5);
+/// Between two tries of a step that a disk refused, at first; then twice as long each time.
+const AGAIN_PAUSE: Duration = Duration::from_secs(1);
 /// How often it looks with nothing in flight.
 const IDLE: Duration = Duration::from_secs(1);
 
@@ -94,6 +96,11 @@ struct Work {
     given_up: BTreeSet<u64>,
     /// Every shard that was found was looked at once: what is newest is known.
     judged: bool,
+    /// A step that was given up for disk and is to be tried again, when that is next allowed, and the
+    /// pause after that.
+    again: Option<u64>,
+    again_after: Duration,
+    again_pause: Duration,
     /// A shard came since the last look for a newer attempt.
     unchecked: bool,
     fenced: bool,
@@ -175,14 +182,26 @@ impl Cascade {
     }
 
     /// What is newest in RAM goes to disk, whatever the schedule says: this host goes away, or nobody
-    /// will save anything newer.
+    /// will save anything newer. Where it was given up for disk before, it is tried again, now and then
+    /// for as long as this is asked.
     pub(crate) fn hurry(&self) {
         let Some(newest) = self.newest() else { return };
-        self.hurried.store(newest.step.0, Ordering::Release);
-        let work = locked(&self.work);
-        work.shards.get(&newest.step.0).iter().for_each(|shard| self.mark_due(&shard.save));
+        let step = newest.step.0;
+        let now = self.parts.clock.monotonic();
+        let mut work = locked(&self.work);
+        let before = self.hurried.swap(step, Ordering::AcqRel);
+        work.shards.get(&step).iter().for_each(|shard| self.mark_due(&shard.save));
+        let given_up = work.carry.is_none() && work.given_up.contains(&step);
+        let again = given_up && work.again.is_none() && now >= work.again_after;
+        if again {
+            work.again = Some(step);
+            work.again_pause = (2 * work.again_pause).clamp(AGAIN_PAUSE, 60 * AGAIN_PAUSE);
+            work.again_after = now + work.again_pause;
+        }
         drop(work);
-        self.parts.signal.notify();
+        if again || before != step {
+            self.parts.signal.notify();
+        }
     }
 
     /// True for the step that the job stops after, and what may follow.
@@ -328,6 +347,7 @@ impl Cascade {
         }
         let stages = [
             judged,
+            self.carry_again(),
             self.join(),
             self.watch_disk(),
             self.watch_passed(),

@@ -86,6 +86,24 @@ impl Cascade {
         Ok(true)
     }
 
+    /// A step that was given up may be chosen once more, where the leader says so.
+    pub(super) fn carry_again(&self) -> Result<bool> {
+        let Some(step) = locked(&self.work).again else { return Ok(false) };
+        let agreements = &self.parts.agreements;
+        if self.parts.config.leads() {
+            agreements.try_again(step)?;
+        } else if agreements.gave_up(step)?.is_some() {
+            return Ok(false); // Its leader may be asked later, or never: on a host that stays.
+        }
+        let mut work = locked(&self.work);
+        work.again = None;
+        work.given_up.remove(&step);
+        if work.chosen == Some(step) {
+            work.chosen = step.checked_sub(1);
+        }
+        Ok(true)
+    }
+
     /// Looks for steps that wait here to be chosen and whose slot another rank has used again.
     pub(super) fn watch_passed(&self) -> Result<bool> {
         let waiting: Vec<u64> = {

@@ -56,6 +56,7 @@ impl Host {
                 && turn.left(&self.clock).is_some()
             {
                 self.clock.pause(LOOK);
+                seats.iter().for_each(|seat| seat.hurry()); // A disk that refused it may have room now.
             }
         }
         // Whoever was slow in its own turn has the rest.
@@ -63,6 +64,7 @@ impl Host {
             && deadline.left(&self.clock).is_some()
         {
             self.clock.pause(LOOK);
+            runs.iter().flatten().for_each(|seat| seat.hurry());
         }
         runs.iter().flatten().map(|seat| seat.drained()).chain(unseen).collect()
     }

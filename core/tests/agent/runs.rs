@@ -4,7 +4,7 @@ use std::{fs, path::Path, time::Duration};
 
 use crate::{
     common::{Places, files, mount::Mount, settings},
-    world::{Hosted, trainer, trainer_with, until},
+    world::{Actor, Hosted, trainer, trainer_with, until},
 };
 
 fn ends(root: &Path, end: &str) -> usize {
@@ -49,6 +49,53 @@ fn an_idle_run_gives_its_memory_back_after_its_checkpoint_is_durable_and_not_bef
     second.hear("open");
     assert_eq!(second.ask("resume"), "1");
     assert_eq!(second.ask("close"), "");
+}
+
+#[test]
+fn what_a_full_disk_refused_is_carried_again_by_a_drain_and_after_its_trainer() {
+    let places = Places::new();
+    let mut settings = settings(places.ram());
+    settings.idle = Duration::from_millis(200);
+    let hosted = Hosted::new(settings);
+    let at = places.destination().with_file_name("disk");
+    let Some(mount) = Mount::new(&at, "size=1m") else { return };
+    let run = mount.0.join("run");
+    let filler = mount.0.join("filler");
+    let fill = || {
+        let mut file = fs::File::create(&filler).unwrap();
+        std::io::copy(&mut std::io::repeat(1), &mut file).unwrap_err();
+    };
+    let mut ranks = [0, 1].map(|rank| trainer(&run, places.ram(), rank, 2));
+    for (words, answer) in [("resume", "0"), ("save 1", "ok"), ("wait disk", "true")] {
+        ranks.iter_mut().for_each(|rank| rank.tell(words));
+        let word = words.split(' ').next().unwrap();
+        ranks.iter().for_each(|rank| assert_eq!(rank.hear(word), answer));
+    }
+    fill();
+    ranks.iter_mut().for_each(|rank| rank.tell("save 2"));
+    ranks.iter().for_each(|rank| assert_eq!(rank.hear("save"), "ok"));
+    ranks.iter_mut().for_each(|rank| rank.tell("wait disk"));
+    for why in ranks.iter().map(|rank| rank.hear("wait")) {
+        assert!(why.contains("No space left on device"), "{why}");
+    }
+    let durable = |within| {
+        let drained = hosted.host.drain(Duration::from_secs(within));
+        drained.iter().map(|d| (d.on_disk, d.durable)).collect::<Vec<_>>()
+    };
+    assert_eq!(durable(2), [(Some(1), false); 2]);
+    fs::remove_file(&filler).unwrap();
+    assert_eq!(durable(20), [(Some(2), true); 2]);
+    // The same, and nobody is left who would save anything newer.
+    fill();
+    ranks.iter_mut().for_each(|rank| rank.tell("save 3"));
+    ranks.iter().for_each(|rank| assert_eq!(rank.hear("save"), "ok"));
+    ranks.iter_mut().for_each(|rank| rank.tell("wait disk"));
+    ranks.iter().for_each(|rank| drop(rank.hear("wait")));
+    ranks.into_iter().for_each(Actor::kill);
+    fs::remove_file(&filler).unwrap();
+    until("the memory is given back", || ends(places.ram(), ".safetensors") == 0);
+    let third = |f: &std::path::PathBuf| f.starts_with(format!("{:020}", 3));
+    assert!(files(&run).iter().any(|f| third(f) && f.ends_with("CHECKPOINT.json")));
 }
 
 #[test]
