@@ -6,8 +6,8 @@
 //!
 //! A rank that does not save has a cascade too: one that carries nothing and watches (`watching`).
 //!
-//! It decides which slot may be used again (`release`). It does not own how bytes are written (`tier`), when a
-//! checkpoint exists (`commit`) or what is deleted (`retain`).
+//! It decides which slot may be used again (`release`). It does not own how bytes are written (`tier`),
+//! when a checkpoint exists (`commit`) or what is deleted (`retain`).
 //!
 //! # Invariants
 //!

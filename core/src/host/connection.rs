@@ -30,7 +30,8 @@ use crate::{
     wire::{FRAME_BYTES_MAX, GREETING_BYTES_MAX, PROTOCOLS, convert, program, receive, send},
 };
 
-/// How long a trainer may take to greet, then to ask for its rank, and a message to go through once it has begun.
+/// How long a trainer may take to greet, then to ask for its rank, and a message to go through once it has
+/// begun.
 const GREETING: Duration = Duration::from_secs(10);
 
 /// How often a thread that hears nothing looks whether the agent ends.
