@@ -332,7 +332,7 @@ impl Arena {
         let Some(map) = slot.map() else {
             return match populated {
                 true => Ok(()),
-                false => slot.allocate(&self.budget, &|| self.is_open()),
+                false => slot.allocate(&|| self.is_open()),
             };
         };
         if !populated {

@@ -248,16 +248,7 @@ impl Budget {
                 file.set_len(len).at("set the length of", path)?;
             }
         }
-        let allocated = allocate(file, len, go_on).map_err(|errno| match errno {
-            Some(rustix::io::Errno::NOSPC) => Error::Budget {
-                sum: format!("{} for {}, and the file system is full", human(more), path.display()),
-            },
-            Some(other) => Error::Io {
-                what: format!("allocate {}", path.display()),
-                source: io::Error::from(other),
-            },
-            None => Error::Fenced { why: "this Checkpointer was closed".into() },
-        });
+        let allocated = fill(file, path, len, go_on);
         if allocated.is_err() {
             // What was allocated before it failed is given back.
             file.set_len(before.len()).at("set the length of", path)?;
@@ -318,6 +309,23 @@ fn make_root(root: &Path) -> Result<()> {
     }
 }
 
+/// Gives the first `len` bytes of a file memory. That much is counted by the file's length, which stays.
+///
+/// # Errors
+/// [`Error::Budget`], or [`Error::Fenced`] where `go_on` said no.
+pub(crate) fn fill(file: &File, path: &Path, len: u64, go_on: &dyn Fn() -> bool) -> Result<()> {
+    allocate(file, len, go_on).map_err(|errno| match errno {
+        Some(rustix::io::Errno::NOSPC) => Error::Budget {
+            sum: format!("{} for {}, and the file system is full", human(len), path.display()),
+        },
+        Some(other) => Error::Io {
+            what: format!("allocate {}", path.display()),
+            source: io::Error::from(other),
+        },
+        None => Error::Fenced { why: "this Checkpointer was closed".into() },
+    })
+}
+
 /// Page by page, a piece at a time; `None`: told to stop.
 fn allocate(
     file: &File,
@@ -330,7 +338,7 @@ fn allocate(
             return Err(None);
         }
         let piece = (len - offset).min(PIECE_BYTES);
-        rustix::fs::fallocate(file, FallocateFlags::empty(), offset, piece).map_err(Some)?;
+        rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, offset, piece).map_err(Some)?;
         offset += piece;
     }
     Ok(())

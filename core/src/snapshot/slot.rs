@@ -14,7 +14,10 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use super::{budget::Budget, map::SlotMap};
+use super::{
+    budget::{Budget, fill},
+    map::SlotMap,
+};
 use crate::{
     chunk::CHUNK_BYTES,
     error::{Doing, Error, Result},
@@ -101,9 +104,10 @@ impl Slot {
         &self.file
     }
 
-    /// Gives every byte of the file memory: whoever made it may have died in between.
-    pub(super) fn allocate(&self, budget: &Budget, go_on: &dyn Fn() -> bool) -> Result<()> {
-        budget.grow(&self.file, &self.path(), self.file_len()?, go_on)
+    /// Gives every byte of the file memory: whoever made it may have died in between. It may be used
+    /// again meanwhile, for a smaller state: its length stays what it is.
+    pub(super) fn allocate(&self, go_on: &dyn Fn() -> bool) -> Result<()> {
+        fill(&self.file, &self.path(), self.file_len()?, go_on)
     }
 
     /// The file's length now.
