@@ -34,8 +34,14 @@ def same(a: Any, b: Any) -> bool:
         rows = zip(a.items(), b.items(), strict=True) if len(a) == len(b) else None
         return rows is not None and all(same(i, j) for i, j in rows)
     if isinstance(a, set | frozenset):
-        order = lambda x: sorted(x, key=repr)  # noqa: E731
-        return same(order(a), order(b))
+        # By no order: equal sets of sets may have different reprs.
+        left = list(b)
+        for i in a:
+            found = next((k for k, j in enumerate(left) if same(i, j)), None)
+            if found is None:
+                return False
+            del left[found]
+        return not left
     if dataclasses.is_dataclass(a) and not isinstance(a, type):
         return all(same(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
     if getattr(a, "maxlen", None) != getattr(b, "maxlen", None):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from same import same
 
@@ -137,6 +137,7 @@ TREES = st.recursive(LEAVES, containers, max_leaves=12)
 
 @settings(max_examples=400, deadline=None)
 @given(TREES)
+@example({frozenset({None}), frozenset({b"\x05\x83", 3})})
 def test_what_was_encoded_decodes_to_the_same_value_and_type(value: Any) -> None:
     assert same(again(value), value)
 
