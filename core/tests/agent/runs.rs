@@ -11,6 +11,17 @@ fn ends(root: &Path, end: &str) -> usize {
     files(root).iter().filter(|f| f.to_string_lossy().ends_with(end)).count()
 }
 
+/// A trainer whose step 1 is in RAM and not due for disk.
+fn saved_one_that_is_not_due(run: &Path, places: &Places) -> Actor {
+    let never_due = [("TIERKEEP_TEST_DISK_EVERY", "1000000".to_string())];
+    let mut actor = trainer_with(run, places.ram(), &never_due);
+    actor.hear("open");
+    assert_eq!(actor.ask("resume"), "0");
+    assert_eq!(actor.ask("save 1"), "ok");
+    assert_eq!(actor.ask("wait ram"), "true");
+    actor
+}
+
 /// At one moment: nobody makes a directory where there is none in between.
 fn swap(a: &Path, b: &Path) {
     use rustix::fs::{CWD, RenameFlags, renameat_with};
@@ -24,12 +35,7 @@ fn an_idle_run_gives_its_memory_back_after_its_checkpoint_is_durable_and_not_bef
     settings.idle = Duration::from_millis(200);
     let hosted = Hosted::new(settings);
     let (run, moved) = (places.destination(), places.destination().with_extension("moved"));
-    let never_due = [("TIERKEEP_TEST_DISK_EVERY", "1000000".to_string())];
-    let mut first = trainer_with(&run, places.ram(), &never_due);
-    first.hear("open");
-    assert_eq!(first.ask("resume"), "0");
-    assert_eq!(first.ask("save 1"), "ok");
-    assert_eq!(first.ask("wait ram"), "true");
+    let first = saved_one_that_is_not_due(&run, &places);
     // The disk is no disk for a while.
     fs::File::create(&moved).unwrap();
     swap(&moved, &run);
@@ -105,14 +111,9 @@ fn what_a_dead_trainer_left_is_carried_on_though_the_next_one_dies_before_it_beg
     settings.idle = Duration::from_millis(200);
     let hosted = Hosted::new(settings);
     let run = places.destination();
-    let never_due = [("TIERKEEP_TEST_DISK_EVERY", "1000000".to_string())];
-    let mut first = trainer_with(&run, places.ram(), &never_due);
-    first.hear("open");
-    assert_eq!(first.ask("resume"), "0");
-    assert_eq!(first.ask("save 1"), "ok");
-    assert_eq!(first.ask("wait ram"), "true");
+    let first = saved_one_that_is_not_due(&run, &places);
     first.kill();
-    let second = trainer_with(&run, places.ram(), &never_due);
+    let second = trainer(&run, places.ram(), 0, 1);
     second.hear("open");
     // Nobody carries it at this moment, and nobody says that it is safe.
     let drained = hosted.host.drain(Duration::from_millis(100));
@@ -133,11 +134,7 @@ fn what_is_not_due_when_its_trainer_closes_goes_to_disk_in_time() {
     let mut settings = settings(places.ram());
     settings.idle = Duration::from_millis(200);
     let hosted = Hosted::new(settings);
-    let never_due = [("TIERKEEP_TEST_DISK_EVERY", "1000000".to_string())];
-    let mut actor = trainer_with(&places.destination(), places.ram(), &never_due);
-    actor.hear("open");
-    assert_eq!(actor.ask("resume"), "0");
-    assert_eq!(actor.ask("save 1"), "ok");
+    let mut actor = saved_one_that_is_not_due(&places.destination(), &places);
     assert_eq!(actor.ask("close"), "");
     until("the memory is given back", || ends(places.ram(), ".safetensors") == 0);
     assert_eq!(ends(&places.destination(), "CHECKPOINT.json"), 1);

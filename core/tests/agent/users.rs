@@ -106,7 +106,7 @@ fn what_a_user_puts_in_the_place_of_slots_leads_the_agent_to_no_other_users_file
         return;
     }
     let places = Places::new();
-    let (hosted, [first, second]) = agent_for_all(&places, Duration::from_millis(1500));
+    let (_hosted, [first, second]) = agent_for_all(&places, Duration::from_millis(1500));
     let mut victim = trainer_as(TWO, &second, places.ram());
     let mut one = trainer_as(ONE, &first, places.ram());
     for actor in [&mut victim, &mut one] {
@@ -123,11 +123,15 @@ fn what_a_user_puts_in_the_place_of_slots_leads_the_agent_to_no_other_users_file
     // Where the agent will remove a manifest, the way leads to another user's checkpoint.
     let mine = manifest(&places.ram().join(format!("of-{ONE}")));
     let dir = mine.parent().unwrap();
+    assert!(dir.ancestors().nth(2).unwrap().join("_agent/000000").exists());
     std::fs::rename(dir, dir.with_extension("away")).unwrap();
     std::os::unix::fs::symlink(theirs.parent().unwrap(), dir).unwrap();
-    until("the idle rank is given up", || hosted.host.ranks().iter().all(|r| r.uid != ONE));
-    // Not listed while somebody is at it: then it is being given up.
-    std::thread::sleep(Duration::from_millis(500));
+    // Said before anything is removed.
+    let words = dir.ancestors().nth(2).unwrap().join("_agent/000000");
+    until("the idle rank is being given up", || !words.exists());
+    // Who opens it next comes after whoever gives it up, and is led nowhere either.
+    let refused = trainer_as(ONE, &first, places.ram()).hear("refused");
+    assert!(refused.contains("Permission denied"), "{refused}");
     assert!(theirs.exists(), "the agent removed what its user may not");
     assert_eq!(victim.ask("close"), "");
 }
