@@ -7,7 +7,11 @@
 //!
 //! - A byte that does not match its checksum in one tier is taken from the next; in none: an error.
 //! - A damaged copy is told once for each restore, in however many parts it is read.
-//! - Bytes that come from a file reach the caller's memory only after they were checked.
+//! - Bytes that come from a device reach the caller's memory only after they were checked; what lies
+//!   in memory (a slot, the page cache) is copied on the way, and what was damaged is taken again
+//!   from the next copy.
+//! - No byte of a file that another process may shorten is read through a map: only by calls, which
+//!   return an error where a load would kill the process.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -24,6 +28,11 @@ use crate::{
     snapshot::copy::{Memory, Piece, Plan, restore, restore_chunk, restore_passing, threads_for},
     tier::{Source, TierKind, buffer::AlignedBuf},
 };
+
+/// Read from memory at a time: what was read is still in the second-level cache when it is checked and
+/// copied on. A map of the file takes longer: its pages are put into the page table and taken out again
+/// (a new process, 1 GiB in a slot, two cores of an AMD EPYC: 155 ms this way, 220 ms by a map).
+const PIECE_BYTES: usize = 256 << 10;
 
 /// One copy, as far as it was read.
 #[derive(Default)]
@@ -233,23 +242,22 @@ impl Reading {
         let bad = Mutex::new(Vec::new());
         let trouble = Mutex::new(None);
         let work = || {
-            let mut buffer = AlignedBuf::new(1);
+            let mut buffer = AlignedBuf::new(PIECE_BYTES);
             while let Some(chunk) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
                 let (range, crc) = (plan.chunk(*chunk), payload.chunks[*chunk]);
-                if let Some(bytes) = source.at_hand(range.start as u64, range.len()) {
+                let good = if source.is_cached(range.start as u64, range.len()) {
+                    let read = |at: usize, into: &mut [u8]| source.read_at(at as u64, into);
+                    let piece = &mut buffer[..PIECE_BYTES];
                     // SAFETY: the caller's promise; each chunk is one thread's.
-                    if !unsafe { restore_passing(plan, *chunk, bytes, crc) } {
-                        locked(&bad).push(*chunk);
-                    }
-                    continue;
-                }
-                match read_chunk(source, payload, *chunk, &mut buffer) {
-                    Ok(bytes) => {
+                    unsafe { restore_passing(plan, *chunk, crc, piece, read) }
+                } else {
+                    read_chunk(source, payload, *chunk, &mut buffer)
                         // SAFETY: the caller's promise; each chunk is one thread's.
-                        if !unsafe { restore_chunk(plan, *chunk, bytes, crc) } {
-                            locked(&bad).push(*chunk);
-                        }
-                    }
+                        .map(|bytes| unsafe { restore_chunk(plan, *chunk, bytes, crc) })
+                };
+                match good {
+                    Ok(true) => {}
+                    Ok(false) => locked(&bad).push(*chunk),
                     Err(e) => {
                         locked(&trouble).get_or_insert(e);
                         locked(&bad).push(*chunk);
@@ -261,7 +269,7 @@ impl Reading {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let cached = chunks.first().is_some_and(|c| {
             let range = plan.chunk(*c);
-            source.at_hand(range.start as u64, range.len()).is_some()
+            source.is_cached(range.start as u64, range.len())
         });
         let readers = if cached { READERS.min(cores) } else { READERS };
         run_on(readers.min(chunks.len()), &work);

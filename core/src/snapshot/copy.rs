@@ -17,7 +17,8 @@
 //! - Restoring gives back what was captured, and touches no other byte.
 //! - A damaged chunk is reported, exactly it.
 //! - A chunk without a wanted byte is not read.
-//! - A damaged chunk in a buffer never reaches a tensor.
+//! - A damaged chunk in a buffer never reaches a tensor. (One that is read piece by piece does, and is
+//!   reported.)
 //! - A tagged piece's checksum is that of its bytes, however chunks cut it, and changes no other.
 //! - A panic on a copying thread reaches the caller.
 //!
@@ -66,7 +67,10 @@ use std::{
 
 use crc32fast::Hasher;
 
-pub use self::plan::{Memory, Piece, Plan};
+pub use self::{
+    back::{restore, restore_chunk, restore_passing},
+    plan::{Memory, Piece, Plan},
+};
 use super::strided::Address;
 
 /// Copied, then checksummed, at a time: both ends and what the prefetcher ran ahead fit the
@@ -219,7 +223,10 @@ unsafe fn capture_all(
     let found = on_threads(chunks.len(), threads, |index| {
         let chunk = chunks.start + index;
         // SAFETY: the slot has `plan.len()` bytes, and each chunk is given to one thread.
-        let sum = unsafe { pass(plan, chunk, slot.get().add(plan.chunk(chunk).start), work) };
+        let sum = unsafe {
+            let range = plan.chunk(chunk);
+            pass(plan, range.clone(), slot.get().add(range.start), work)
+        };
         Some((index, sum))
     });
     for (index, (crc, parts)) in found {
@@ -227,83 +234,6 @@ unsafe fn capture_all(
         sums.parts.extend(parts);
     }
     sums
-}
-
-/// Copies the slot into the live tensors, checking each chunk; returns the bad ones, sorted. What
-/// was copied from a bad chunk is rubbish: the caller takes it from another tier with
-/// [`restore_chunk`], or fails. [`Memory::InPlace`] pieces are checked and not copied; chunks
-/// without a wanted byte are not read.
-///
-/// # Panics
-///
-/// If there is not one checksum for each chunk, or a tensor [`overlaps`](Strided::overlaps) itself.
-///
-/// # Safety
-///
-/// `slot` is readable for `plan.len()` bytes. All other memory of the plan is writable, apart from
-/// the slot and from each other. Until this returns no other thread touches it or writes to the
-/// slot.
-#[must_use]
-pub unsafe fn restore(plan: &Plan, slot: *const u8, crcs: &[u32], threads: usize) -> Vec<u32> {
-    assert_eq!(crcs.len(), plan.chunks(), "one checksum for each chunk");
-    assert!(!plan.overlaps, "a tensor whose elements share memory cannot be restored into");
-    let slot = Address::read_only(slot);
-    let work = Work { to_slot: false, moved: Moved::All, checksum: true };
-    let mut bad = on_threads(plan.chunks(), threads, |chunk| {
-        if !plan.wants(chunk) {
-            return None;
-        }
-        // SAFETY: the slot has `plan.len()` bytes and is only read; each chunk is given to one
-        // thread, and no two chunks share a byte of memory.
-        let (crc, _) = unsafe { pass(plan, chunk, slot.get().add(plan.chunk(chunk).start), work) };
-        (crc != crcs[chunk]).then_some(chunk as u32)
-    });
-    bad.sort_unstable();
-    bad
-}
-
-/// [`restore`] of one chunk, whose bytes lie in memory: copied and checked in one pass. False: it is
-/// damaged or not of the right length, and what was copied is rubbish.
-///
-/// # Panics
-///
-/// If there is no such chunk, or a tensor [`overlaps`](Strided::overlaps) itself.
-///
-/// # Safety
-///
-/// As [`restore_chunk`].
-#[must_use]
-pub unsafe fn restore_passing(plan: &Plan, chunk: usize, bytes: &[u8], crc: u32) -> bool {
-    assert!(!plan.overlaps, "a tensor whose elements share memory cannot be restored into");
-    if bytes.len() != plan.chunk(chunk).len() {
-        return false;
-    }
-    let work = Work { to_slot: false, moved: Moved::All, checksum: true };
-    // SAFETY: `bytes` is as long as the chunk and is only read; the rest is promised by the caller.
-    unsafe { pass(plan, chunk, bytes.as_ptr().cast_mut(), work).0 == crc }
-}
-
-/// Checks one chunk that came from a file or a peer, and only if it is good copies it into the live
-/// tensors. False: it is not, or not of the right length, and nothing was touched.
-///
-/// # Panics
-///
-/// If there is no such chunk, or a tensor [`overlaps`](Strided::overlaps) itself.
-///
-/// # Safety
-///
-/// All memory of the plan in this chunk is writable and apart from `bytes`, and until this returns
-/// no other thread touches it. Two threads may restore two chunks at once.
-#[must_use]
-pub unsafe fn restore_chunk(plan: &Plan, chunk: usize, bytes: &[u8], crc: u32) -> bool {
-    assert!(!plan.overlaps, "a tensor whose elements share memory cannot be restored into");
-    if bytes.len() != plan.chunk(chunk).len() || crc32fast::hash(bytes) != crc {
-        return false;
-    }
-    let work = Work { to_slot: false, moved: Moved::All, checksum: false };
-    // SAFETY: `bytes` is as long as the chunk and is only read; the rest is promised by the caller.
-    unsafe { pass(plan, chunk, bytes.as_ptr().cast_mut(), work) };
-    true
 }
 
 /// How many threads to give a copy that the trainer waits for: 1 where starting another costs more
@@ -403,16 +333,15 @@ impl Checksum {
     }
 }
 
-/// Moves one chunk between memory and `slot`, where the chunk starts, and returns its checksum, and
-/// those of the tagged pieces in it.
+/// Moves a range of the payload, a chunk or a part of one, between memory and `slot`, where the range
+/// starts, and returns its checksum, and those of the tagged pieces in it.
 ///
 /// # Safety
 ///
-/// The chunk's bytes in `slot` are readable, and writable if `work.to_slot`. The memory of the
+/// The range's bytes in `slot` are readable, and writable if `work.to_slot`. The memory of the
 /// pieces that `work` moves is readable, or writable if not `work.to_slot`. They are apart, and
 /// nobody else touches what is written or writes to what is read.
-unsafe fn pass(plan: &Plan, chunk: usize, slot: *mut u8, work: Work) -> (u32, Vec<Part>) {
-    let range = plan.chunk(chunk);
+unsafe fn pass(plan: &Plan, range: Range<usize>, slot: *mut u8, work: Work) -> (u32, Vec<Part>) {
     let hasher = work.checksum.then(Hasher::new);
     let mut checksum = Checksum { hasher, before: None, slot, done: 0 };
     let mut parts = Vec::new();
@@ -511,6 +440,8 @@ pub(super) fn on_threads<T: Send>(
     })
 }
 
+/// The mirror: out of a slot, a buffer or a file.
+mod back;
 /// Where every byte of a payload lies in memory.
 mod plan;
 /// Copying past the cache. A slot is not read again soon, and a store that goes through the cache

@@ -109,10 +109,10 @@ pub trait Source: Send + Sync {
     /// # Errors
     /// The operating system's, and [`Error::Damaged`] for a file shorter than it said.
     fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<()>;
-    /// These bytes where they lie in memory already (tmpfs, the page cache), if they do: then they
-    /// need not be copied to be looked at. Others may change them meanwhile, as they may a file.
-    fn at_hand(&self, _offset: u64, _len: usize) -> Option<&[u8]> {
-        None
+    /// Whether these bytes lie in memory (tmpfs, the page cache), so that reading them waits for
+    /// nothing. Never where the file has fewer.
+    fn is_cached(&self, _offset: u64, _len: usize) -> bool {
+        false
     }
     /// The open file, where it is one: to be handed to another process.
     fn file(&self) -> Option<&std::fs::File> {

@@ -146,8 +146,8 @@ pub(crate) fn source(file: File, path: PathBuf, may_direct: bool) -> Result<Box<
     if !meta.is_file() {
         return Err(Error::damaged(path.display().to_string(), "it is not a file"));
     }
-    let (direct, map) = (OnceLock::new(), OnceLock::new());
-    Ok(Box::new(PosixSource { file, len: meta.len(), path, direct, may_direct, map }))
+    let direct = OnceLock::new();
+    Ok(Box::new(PosixSource { file, len: meta.len(), path, direct, may_direct }))
 }
 
 fn same_bytes(there: &dyn Source, payload: &dyn Payload) -> Result<bool> {
@@ -172,18 +172,9 @@ struct PosixSource {
     /// A second descriptor with `O_DIRECT`, opened at the first read that misses the page cache.
     direct: OnceLock<Option<File>>,
     may_direct: bool,
-    /// Made when the first bytes are asked for [`at_hand`](Source::at_hand).
-    map: OnceLock<Option<memmap2::Mmap>>,
 }
 
 impl PosixSource {
-    /// Reads whose pages are all in memory copy from there; the rest goes around the cache, which
-    /// is faster from NVMe and leaves the cache to the data loader.
-    fn is_cached(&self, offset: u64, len: usize) -> bool {
-        crate::sys::cached_pages(&self.file, offset, len as u64)
-            .is_some_and(|pages| pages >= (len as u64).div_ceil(4096))
-    }
-
     fn direct(&self) -> Option<&File> {
         let open = || {
             let flags = rustix::fs::OFlags::DIRECT.bits().cast_signed();
@@ -204,24 +195,12 @@ impl Source for PosixSource {
         self.len
     }
 
-    /// Mapped, because the kernel's copy out of the page cache takes twice as long as ours, which
-    /// goes past the cache on its way to the tensors.
-    ///
-    /// A load from a map kills the process where a read would return an error, so: only pages that
-    /// are in memory, put into the page table by a call that returns errors, and used at once. What
-    /// is left is somebody who truncates a published payload in these microseconds; tierkeep never
-    /// does while it is open.
-    fn at_hand(&self, offset: u64, len: usize) -> Option<&[u8]> {
-        if offset.checked_add(len as u64)? > self.len || !self.is_cached(offset, len) {
-            return None;
-        }
-        // SAFETY: a map for reading of a file that is open. That its bytes may change is said in the
-        // contract; nothing is taken for good before its checksum.
-        let map =
-            self.map.get_or_init(|| unsafe { memmap2::Mmap::map(&self.file) }.ok()).as_ref()?;
-        let begin = usize::try_from(offset).ok()?;
-        map.advise_range(memmap2::Advice::PopulateRead, begin, len).ok()?;
-        map.get(begin..begin + len)
+    /// Reads whose pages are all in memory copy from there; the rest goes around the cache, which
+    /// is faster from NVMe and leaves the cache to the data loader.
+    fn is_cached(&self, offset: u64, len: usize) -> bool {
+        let pages = || crate::sys::cached_pages(&self.file, offset, len as u64);
+        offset.checked_add(len as u64).is_some_and(|end| end <= self.len)
+            && (!self.may_direct || pages().is_some_and(|n| n >= (len as u64).div_ceil(4096)))
     }
 
     fn file(&self) -> Option<&File> {

@@ -321,14 +321,43 @@ fn a_damaged_chunk_in_a_buffer_never_reaches_a_tensor() {
             let good = unsafe { restore_chunk(&plan, chunk, &payload[plan.chunk(chunk)], *crc) };
             assert!(good, "seed {seed}");
         }
+        for (tensor, before) in state.tensors.iter().zip(&before) {
+            assert!(
+                tensor.places.iter().all(|at| tensor.memory[*at] == before[*at]),
+                "seed {seed}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_chunk_that_is_read_piece_by_piece_is_checked_whole() {
+    for seed in 0..200 {
+        let mut state = State::random(seed, false);
+        let (payload, crcs) = (state.payload.clone(), state.crcs());
+        let before = state.forget();
+        let plan = state.plan(false, |_| false);
+        let chance = &mut Chance(seed as u64 + 1);
         for (chunk, crc) in crcs.iter().enumerate() {
-            let bytes = &payload[plan.chunk(chunk)];
-            // SAFETY: as above.
-            unsafe {
-                assert!(!restore_passing(&plan, chunk, bytes, crc ^ 1), "seed {seed}");
-                assert!(!restore_passing(&plan, chunk, &bytes[1..], *crc), "seed {seed}");
-                assert!(restore_passing(&plan, chunk, bytes, *crc), "seed {seed}");
+            let range = plan.chunk(chunk);
+            let mut buffer = vec![0; 1 + chance.below(2 * range.len())];
+            let damaged = range.start + chance.below(range.len());
+            for damage in [true, false] {
+                let read = |at: usize, into: &mut [u8]| {
+                    into.copy_from_slice(&payload[at..at + into.len()]);
+                    if damage && (at..at + into.len()).contains(&damaged) {
+                        into[damaged - at] ^= 0x10;
+                    }
+                    Ok::<_, ()>(())
+                };
+                // SAFETY: as above.
+                let good = unsafe { restore_passing(&plan, chunk, *crc, &mut buffer, read) };
+                assert_eq!(good, Ok(!damage), "seed {seed}");
             }
+            // SAFETY: as above.
+            let failed =
+                unsafe { restore_passing(&plan, chunk, *crc, &mut buffer, |_, _| Err(())) };
+            assert_eq!(failed, Err(()), "seed {seed}");
         }
         for (tensor, before) in state.tensors.iter().zip(&before) {
             assert!(
