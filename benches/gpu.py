@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import pathlib
 import platform
-import shutil
 import statistics
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from agent import serving
 from state import tensors
 from torch import nn
 
@@ -121,6 +121,11 @@ def now(arguments: dict[str, object], gib: float, rounds: int) -> None:
     row("restore from RAM into live tensors, checked / DMA", f"{ratio:.2f} ({took * 1e3:.1f} ms)")
 
 
+def saves(arguments: dict[str, object], gib: float, rounds: int) -> None:
+    now(arguments, gib, rounds)
+    fresh(arguments, gib)
+
+
 def fresh(arguments: dict[str, object], gib: float) -> None:
     """The next start: from the nearest tier, into a fresh optimizer."""
     model, _ = build(gib)
@@ -201,21 +206,17 @@ def main() -> None:
         sys.exit("error: no CUDA device")
     print(
         f"On {torch.cuda.get_device_name()}, {platform.processor() or platform.machine()}, "
-        f"Linux {platform.release()}, torch {torch.__version__}; medians of {options.rounds}.\n"
+        f"Linux {platform.release()}, torch {torch.__version__}; medians of {options.rounds}."
     )
-    print("| what | measured |\n|---|---|")
-    for part in ("now", "overlap"):
-        disk, ram = tempfile.mkdtemp(), tempfile.mkdtemp(prefix="tierkeep-bench-", dir="/dev/shm")
-        arguments: dict[str, object] = {"destination": f"{disk}/run", "ram_dir": ram}
-        try:
-            if part == "now":
-                now(arguments, options.gib, options.rounds)
-                fresh(arguments, options.gib)
-            else:
-                overlap(arguments, options.gib, options.rounds)
-        finally:
-            shutil.rmtree(disk)
-            shutil.rmtree(ram)
+    for owner in ("embedded", "with an agent"):
+        print(f"\n| {owner} | measured |\n|---|---|")
+        for part in (saves, overlap):
+            with tempfile.TemporaryDirectory() as base, serving(pathlib.Path(base)) as places:
+                agent, disk, ram = places
+                alone: dict[str, object] = {"agent": False, "ram_dir": ram}
+                who = {"agent": str(agent.socket)} if owner == "with an agent" else alone
+                arguments = {"destination": disk / "run", **who}
+                part(arguments, options.gib, options.rounds)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from agents import Agent
 
 
 def pytest_configure() -> None:
@@ -42,3 +43,12 @@ def _prepares() -> bool:
 def run(ram: Path, tmp_path: Path) -> Path:
     """A destination. Its ram tier is in `ram`."""
     return tmp_path / "run"
+
+
+@pytest.fixture
+def agent(ram: Path) -> Iterator[Agent]:
+    """Checkpointers find it by themselves."""
+    agent = Agent(ram)
+    yield agent
+    agent.stop(signal.SIGKILL)
+    agent.log.unlink()

@@ -8,49 +8,14 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from agents import COMMAND, Agent
 from jobs import interrupted, mlp, regression
 
 import tierkeep
-
-COMMAND = str(Path(sys.executable).with_name("tierkeep"))
-
-
-class Agent:
-    """`tierkeep agent`, killed at the end."""
-
-    def __init__(self, ram: Path) -> None:
-        self.socket = ram / "agent.sock"
-        self.log = ram.with_name(ram.name + ".log")
-        self.process: subprocess.Popen[bytes] | None = None
-        self.start()
-
-    def start(self) -> None:
-        ram = self.socket.parent
-        command = [COMMAND, "agent", "--ram-dir", str(ram), "--socket", str(self.socket)]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        end = time.monotonic() + 20
-        while not self.socket.exists() and time.monotonic() < end:
-            time.sleep(0.01)
-        assert self.process.poll() is None, self.log.read_text()
-
-    def stop(self, how: signal.Signals) -> int:
-        assert self.process is not None
-        self.process.send_signal(how)
-        return self.process.wait(20)
-
-
-@pytest.fixture
-def agent(ram: Path) -> Iterator[Agent]:
-    agent = Agent(ram)
-    yield agent
-    agent.stop(signal.SIGKILL)
-    agent.log.unlink()
 
 
 def state() -> dict[str, object]:

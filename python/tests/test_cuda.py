@@ -1,4 +1,4 @@
-"""Tensors on a CUDA device: out by DMA behind the training, and back."""
+"""Tensors on a CUDA device: out by DMA behind the training, and back; alone and with an agent."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from agents import Agent
 from same import fingerprint
 
 import tierkeep
@@ -23,6 +24,14 @@ pytestmark = pytest.mark.skipif(
 
 Capture = Literal["now", "overlap"]
 captures = pytest.mark.parametrize("capture", ["now", "overlap"])
+
+
+@pytest.fixture(params=["embedded", "agent"], autouse=True)
+def owner(request: pytest.FixtureRequest) -> str:
+    """Who has the slots: with an agent they are mapped, and pinned, from descriptors it passes."""
+    if request.param == "agent":
+        request.getfixturevalue("agent")
+    return str(request.param)
 
 
 def make(width: int = 512) -> dict[str, Any]:
@@ -252,3 +261,34 @@ def test_killed_at_any_moment_the_newest_whole_checkpoint_comes_back(
     assert reached[0] == 0
     assert reached == sorted(reached)
     assert reached[-1] > 0
+
+
+@captures
+@pytest.mark.parametrize("owner", ["agent"], indirect=True)
+def test_an_agent_that_is_upgraded_costs_no_checkpoint_and_no_pinned_slot(
+    run: Path, agent: Agent, capture: Capture
+) -> None:
+    big = torch.nn.Parameter(torch.zeros(16 << 20, device="cuda"))
+    optimizer = torch.optim.SGD([big], lr=1.0, maximize=True)
+    big.grad = torch.ones_like(big)
+    with tierkeep.Checkpointer(run, capture=capture, keep_last=9) as ckpt:
+        ckpt.restore({"big": big, "optim": optimizer})
+        ckpt.guard(optimizer)
+        pinned = None
+        for step in range(1, 7):
+            optimizer.step()
+            ckpt.save(step, {"big": big, "optim": optimizer})
+            if step in (2, 4):
+                agent.stop(signal.SIGTERM if step == 2 else signal.SIGKILL)
+                agent.start()
+            views = [view for _, views in ckpt._stager._views.values() for view in views]
+            assert views
+            assert all(view.is_pinned() for view in views)
+            if step == 3:
+                pinned = {view.data_ptr() for view in views}
+        assert pinned == {view.data_ptr() for view in views}
+        ckpt.wait_all("disk")
+        steps = [info.step for info in ckpt.steps()]
+    assert steps[-1] == 6
+    for step in steps:
+        assert bool((tierkeep.load(run, step)["big"] == step).all()), step

@@ -265,13 +265,13 @@ impl Reading {
                 }
             }
         };
-        // Waiting for a disk takes no core; copying from the page cache takes one each.
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        // Waiting for a disk takes no core; copying from memory takes one each, as from a slot.
         let cached = chunks.first().is_some_and(|c| {
             let range = plan.chunk(*c);
             source.is_cached(range.start as u64, range.len())
         });
-        let readers = if cached { READERS.min(cores) } else { READERS };
+        let copiers = || threads.unwrap_or_else(|| threads_for(plan.len()));
+        let readers = if cached { copiers() } else { READERS };
         run_on(readers.min(chunks.len()), &work);
         let mut bad = std::mem::take(&mut *locked(&bad));
         bad.sort_unstable();

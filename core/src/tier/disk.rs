@@ -18,7 +18,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Mutex,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -40,6 +40,14 @@ use crate::{
 /// Blocks in flight a payload. One thread keeps one block in the device's queue; two are at the
 /// device's speed on the disks measured (benches/RESULTS.md), four leave room for faster ones.
 const WRITERS: usize = 4;
+
+/// Buffers of all payloads that are written at a time from memory that is not mapped, if they are not
+/// more than 32: an agent's own memory is small, and one payload alone still fills a disk's queue.
+const BUFFERS_BYTES: u64 = 8 << 20;
+
+/// Less at a time costs more calls than it saves memory.
+const BLOCK_BYTES_MIN: u64 = 64 << 10;
+
 /// Retired files kept a rank: one that is being overwritten next, one that was retired just now.
 const FREE_FILES_MAX: usize = 2;
 
@@ -217,9 +225,34 @@ pub(crate) fn open_direct(path: &Path) -> Result<Option<File>> {
     }
 }
 
+/// One of the payloads that are being written through buffers in this process: an agent has many.
+struct Buffered;
+
+static BUFFERED: AtomicUsize = AtomicUsize::new(0);
+
+impl Buffered {
+    fn begin() -> Self {
+        BUFFERED.fetch_add(1, Ordering::Relaxed);
+        Self
+    }
+}
+
+impl Drop for Buffered {
+    fn drop(&mut self) {
+        BUFFERED.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// What each writer takes at a time. Many payloads keep the disk as busy with small blocks.
+fn buffer_bytes(payloads: usize) -> u64 {
+    let each = BUFFERS_BYTES / (WRITERS * payloads.max(1)) as u64;
+    (each / BLOCK_BYTES_MIN * BLOCK_BYTES_MIN).max(BLOCK_BYTES_MIN)
+}
+
 fn write_blocks(file: &File, staged: &Path, payload: &dyn Payload) -> Result<()> {
     let len = payload.len();
-    let piece = usize::try_from(payload.block_bytes().clamp(4096, CHUNK_BYTES)).unwrap_or(4096);
+    let most = payload.block_bytes().clamp(4096, CHUNK_BYTES);
+    let buffered = (most < CHUNK_BYTES).then(Buffered::begin);
     let next = AtomicU64::new(0);
     let failed = AtomicBool::new(false);
     let error = Mutex::new(None);
@@ -231,6 +264,12 @@ fn write_blocks(file: &File, staged: &Path, payload: &dyn Payload) -> Result<()>
                 break;
             }
             let end = (offset + CHUNK_BYTES).min(len);
+            let now = || buffer_bytes(BUFFERED.load(Ordering::Relaxed)).min(most);
+            let piece = buffered.as_ref().map_or(most, |_| now());
+            let piece = usize::try_from(piece).unwrap_or(4096);
+            if buffered.is_some() && scratch.len() > piece {
+                scratch = AlignedBuf::new(piece); // There are more payloads than there were.
+            }
             let mut pieces = (offset..end).step_by(piece);
             let written = pieces.try_for_each(|at| {
                 let bytes = usize::try_from((end - at).min(piece as u64)).unwrap_or(0);
@@ -261,4 +300,19 @@ fn write_blocks(file: &File, staged: &Path, payload: &dyn Payload) -> Result<()>
 pub(crate) fn free_bytes(path: &Path) -> io::Result<u64> {
     let stat = rustix::fs::statvfs(path)?;
     Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_of_many_payloads_take_no_more_memory_than_those_of_few() {
+        for payloads in 1..=32 {
+            let each = buffer_bytes(payloads);
+            assert!(each.is_multiple_of(4096), "{payloads}: {each}");
+            assert!(each * (WRITERS * payloads) as u64 <= BUFFERS_BYTES, "{payloads}: {each}");
+        }
+        assert_eq!(buffer_bytes(1000), BLOCK_BYTES_MIN);
+    }
 }

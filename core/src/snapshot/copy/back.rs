@@ -11,7 +11,8 @@ use super::{Address, Moved, Plan, Work, on_threads, pass};
 ///
 /// # Panics
 ///
-/// If there is not one checksum for each chunk, or a tensor [`overlaps`](crate::snapshot::strided::Strided::overlaps) itself.
+/// If there is not one checksum for each chunk, or a tensor
+/// [`overlaps`](crate::snapshot::strided::Strided::overlaps) itself.
 ///
 /// # Safety
 ///

@@ -1,0 +1,36 @@
+"""An agent of a test's own."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+COMMAND = str(Path(sys.executable).with_name("tierkeep"))
+
+
+class Agent:
+    """`tierkeep agent`, killed at the end."""
+
+    def __init__(self, ram: Path) -> None:
+        self.socket = ram / "agent.sock"
+        self.log = ram.with_name(ram.name + ".log")
+        self.process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        ram = self.socket.parent
+        command = [COMMAND, "agent", "--ram-dir", str(ram), "--socket", str(self.socket)]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+        end = time.monotonic() + 20
+        while not self.socket.exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert self.process.poll() is None, self.log.read_text()
+
+    def stop(self, how: signal.Signals) -> int:
+        assert self.process is not None
+        self.process.send_signal(how)
+        return self.process.wait(20)
