@@ -38,6 +38,7 @@ pub mod passing;
 mod wire;
 pub mod link;
 pub mod host;
+pub mod placement;
 pub mod probe;
 
 pub mod names;

@@ -3,12 +3,14 @@
 //!
 //! arguments (`cli`) -> one command (`commands`) -> data to stdout, talk to stderr, an exit code
 //!
-//! An agent's own side of what it is asked is in [`service`].
+//! An agent's own side of what it is asked is in [`service`]; which other agents there are, in
+//! [`cluster`].
 //!
 //! It owns words, tables, JSON and file formats of other people. It decides nothing about a
 //! checkpoint: that is the core's.
 
 mod cli;
+pub mod cluster;
 mod commands;
 mod doctor;
 mod export;

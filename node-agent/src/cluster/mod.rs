@@ -1,0 +1,178 @@
+//! The agents that are alive, as this one sees it.
+//!
+//! Gossip and failure detector are chitchat's: each agent tells a few others, four times a second, what
+//! it knows of all. This module owns who counts as a member, and the key (`packet`, `gossip`). It
+//! decides nothing about copies: that is `tierkeep::placement`.
+//!
+//! # Invariants
+//!
+//! - A member has one name. Of several lives of one name the newest counts: an agent that comes back,
+//!   at another address or with an empty disk, replaces the one before it at once.
+//! - A packet without the cluster's key changes nothing.
+
+mod gossip;
+mod packet;
+
+use std::{collections::BTreeMap, net::SocketAddr, sync::atomic::Ordering, time::Duration};
+
+use chitchat::{
+    ChitchatConfig, ChitchatHandle, ChitchatId, FailureDetectorConfig, NodeState, spawn_chitchat,
+};
+use tierkeep::clock::{Clock as _, SystemClock};
+use tokio::sync::watch;
+
+use self::gossip::{Keyed, Refused};
+pub use self::packet::Key;
+
+/// How often each agent tells others. A dead one is missed after some eight times that (`PHI`).
+const INTERVAL: Duration = Duration::from_millis(250);
+
+/// So many usual intervals without news of an agent: it is dead.
+const PHI: f64 = 8.0;
+
+/// A dead agent is forgotten after that; one that comes back later is a new one.
+const FORGET: Duration = Duration::from_secs(24 * 3600);
+
+/// Where an agent's bytes are to be had.
+const PEER: &str = "peer";
+/// Before each label.
+const LABEL: &str = "label.";
+
+/// What an agent is to the others.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Its name, which no other agent of the cluster has.
+    pub name: String,
+    /// The cluster's name: agents of another one are not listened to.
+    pub cluster: String,
+    /// What all agents of the cluster know.
+    pub key: Key,
+    /// Where it hears gossip, by UDP.
+    pub listen: SocketAddr,
+    /// Where others reach that.
+    pub advertise: SocketAddr,
+    /// Where others reach its bytes, by TCP.
+    pub peer: SocketAddr,
+    /// Agents to begin with, as `address:port` or `name:port`; a name with several addresses is all of
+    /// them, and is asked for again every minute.
+    pub seeds: Vec<String>,
+    /// Where it is and what else is known of it, as in `zone`, `rack`, `host`.
+    pub labels: BTreeMap<String, String>,
+}
+
+/// A live agent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// Its name.
+    pub name: String,
+    /// This life of it, in milliseconds since 1970: larger is newer. Where the clock went back before it
+    /// began, it counts when the one before it is missed.
+    pub life: u64,
+    /// Where its bytes are to be had.
+    pub peer: SocketAddr,
+    /// As it gave them.
+    pub labels: BTreeMap<String, String>,
+}
+
+/// This agent among the others.
+pub struct Cluster {
+    handle: ChitchatHandle,
+    live: watch::Receiver<BTreeMap<ChitchatId, NodeState>>,
+    own: ChitchatId,
+    refused: Refused,
+}
+
+impl Cluster {
+    /// Begins to tell the others, and to listen.
+    ///
+    /// # Errors
+    /// The address to listen at is taken, or is none of this host's.
+    pub async fn join(settings: Settings) -> anyhow::Result<Self> {
+        let life = SystemClock.unix_ms();
+        let own = ChitchatId::new(settings.name, life, settings.advertise);
+        let config = ChitchatConfig {
+            chitchat_id: own.clone(),
+            cluster_id: settings.cluster,
+            gossip_interval: INTERVAL,
+            listen_addr: settings.listen,
+            seed_nodes: settings.seeds,
+            failure_detector_config: FailureDetectorConfig {
+                phi_threshold: PHI,
+                sampling_window_size: 1_000,
+                // A pause that long is no sign of a slow network: it does not make the next one usual.
+                max_interval: 4 * INTERVAL,
+                initial_interval: INTERVAL,
+                dead_node_grace_period: FORGET,
+            },
+            marked_for_deletion_grace_period: Duration::from_secs(3600),
+            catchup_callback: None,
+            extra_liveness_predicate: None,
+        };
+        let labels =
+            settings.labels.into_iter().map(|(key, value)| (format!("{LABEL}{key}"), value));
+        let about = labels.chain([(PEER.to_owned(), settings.peer.to_string())]).collect();
+        let refused = Refused::default();
+        let transport = Keyed { key: settings.key, refused: refused.clone() };
+        let handle = spawn_chitchat(config, about, &transport).await?;
+        let live = handle.chitchat().lock().await.live_nodes_watcher();
+        Ok(Self { handle, live, own, refused })
+    }
+
+    /// The live agents by name, this one among them.
+    #[must_use]
+    pub fn members(&self) -> Vec<Member> {
+        members(&self.live.borrow())
+    }
+
+    /// Ready when the live agents are not those of the last call any more.
+    pub async fn changed(&mut self) {
+        if self.live.changed().await.is_err() {
+            std::future::pending::<()>().await; // Nobody tells any more: this agent ends.
+        }
+    }
+
+    /// Whether an agent that began later has this one's name.
+    #[must_use]
+    pub fn is_replaced(&self) -> bool {
+        let newer = |id: &ChitchatId| {
+            id.node_id == self.own.node_id && id.generation_id > self.own.generation_id
+        };
+        self.live.borrow().keys().any(newer)
+    }
+
+    /// Packets that were not made with the cluster's key, or were noise.
+    #[must_use]
+    pub fn refused(&self) -> u64 {
+        self.refused.load(Ordering::Relaxed)
+    }
+
+    /// Tells nothing any more: the others miss it.
+    ///
+    /// # Errors
+    /// The gossip had ended before, by an error: this one.
+    pub async fn leave(self) -> anyhow::Result<()> {
+        self.handle.shutdown().await
+    }
+}
+
+/// Of each name the newest life. What does not say where its bytes are is not there yet.
+fn members(live: &BTreeMap<ChitchatId, NodeState>) -> Vec<Member> {
+    let mut found: BTreeMap<&str, Member> = BTreeMap::new();
+    for (id, state) in live {
+        let Some(peer) = state.get(PEER).and_then(|peer| peer.parse().ok()) else { continue };
+        let label = |(key, value): (&str, &str)| {
+            Some((key.strip_prefix(LABEL)?.to_owned(), value.to_owned()))
+        };
+        let member = Member {
+            name: id.node_id.to_string(),
+            life: id.generation_id,
+            peer,
+            labels: state.key_values().filter_map(label).collect(),
+        };
+        let known = found.entry(&id.node_id).or_insert_with(|| member.clone());
+        if known.life < member.life {
+            *known = member;
+        }
+    }
+    found.into_values().collect()
+}

@@ -1,0 +1,124 @@
+//! Agents that find and miss each other, by real UDP on this machine.
+#![allow(clippy::unwrap_used, clippy::disallowed_methods)] // Tests: real sockets, real time.
+
+use std::{
+    collections::BTreeMap,
+    net::{SocketAddr, UdpSocket},
+    time::{Duration, Instant},
+};
+
+use tierkeep_agent::cluster::{Cluster, Key, Settings};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// An address on this machine that nobody uses.
+fn free() -> SocketAddr {
+    UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}
+
+fn settings(name: &str, key: &[u8], seeds: &[SocketAddr]) -> Settings {
+    let at = free();
+    Settings {
+        name: name.into(),
+        cluster: "test".into(),
+        key: Key::new(key),
+        listen: at,
+        advertise: at,
+        peer: SocketAddr::new(at.ip(), 1),
+        seeds: seeds.iter().map(ToString::to_string).collect(),
+        labels: BTreeMap::from([("rack".into(), format!("rack of {name}"))]),
+    }
+}
+
+async fn join(name: &str, seeds: &[SocketAddr]) -> (Cluster, SocketAddr) {
+    let settings = settings(name, b"key", seeds);
+    let at = settings.listen;
+    (Cluster::join(settings).await.unwrap(), at)
+}
+
+fn names(cluster: &Cluster) -> Vec<String> {
+    cluster.members().into_iter().map(|m| m.name).collect()
+}
+
+/// Until all of them see just these; how long that took.
+async fn until(clusters: &[&Cluster], wanted: &[&str]) -> Duration {
+    let begun = Instant::now();
+    while clusters.iter().any(|cluster| names(cluster) != wanted) {
+        let seen: Vec<_> = clusters.iter().map(|c| names(c)).collect();
+        assert!(begun.elapsed() < PATIENCE, "{seen:?}, not {wanted:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    begun.elapsed()
+}
+
+#[tokio::test]
+async fn agents_find_each_other_by_one_seed_with_what_they_say_of_themselves() {
+    let (a, seed) = join("a", &[]).await;
+    let (b, _) = join("b", &[seed]).await;
+    let (c, _) = join("c", &[seed]).await;
+    until(&[&a, &b, &c], &["a", "b", "c"]).await;
+    for member in c.members() {
+        assert_eq!(member.labels["rack"], format!("rack of {}", member.name));
+        assert_eq!(member.peer.port(), 1);
+    }
+}
+
+#[tokio::test]
+async fn one_that_dies_is_missed_and_comes_back_at_another_address() {
+    let (a, seed) = join("a", &[]).await;
+    let (b, _) = join("b", &[seed]).await;
+    let (c, _) = join("c", &[seed]).await;
+    until(&[&a, &b, &c], &["a", "b", "c"]).await;
+    let before = a.members()[2].life;
+    // Usual intervals are known.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    c.leave().await.unwrap();
+    let missed = until(&[&a, &b], &["a", "b"]).await;
+    println!("missed after {missed:?}");
+    let (c, _) = join("c", &[seed]).await;
+    until(&[&a, &b, &c], &["a", "b", "c"]).await;
+    assert!(a.members()[2].life > before);
+}
+
+#[tokio::test]
+async fn of_two_with_one_name_the_later_counts_and_the_other_knows() {
+    let (a, seed) = join("a", &[]).await;
+    let (older, _) = join("b", &[seed]).await;
+    until(&[&a, &older], &["a", "b"]).await;
+    let (newer, _) = join("b", &[seed]).await;
+    until(&[&a, &newer], &["a", "b"]).await;
+    let begun = Instant::now();
+    while !older.is_replaced() || a.members()[1].life != newer.members()[1].life {
+        assert!(begun.elapsed() < PATIENCE);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert!(!newer.is_replaced());
+}
+
+#[tokio::test]
+async fn strangers_and_noise_change_nothing() {
+    let (a, seed) = join("a", &[]).await;
+    let (b, _) = join("b", &[seed]).await;
+    let other = settings("stranger", b"another key", &[seed]);
+    let stranger = Cluster::join(other).await.unwrap();
+    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    for n in 0..2_000_usize {
+        let noise: Vec<u8> = (0..n % 1_400).map(|i| (i * n * 31 % 251) as u8).collect();
+        socket.send_to(&noise, seed).unwrap();
+    }
+    until(&[&a, &b], &["a", "b"]).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(names(&a), ["a", "b"]);
+    assert_eq!(names(&stranger), ["stranger"]);
+    assert!(a.refused() > 100, "{}", a.refused());
+}
+
+#[tokio::test]
+async fn a_cluster_of_another_name_is_not_listened_to() {
+    let (a, seed) = join("a", &[]).await;
+    let mut elsewhere = settings("b", b"key", &[seed]);
+    elsewhere.cluster = "other".into();
+    let b = Cluster::join(elsewhere).await.unwrap();
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!((names(&a), names(&b)), (vec!["a".into()], vec!["b".into()]));
+}
