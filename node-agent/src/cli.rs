@@ -67,7 +67,7 @@ pub(crate) enum Command {
     /// TIERKEEP_* variables, then from flags; the later one counts. On SIGTERM it ends, and what is in
     /// RAM stays there for the next agent: an upgrade costs no checkpoint.
     #[command(after_help = EXIT_CODES)]
-    Agent(AgentArgs),
+    Agent(Box<AgentArgs>),
     /// Ask the agent of this node: its ranks, how far they are, what is wrong
     #[command(after_help = EXIT_CODES)]
     Status(Status),
@@ -139,11 +139,32 @@ pub(crate) struct AgentArgs {
     /// away [default: 0s, an upgrade needs none]
     #[arg(long, value_name = "TIME")]
     drain_on_sigterm: Option<OsString>,
+    /// Find other agents, and be found by them, by UDP at this address [default: off]
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    gossip: Option<OsString>,
+    /// Where others reach this host [default: the address of --gossip, where that is one]
+    #[arg(long, value_name = "ADDRESS")]
+    advertise: Option<OsString>,
+    /// Agents to begin with, as in gpu-1:9178,gpu-2:9178; a name with many addresses is all of them
+    #[arg(long, value_name = "HOST:PORT,...")]
+    seeds: Option<OsString>,
+    /// This agent's name among the others [default: the host's]
+    #[arg(long, value_name = "NAME")]
+    node: Option<OsString>,
+    /// Where this host is, and what else others shall know of it, as in zone=a,rack=r7
+    #[arg(long, value_name = "KEY=VALUE,...")]
+    labels: Option<OsString>,
+    /// The cluster's name: agents of others are not listened to [default: tierkeep]
+    #[arg(long, value_name = "NAME")]
+    cluster: Option<OsString>,
+    /// The file with the key that all agents of the cluster have, and nobody else
+    #[arg(long, value_name = "FILE")]
+    cluster_key: Option<OsString>,
 }
 
 impl AgentArgs {
     /// The settings among them, by key.
-    pub(crate) fn given(&self) -> [(&'static str, Option<OsString>); 7] {
+    pub(crate) fn given(&self) -> [(&'static str, Option<OsString>); 14] {
         [
             ("socket", self.socket.clone()),
             ("ram_bytes_max", self.ram_bytes_max.clone()),
@@ -152,6 +173,13 @@ impl AgentArgs {
             ("trainers_max", self.trainers_max.clone()),
             ("idle", self.idle.clone()),
             ("drain_on_sigterm", self.drain_on_sigterm.clone()),
+            ("gossip", self.gossip.clone()),
+            ("advertise", self.advertise.clone()),
+            ("seeds", self.seeds.clone()),
+            ("node", self.node.clone()),
+            ("labels", self.labels.clone()),
+            ("cluster", self.cluster.clone()),
+            ("cluster_key", self.cluster_key.clone()),
         ]
     }
 }
@@ -176,6 +204,9 @@ pub(crate) struct Drain {
 pub(crate) struct Status {
     #[command(flatten)]
     pub(crate) node: Node,
+    /// The agents that this one sees alive, instead of its ranks
+    #[arg(long)]
+    pub(crate) cluster: bool,
 }
 
 #[derive(Debug, Args)]

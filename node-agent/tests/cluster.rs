@@ -1,12 +1,14 @@
-//! Agents that find and miss each other, by real UDP on this machine.
+//! Agents that find and miss each other, by real UDP on this machine; the last test by the command.
 #![allow(clippy::unwrap_used, clippy::disallowed_methods)] // Tests: real sockets, real time.
 
 use std::{
     collections::BTreeMap,
     net::{SocketAddr, UdpSocket},
+    process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
 
+use tempfile::TempDir;
 use tierkeep_agent::cluster::{Cluster, Key, Settings};
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -24,7 +26,6 @@ fn settings(name: &str, key: &[u8], seeds: &[SocketAddr]) -> Settings {
         key: Key::new(key),
         listen: at,
         advertise: at,
-        peer: SocketAddr::new(at.ip(), 1),
         seeds: seeds.iter().map(ToString::to_string).collect(),
         labels: BTreeMap::from([("rack".into(), format!("rack of {name}"))]),
     }
@@ -59,7 +60,7 @@ async fn agents_find_each_other_by_one_seed_with_what_they_say_of_themselves() {
     until(&[&a, &b, &c], &["a", "b", "c"]).await;
     for member in c.members() {
         assert_eq!(member.labels["rack"], format!("rack of {}", member.name));
-        assert_eq!(member.peer.port(), 1);
+        assert!(member.address.ip().is_loopback());
     }
 }
 
@@ -72,7 +73,7 @@ async fn one_that_dies_is_missed_and_comes_back_at_another_address() {
     let before = a.members()[2].life;
     // Usual intervals are known.
     tokio::time::sleep(Duration::from_secs(3)).await;
-    c.leave().await.unwrap();
+    c.leave();
     let missed = until(&[&a, &b], &["a", "b"]).await;
     println!("missed after {missed:?}");
     let (c, _) = join("c", &[seed]).await;
@@ -121,4 +122,72 @@ async fn a_cluster_of_another_name_is_not_listened_to() {
     let b = Cluster::join(elsewhere).await.unwrap();
     tokio::time::sleep(Duration::from_secs(2)).await;
     assert_eq!((names(&a), names(&b)), (vec!["a".into()], vec!["b".into()]));
+}
+
+/// `tierkeep agent`, killed at the end.
+struct Agent {
+    process: Child,
+    dir: TempDir,
+    at: SocketAddr,
+}
+
+impl Agent {
+    fn start(name: &str, seed: Option<SocketAddr>) -> Self {
+        let dir = tempfile::Builder::new().prefix("tierkeep-test-").tempdir_in("/dev/shm").unwrap();
+        let (at, key) = (free(), dir.path().join("key"));
+        std::io::Write::write_all(
+            &mut std::fs::File::create(&key).unwrap(),
+            b"a key for tests, and no secret\n",
+        )
+        .unwrap();
+        let config = dir.path().join("agent.toml");
+        let seeds = seed.map_or_else(String::new, |seed| format!("seeds = [\"{seed}\"]\n"));
+        let text = format!(
+            "gossip = \"{at}\"\nnode = \"{name}\"\ncluster_key = {key:?}\n{seeds}\
+             [labels]\nzone = \"a\"\nrack = \"r of {name}\"\n"
+        );
+        std::io::Write::write_all(&mut std::fs::File::create(&config).unwrap(), text.as_bytes())
+            .unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tierkeep"));
+        command.args(["agent", "--config"]).arg(&config).arg("--ram-dir").arg(dir.path());
+        command.arg("--socket").arg(dir.path().join("agent.sock"));
+        let process = command.stderr(Stdio::null()).spawn().unwrap();
+        Self { process, dir, at }
+    }
+
+    fn ask(&self, more: &[&str]) -> std::process::Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tierkeep"));
+        command.args(["status", "--agent"]).arg(self.dir.path().join("agent.sock"));
+        command.args(more).output().unwrap()
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+#[test]
+fn the_command_names_the_live_agents() {
+    let first = Agent::start("first", None);
+    let second = Agent::start("second", Some(first.at));
+    let begun = Instant::now();
+    let text = loop {
+        let ran = second.ask(&["--cluster"]);
+        let text = String::from_utf8(ran.stdout).unwrap();
+        if text.contains("2 live agents") {
+            break text;
+        }
+        assert!(begun.elapsed() < PATIENCE, "{text} {}", String::from_utf8_lossy(&ran.stderr));
+        std::thread::sleep(Duration::from_millis(50));
+    };
+    assert!(text.starts_with("cluster tierkeep, 2 live agents, as second sees it\n"), "{text}");
+    assert!(text.contains("rack=r of first,zone=a"), "{text}");
+    let ran = first.ask(&["--cluster", "--json"]);
+    let data: serde_json::Value = serde_json::from_slice(&ran.stdout).unwrap();
+    assert_eq!(data["node"], "first");
+    assert_eq!(data["members"][1]["name"], "second");
+    assert_eq!(data["members"][1]["address"], second.at.to_string());
 }

@@ -61,7 +61,7 @@ impl Serving {
         let (end_http, http_end) = oneshot::channel();
         let (asked, at) = (host.clone(), socket.clone());
         runtime.spawn(async move {
-            control::serve(asked, &at, async { drop(control_end.await) }).await.unwrap();
+            control::serve(asked, None, &at, async { drop(control_end.await) }).await.unwrap();
         });
         let pages = runtime.block_on(http::listen("127.0.0.1:0".parse().unwrap())).unwrap();
         let http = pages.local_addr().unwrap();
@@ -172,12 +172,12 @@ fn only_the_agents_user_may_ask_and_a_live_socket_is_not_taken() {
     let serving = Serving::new();
     let mode = std::fs::metadata(&serving.socket).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
-    let second = control::serve(serving.host.clone(), &serving.socket, async {});
+    let second = control::serve(serving.host.clone(), None, &serving.socket, async {});
     let refused = serving.runtime.block_on(second).unwrap_err();
     assert_eq!(refused.kind(), ErrorKind::Fenced, "{refused}");
     let file = serving.place.ram().join("a-file");
     std::fs::File::create(&file).unwrap();
-    let wrong = control::serve(serving.host.clone(), &file, async {});
+    let wrong = control::serve(serving.host.clone(), None, &file, async {});
     let refused = serving.runtime.block_on(wrong).unwrap_err();
     assert!(refused.to_string().ends_with("is no socket: it is left as it is"), "{refused}");
     assert!(file.exists());

@@ -24,17 +24,16 @@ use tokio::sync::watch;
 use self::gossip::{Keyed, Refused};
 pub use self::packet::Key;
 
-/// How often each agent tells others. A dead one is missed after some eight times that (`PHI`).
+/// How often each agent tells others. News of an agent come that often or, where there are few, twice as
+/// often: a dead one is missed after [`PHI`] such times, 1.3 to 2.5 s.
 const INTERVAL: Duration = Duration::from_millis(250);
 
 /// So many usual intervals without news of an agent: it is dead.
-const PHI: f64 = 8.0;
+const PHI: f64 = 10.0;
 
 /// A dead agent is forgotten after that; one that comes back later is a new one.
 const FORGET: Duration = Duration::from_secs(24 * 3600);
 
-/// Where an agent's bytes are to be had.
-const PEER: &str = "peer";
 /// Before each label.
 const LABEL: &str = "label.";
 
@@ -51,8 +50,6 @@ pub struct Settings {
     pub listen: SocketAddr,
     /// Where others reach that.
     pub advertise: SocketAddr,
-    /// Where others reach its bytes, by TCP.
-    pub peer: SocketAddr,
     /// Agents to begin with, as `address:port` or `name:port`; a name with several addresses is all of
     /// them, and is asked for again every minute.
     pub seeds: Vec<String>,
@@ -68,8 +65,8 @@ pub struct Member {
     /// This life of it, in milliseconds since 1970: larger is newer. Where the clock went back before it
     /// began, it counts when the one before it is missed.
     pub life: u64,
-    /// Where its bytes are to be had.
-    pub peer: SocketAddr,
+    /// Where others reach it.
+    pub address: SocketAddr,
     /// As it gave them.
     pub labels: BTreeMap<String, String>,
 }
@@ -79,6 +76,7 @@ pub struct Cluster {
     handle: ChitchatHandle,
     live: watch::Receiver<BTreeMap<ChitchatId, NodeState>>,
     own: ChitchatId,
+    cluster: String,
     refused: Refused,
 }
 
@@ -92,7 +90,7 @@ impl Cluster {
         let own = ChitchatId::new(settings.name, life, settings.advertise);
         let config = ChitchatConfig {
             chitchat_id: own.clone(),
-            cluster_id: settings.cluster,
+            cluster_id: settings.cluster.clone(),
             gossip_interval: INTERVAL,
             listen_addr: settings.listen,
             seed_nodes: settings.seeds,
@@ -110,25 +108,17 @@ impl Cluster {
         };
         let labels =
             settings.labels.into_iter().map(|(key, value)| (format!("{LABEL}{key}"), value));
-        let about = labels.chain([(PEER.to_owned(), settings.peer.to_string())]).collect();
         let refused = Refused::default();
         let transport = Keyed { key: settings.key, refused: refused.clone() };
-        let handle = spawn_chitchat(config, about, &transport).await?;
+        let handle = spawn_chitchat(config, labels.collect(), &transport).await?;
         let live = handle.chitchat().lock().await.live_nodes_watcher();
-        Ok(Self { handle, live, own, refused })
+        Ok(Self { handle, live, own, cluster: settings.cluster, refused })
     }
 
     /// The live agents by name, this one among them.
     #[must_use]
     pub fn members(&self) -> Vec<Member> {
         members(&self.live.borrow())
-    }
-
-    /// Ready when the live agents are not those of the last call any more.
-    pub async fn changed(&mut self) {
-        if self.live.changed().await.is_err() {
-            std::future::pending::<()>().await; // Nobody tells any more: this agent ends.
-        }
     }
 
     /// Whether an agent that began later has this one's name.
@@ -146,27 +136,35 @@ impl Cluster {
         self.refused.load(Ordering::Relaxed)
     }
 
+    /// The cluster's name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.cluster
+    }
+
+    /// This agent's name in it.
+    #[must_use]
+    pub fn own(&self) -> &str {
+        &self.own.node_id
+    }
+
     /// Tells nothing any more: the others miss it.
-    ///
-    /// # Errors
-    /// The gossip had ended before, by an error: this one.
-    pub async fn leave(self) -> anyhow::Result<()> {
-        self.handle.shutdown().await
+    pub fn leave(&self) {
+        let _ = self.handle.initiate_shutdown(); // It has ended already: as good.
     }
 }
 
-/// Of each name the newest life. What does not say where its bytes are is not there yet.
+/// Of each name the newest life.
 fn members(live: &BTreeMap<ChitchatId, NodeState>) -> Vec<Member> {
     let mut found: BTreeMap<&str, Member> = BTreeMap::new();
     for (id, state) in live {
-        let Some(peer) = state.get(PEER).and_then(|peer| peer.parse().ok()) else { continue };
         let label = |(key, value): (&str, &str)| {
             Some((key.strip_prefix(LABEL)?.to_owned(), value.to_owned()))
         };
         let member = Member {
             name: id.node_id.to_string(),
             life: id.generation_id,
-            peer,
+            address: id.gossip_advertise_addr,
             labels: state.key_values().filter_map(label).collect(),
         };
         let known = found.entry(&id.node_id).or_insert_with(|| member.clone());

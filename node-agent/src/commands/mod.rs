@@ -1,6 +1,7 @@
 //! One file a command: ask the core, print.
 
-pub(crate) mod drain;
+pub(crate) mod cluster;
+mod drain;
 mod gc;
 mod inspect;
 mod ls;

@@ -11,7 +11,9 @@ use tierkeep::{
     Error,
     link::{Agent, find_agent},
 };
-use tierkeep_proto::control::{DrainReply, DrainRequest, StatusReply, StatusRequest};
+use tierkeep_proto::control::{
+    ClusterReply, ClusterRequest, DrainReply, DrainRequest, StatusReply, StatusRequest,
+};
 use tokio::{
     runtime::{Builder, Runtime},
     signal::unix::{Signal, SignalKind, signal},
@@ -59,6 +61,13 @@ impl Reached {
     pub(super) fn status(&mut self) -> Result<StatusReply, Failure> {
         let Self { runtime, client, socket } = self;
         let answer = runtime.block_on(client.status(within(StatusRequest {}, ANSWER_WITHIN)));
+        answered(answer, socket)
+    }
+
+    /// The agents that it sees alive.
+    pub(super) fn cluster(&mut self) -> Result<ClusterReply, Failure> {
+        let Self { runtime, client, socket } = self;
+        let answer = runtime.block_on(client.cluster(within(ClusterRequest {}, ANSWER_WITHIN)));
         answered(answer, socket)
     }
 

@@ -5,7 +5,7 @@ use std::{io::Write, time::Duration};
 use serde::Serialize;
 use tierkeep_proto::control::{Counters, Rank, StatusReply};
 
-use super::reach::Reached;
+use super::{cluster, reach::Reached};
 use crate::{
     cli::Status,
     fail::{Failure, OK, say},
@@ -62,6 +62,9 @@ struct CountersData {
 
 pub(super) fn run(args: &Status, json: bool, out: &mut dyn Write) -> Result<i32, Failure> {
     let mut agent = Reached::new(args.node.agent.as_deref())?;
+    if args.cluster {
+        return cluster::print(&agent.cluster()?, json, out);
+    }
     let status = agent.status()?;
     if json {
         show::json(out, &data(&agent, &status))?;

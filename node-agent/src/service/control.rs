@@ -39,6 +39,7 @@ use tonic::{
 };
 
 use super::asking::Asking;
+use crate::cluster::{Cluster, Member};
 
 /// A request is a number or two.
 const REQUEST_BYTES_MAX: usize = 4 << 10;
@@ -72,13 +73,19 @@ pub fn socket_beside(socket: &Path) -> PathBuf {
 ///
 /// # Errors
 /// Somebody else listens there, or it cannot be made.
-pub async fn serve(host: Arc<Host>, socket: &Path, ending: impl Future<Output = ()>) -> Result<()> {
+pub async fn serve(
+    host: Arc<Host>,
+    cluster: Option<Arc<Cluster>>,
+    socket: &Path,
+    ending: impl Future<Output = ()>,
+) -> Result<()> {
     let listener = listen(socket).await?;
     let (sender, incoming) = mpsc::channel(1);
     let accepting = tokio::spawn(accept(listener, sender));
     let service = AgentServer::new(Service {
         statuses: Asking::new(host.clone(), STATUSES_MAX),
         drains: Asking::new(host, DRAINS_MAX),
+        cluster,
         begun: SystemClock.monotonic(),
     });
     let service = service
@@ -156,10 +163,10 @@ async fn accept(listener: UnixListener, sender: mpsc::Sender<io::Result<UnixStre
     }
 }
 
-#[derive(Debug)]
 struct Service {
     statuses: Asking,
     drains: Asking,
+    cluster: Option<Arc<Cluster>>,
     begun: Duration,
 }
 
@@ -196,6 +203,30 @@ impl Agent for Service {
             self.drains.ask(within.saturating_add(ANSWER_WITHIN), move |host| host.drain(within));
         let ranks = asked.await.map_err(|e| refused(&e))?.into_iter().map(drained).collect();
         Ok(Response::new(wire::DrainReply { ranks }))
+    }
+
+    async fn cluster(
+        &self,
+        _: Request<wire::ClusterRequest>,
+    ) -> std::result::Result<Response<wire::ClusterReply>, Status> {
+        let cluster = self.cluster.as_ref();
+        Ok(Response::new(cluster.map_or_else(wire::ClusterReply::default, |c| seen(c))))
+    }
+}
+
+fn seen(cluster: &Cluster) -> wire::ClusterReply {
+    let member = |member: Member| wire::Member {
+        name: member.name,
+        address: member.address.to_string(),
+        began_ms: member.life,
+        labels: member.labels.into_iter().collect(),
+    };
+    wire::ClusterReply {
+        cluster: Some(cluster.name().into()),
+        node: cluster.own().into(),
+        members: cluster.members().into_iter().map(member).collect(),
+        replaced: cluster.is_replaced(),
+        refused: cluster.refused(),
     }
 }
 

@@ -8,6 +8,7 @@ mod asking;
 pub mod control;
 pub mod http;
 mod metrics;
+mod peers;
 pub(crate) mod settings;
 
 use std::{io, io::Write, path::Path, sync::Arc, time::Duration};
@@ -24,6 +25,7 @@ use tracing_subscriber::EnvFilter;
 use self::settings::Settings;
 use crate::{
     cli::AgentArgs,
+    cluster::Cluster,
     fail::{Failure, OK},
 };
 
@@ -92,8 +94,10 @@ async fn attend(host: &Arc<Host>, settings: &Settings) -> Result<(), Failure> {
     let (end, ending) = watch::channel(false);
     let mut servers = JoinSet::new();
     let control = control::socket_beside(&settings.socket);
+    let cluster = join(settings).await?;
     let (its_host, its_end) = (host.clone(), over(ending.clone()));
-    servers.spawn(async move { control::serve(its_host, &control, its_end).await });
+    let its_cluster = cluster.clone();
+    servers.spawn(async move { control::serve(its_host, its_cluster, &control, its_end).await });
     if let Some(address) = settings.http {
         let listener: TcpListener = http::listen(address).await?;
         let (its_host, its_end) = (host.clone(), over(ending));
@@ -116,7 +120,25 @@ async fn attend(host: &Arc<Host>, settings: &Settings) -> Result<(), Failure> {
     }
     let _ = end.send(true); // Nobody listens: nobody serves.
     while servers.join_next().await.is_some() {}
+    if let Some(cluster) = cluster {
+        cluster.leave();
+    }
     Ok(())
+}
+
+/// Goes among the other agents, where it is told to.
+async fn join(settings: &Settings) -> Result<Option<Arc<Cluster>>, Failure> {
+    let Some(settings) = &settings.cluster else { return Ok(None) };
+    let (listen, name) = (settings.listen, settings.name.clone());
+    let joined = Cluster::join(settings.clone()).await.map_err(|e| Error::Io {
+        what: format!("find other agents by gossip at {listen}/udp"),
+        source: io::Error::other(format!("{e:#}")),
+    })?;
+    tracing::info!(
+        "this is {name} among the agents of {}, by gossip at {listen}",
+        settings.cluster
+    );
+    Ok(Some(Arc::new(joined)))
 }
 
 /// Ready when the agent ends.

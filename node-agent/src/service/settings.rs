@@ -19,8 +19,10 @@ use tierkeep::{
     host::{self, UID},
 };
 
+use super::peers;
 use crate::{
     cli::AgentArgs,
+    cluster,
     fail::{Failure, USAGE},
 };
 
@@ -28,7 +30,7 @@ use crate::{
 const FILE: &str = "/etc/tierkeep/agent.toml";
 
 /// Which keys there are, the variable of each, and what it means.
-const KEYS: [(&str, &str); 8] = [
+const KEYS: [(&str, &str); 15] = [
     ("socket", "TIERKEEP_AGENT"),
     ("ram_dir", "TIERKEEP_RAM_DIR"),
     ("ram_bytes_max", "TIERKEEP_RAM_BYTES_MAX"),
@@ -37,6 +39,13 @@ const KEYS: [(&str, &str); 8] = [
     ("trainers_max", "TIERKEEP_AGENT_TRAINERS_MAX"),
     ("idle", "TIERKEEP_AGENT_IDLE"),
     ("drain_on_sigterm", "TIERKEEP_AGENT_DRAIN_ON_SIGTERM"),
+    ("gossip", "TIERKEEP_GOSSIP"),
+    ("advertise", "TIERKEEP_ADVERTISE"),
+    ("seeds", "TIERKEEP_SEEDS"),
+    ("node", "TIERKEEP_NODE"),
+    ("labels", "TIERKEEP_LABELS"),
+    ("cluster", "TIERKEEP_CLUSTER"),
+    ("cluster_key", "TIERKEEP_CLUSTER_KEY"),
 ];
 
 /// The settings in force.
@@ -50,17 +59,28 @@ pub(crate) struct Settings {
     pub(crate) trainers_max: usize,
     pub(crate) idle: Duration,
     pub(crate) drain_on_sigterm: Duration,
+    /// Where it is told to gossip.
+    pub(crate) cluster: Option<cluster::Settings>,
+    /// The file that has the cluster's key.
+    key_file: Option<PathBuf>,
     /// Where each key was given.
     from: Vec<(&'static str, String)>,
 }
 
 /// One value as it was given.
-struct Given {
-    text: String,
+pub(super) struct Given {
+    pub(super) text: String,
     from: String,
 }
 
-fn wrong(key: &str, given: &Given, why: &str, hint: &str) -> Failure {
+#[cfg(test)]
+impl Given {
+    pub(super) fn of(text: &str) -> Self {
+        Self { text: text.into(), from: "a test".into() }
+    }
+}
+
+pub(super) fn wrong(key: &str, given: &Given, why: &str, hint: &str) -> Failure {
     let Given { text, from } = given;
     Failure::own(USAGE, format!("{key} = {text:?} ({from}): {why}"), hint)
 }
@@ -150,6 +170,8 @@ impl Settings {
             trainers_max,
             idle: duration("idle", Duration::from_secs(3600))?,
             drain_on_sigterm: duration("drain_on_sigterm", Duration::ZERO)?,
+            cluster: peers::settings(&last)?,
+            key_file: last("cluster_key").map(|given| given.text.clone().into()),
             from: from.collect(),
             ram_dir,
         })
@@ -183,6 +205,8 @@ impl Settings {
             text(self.idle),
             text(self.drain_on_sigterm),
         ];
+        let values =
+            values.into_iter().chain(peers::words(self.cluster.as_ref(), self.key_file.as_deref()));
         let rows = self.from.iter().zip(values);
         if json {
             let row = |((key, from), value): (&(&str, String), String)| {
@@ -226,17 +250,31 @@ fn file(path: &Path, by: &str) -> Result<Vec<(&'static str, Given)>, Failure> {
             let hint = format!("the keys are {}", keys.join(", "));
             return Err(Failure::own(USAGE, format!("{name}: there is no key {key}"), hint));
         };
-        let text = match value {
-            toml::Value::String(text) => text,
-            toml::Value::Integer(number) => number.to_string(),
-            other => {
-                let given = Given { text: format!("{other:?}"), from: name };
-                return Err(wrong(known, &given, "it is neither text nor a whole number", ""));
-            }
+        let Some(text) = words(&value) else {
+            let given = Given { text: format!("{value:?}"), from: name };
+            return Err(wrong(known, &given, "it is neither text nor a whole number", ""));
         };
         all.push((*known, Given { text, from: path.display().to_string() }));
     }
     Ok(all)
+}
+
+/// A value as it would be given by a flag: a list with commas, a table as `key=value` with commas.
+fn words(value: &toml::Value) -> Option<String> {
+    match value {
+        toml::Value::String(text) => Some(text.clone()),
+        toml::Value::Integer(number) => Some(number.to_string()),
+        toml::Value::Array(list) => {
+            let texts: Option<Vec<_>> = list.iter().map(toml::Value::as_str).collect();
+            Some(texts?.join(","))
+        }
+        toml::Value::Table(table) => {
+            let pair =
+                |(key, value): (&String, &toml::Value)| Some(format!("{key}={}", value.as_str()?));
+            Some(table.iter().map(pair).collect::<Option<Vec<_>>>()?.join(","))
+        }
+        _ => None,
+    }
 }
 
 #[cfg(test)]
@@ -248,7 +286,7 @@ mod tests {
         let words = ["tierkeep", "agent"].iter().chain(list);
         let cli = crate::cli::Cli::try_parse_from(words).unwrap();
         let crate::cli::Command::Agent(args) = cli.command else { panic!("no agent") };
-        args
+        *args
     }
 
     fn said(failure: &Failure) -> String {
