@@ -76,6 +76,7 @@ async fn one_that_dies_is_missed_and_comes_back_at_another_address() {
     c.leave();
     let missed = until(&[&a, &b], &["a", "b"]).await;
     println!("missed after {missed:?}");
+    assert_eq!(names(&c), ["c"], "who has left knows of nobody");
     let (c, _) = join("c", &[seed]).await;
     until(&[&a, &b, &c], &["a", "b", "c"]).await;
     assert!(a.members()[2].life > before);

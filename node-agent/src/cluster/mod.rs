@@ -9,11 +9,20 @@
 //! - A member has one name. Of several lives of one name the newest counts: an agent that comes back,
 //!   at another address or with an empty disk, replaces the one before it at once.
 //! - A packet without the cluster's key changes nothing.
+//! - Where the gossip has ended nobody counts as alive but this agent: what was known grows old.
 
 mod gossip;
 mod packet;
 
-use std::{collections::BTreeMap, net::SocketAddr, sync::atomic::Ordering, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use chitchat::{
     ChitchatConfig, ChitchatHandle, ChitchatId, FailureDetectorConfig, NodeState, spawn_chitchat,
@@ -78,6 +87,8 @@ pub struct Cluster {
     own: ChitchatId,
     cluster: String,
     refused: Refused,
+    /// The gossip has ended.
+    over: Arc<AtomicBool>,
 }
 
 impl Cluster {
@@ -112,22 +123,33 @@ impl Cluster {
         let transport = Keyed { key: settings.key, refused: refused.clone() };
         let handle = spawn_chitchat(config, labels.collect(), &transport).await?;
         let live = handle.chitchat().lock().await.live_nodes_watcher();
-        Ok(Self { handle, live, own, cluster: settings.cluster, refused })
+        tokio::spawn(tell(live.clone(), own.clone()));
+        let over = Arc::new(AtomicBool::new(false));
+        let (ended, flag) = (handle.termination_watcher(), over.clone());
+        tokio::spawn(async move {
+            let ended = ended.await;
+            flag.store(true, Ordering::Release);
+            if let Err(e) = ended {
+                tracing::error!("the gossip ended, other agents are out of reach: {e:#}");
+            }
+        });
+        Ok(Self { handle, live, own, cluster: settings.cluster, refused, over })
     }
 
     /// The live agents by name, this one among them.
     #[must_use]
     pub fn members(&self) -> Vec<Member> {
-        members(&self.live.borrow())
+        let mut members = members(&self.live.borrow());
+        if self.over.load(Ordering::Acquire) {
+            members.retain(|member| member.name == *self.own.node_id);
+        }
+        members
     }
 
     /// Whether an agent that began later has this one's name.
     #[must_use]
     pub fn is_replaced(&self) -> bool {
-        let newer = |id: &ChitchatId| {
-            id.node_id == self.own.node_id && id.generation_id > self.own.generation_id
-        };
-        self.live.borrow().keys().any(newer)
+        self.live.borrow().keys().any(|id| is_later(id, &self.own))
     }
 
     /// Packets that were not made with the cluster's key, or were noise.
@@ -152,6 +174,34 @@ impl Cluster {
     pub fn leave(&self) {
         let _ = self.handle.initiate_shutdown(); // It has ended already: as good.
     }
+}
+
+/// Tells the log who comes and who goes.
+async fn tell(mut live: watch::Receiver<BTreeMap<ChitchatId, NodeState>>, own: ChitchatId) {
+    let mut before = BTreeSet::new();
+    let mut replaced = false;
+    while live.changed().await.is_ok() {
+        let (now, newer): (BTreeSet<_>, bool) = {
+            let live = live.borrow_and_update();
+            let others = live.keys().filter(|id| id.node_id != own.node_id).cloned();
+            (others.collect(), live.keys().any(|id| is_later(id, &own)))
+        };
+        for id in now.difference(&before) {
+            tracing::info!("{} is here, at {}", id.node_id, id.gossip_advertise_addr);
+        }
+        for id in before.difference(&now) {
+            tracing::warn!("{} is gone, which was at {}", id.node_id, id.gossip_advertise_addr);
+        }
+        if newer && !replaced {
+            tracing::error!("another agent, which began later, is called {} too", own.node_id);
+        }
+        (before, replaced) = (now, newer);
+    }
+}
+
+/// Whether `id` is a later life of the same name.
+fn is_later(id: &ChitchatId, own: &ChitchatId) -> bool {
+    id.node_id == own.node_id && id.generation_id > own.generation_id
 }
 
 /// Of each name the newest life.
