@@ -1,4 +1,6 @@
-"""What saving and restoring CUDA tensors costs: `python benches/gpu.py [--gib N] [--rounds N]`.
+"""What saving and restoring CUDA tensors costs, without an agent and with one.
+
+`python benches/gpu.py [--gib N] [--rounds N]`
 
 The reference is DMA of the same tensors into one pinned buffer of torch's own, or out of it: what
 the link to the device gives. Figures are medians of interleaved rounds, printed with the machine as

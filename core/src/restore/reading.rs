@@ -10,8 +10,8 @@
 //! - Bytes that come from a device reach the caller's memory only after they were checked; what lies
 //!   in memory (a slot, the page cache) is copied on the way, and what was damaged is taken again
 //!   from the next copy.
-//! - No byte of a file that another process may shorten is read through a map: only by calls, which
-//!   return an error where a load would kill the process.
+//! - Nothing but this process's own slots is read through a map: the rest by calls, which return an
+//!   error where the file is cut short and a load would kill the process.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},

@@ -263,3 +263,27 @@ pub(crate) fn usable_root(root: &Path, durable: bool) -> Result<()> {
     drop(file);
     remove(&probe)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_is_cut_short_while_it_is_read_is_damaged() {
+        let dir = tempfile::tempdir_in("/dev/shm").expect("a directory on tmpfs");
+        let path = dir.path().join("slot");
+        let file = create_staged(&path).expect("create");
+        file.set_len(8 << 12).expect("set the length");
+        for may_direct in [false, true] {
+            let read = source(File::open(&path).expect("open"), path.clone(), may_direct);
+            let read = read.expect("a source");
+            assert!(may_direct || read.is_cached(0, 8 << 12));
+            let mut into = AlignedBuf::new(4 << 12);
+            read.read_at(4 << 12, &mut into).expect("it is whole");
+            file.set_len(5 << 12).expect("set the length");
+            let cut = read.read_at(4 << 12, &mut into);
+            assert!(matches!(cut, Err(Error::Damaged { .. })), "{cut:?}");
+            file.set_len(8 << 12).expect("set the length");
+        }
+    }
+}

@@ -33,8 +33,8 @@ use tokio::sync::watch;
 use self::gossip::{Keyed, Refused};
 pub use self::packet::Key;
 
-/// How often each agent tells others. News of an agent come that often or, where there are few, twice as
-/// often: a dead one is missed after [`PHI`] such times, 1.3 to 2.5 s.
+/// How often each agent tells others. News of an agent come that often or, where there are few, more
+/// often: a dead one is missed after [`PHI`] such times (1.5 s among three idle agents).
 const INTERVAL: Duration = Duration::from_millis(250);
 
 /// So many usual intervals without news of an agent: it is dead.

@@ -5,8 +5,9 @@
 //! ```
 //!
 //! A message is packed by zstd and cut into parts of [`PART_BYTES`], so that no datagram becomes IP
-//! fragments, which many cloud networks drop. A packet that is replayed changes nothing: heartbeats and
-//! versions in it are not newer than what is known.
+//! fragments, which many cloud networks drop. A packet that is replayed tells nothing new to whoever
+//! heard what it copies: heartbeats and versions in it are not newer. An agent that has just begun can be
+//! told old news by somebody who recorded them.
 //!
 //! # Invariants
 //!
@@ -23,7 +24,7 @@ use sha2::Sha256;
 /// carries.
 const PART_BYTES: usize = 1_180;
 
-/// The longest message, packed or not. A thousand agents name each other in 80 KiB.
+/// The longest message, packed or not. In the longest ones each agent takes its name and some 40 bytes.
 const MESSAGE_BYTES_MAX: usize = 255 * PART_BYTES;
 
 /// Messages that are waited for at a time. The oldest goes: datagrams are lost.
@@ -146,11 +147,10 @@ impl<From: PartialEq> Unpacking<From> {
             self.unfinished.len() - 1
         });
         let all = &mut self.unfinished[at].parts;
-        *all.get_mut(usize::from(part)).ok_or("it counts other parts than those before it")? =
-            Some(piece.to_vec());
         if all.len() != usize::from(parts) {
             return Err("it counts other parts than those before it");
         }
+        all[usize::from(part)] = Some(piece.to_vec());
         if all.iter().any(Option::is_none) {
             return Ok(None);
         }
@@ -250,7 +250,7 @@ mod tests {
         assert!(unpacking.take(1, &sealed(1, 2, 3, b"x")).is_err());
         assert!(unpacking.take(1, &sealed(1, 0, 3, b"x")).is_err());
         assert!(unpacking.take(1, &sealed(2, 0, 1, b"no zstd")).is_err());
-        // A bomb: 1 GiB of zeros packs to less than a message.
+        // A bomb: 64 MiB of zeros pack to a few parts.
         let bomb = zstd::bulk::compress(&vec![0; 64 << 20], 19).unwrap();
         let parts = u8::try_from(bomb.chunks(PART_BYTES).len()).unwrap();
         let mut last = Ok(None);

@@ -1,4 +1,5 @@
-//! What an agent is told of the others: read, checked, in words.
+//! What an agent is told of the others: read, checked, in words. It owns the meaning of these keys; where
+//! a value was given, and which one counts, is `settings`' business.
 
 use std::{
     collections::BTreeMap,
@@ -24,9 +25,7 @@ const DEFAULT_CLUSTER: &str = "tierkeep";
 pub(super) fn settings<'a>(
     last: &impl Fn(&str) -> Option<&'a Given>,
 ) -> Result<Option<cluster::Settings>, Failure> {
-    let Some(gossip) =
-        last("gossip").filter(|given| !matches!(given.text.as_str(), "off" | "none"))
-    else {
+    let Some(gossip) = last("gossip") else {
         for key in ["advertise", "seeds", "labels", "cluster", "cluster_key", "node"] {
             if let Some(given) = last(key) {
                 let hint = "give gossip as well, as in [::]:9178, or leave this out";
@@ -40,6 +39,10 @@ pub(super) fn settings<'a>(
         }
         return Ok(None);
     };
+    // Said in so many words: what else there is waits for another day.
+    if matches!(gossip.text.as_str(), "off" | "none") {
+        return Ok(None);
+    }
     let listen: SocketAddr =
         gossip.text.parse().ok().filter(|at: &SocketAddr| at.port() > 0).ok_or_else(|| {
             wrong("gossip", gossip, "it is not an address and a port", "as in [::]:9178, or off")
@@ -219,7 +222,7 @@ mod tests {
         assert_eq!(all.seeds, ["gpu-1:9178", "[fd00::2]:9178"]);
         assert_eq!(all.labels["rack"], "r=7");
         assert!(with(&[]).unwrap().is_none());
-        assert!(with(&[("gossip", "off")]).unwrap().is_none());
+        assert!(with(&[("seeds", "gpu-1:9178"), ("gossip", "off")]).unwrap().is_none());
     }
 
     #[test]
