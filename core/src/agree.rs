@@ -45,7 +45,7 @@ pub enum Saving {
     Skip,
 }
 
-/// What became of a step in RAM.
+/// What became of a step in RAM, or on other nodes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum InRam {
     /// Every rank's shard was there, and they agree.
@@ -207,6 +207,77 @@ impl Agreements {
     pub fn gave_up(&self, step: u64) -> Result<Option<String>> {
         let found = self.said(&format!("gaveup-{step:020}"))?;
         Ok(found.map(|text| said_in(&text)))
+    }
+
+    /// The leader: `step` is the next one that goes to other nodes.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn copy(&self, step: u64) -> Result<()> {
+        self.record(&format!("copy-{step:020}"), CARRY).map(drop)
+    }
+
+    /// The newest step that goes to other nodes, as recorded.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn copied(&self) -> Result<Option<u64>> {
+        Ok(self.steps("copy-")?.into_iter().max())
+    }
+
+    /// `rank` has the copies of its shard of `step` that it is to have.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn say_held(&self, step: u64, rank: u32) -> Result<()> {
+        self.record(&format!("held-{step:020}-{rank}"), WHOLE).map(drop)
+    }
+
+    /// Those of `ranks` that have not said so.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn not_held(&self, step: u64, ranks: &[u32]) -> Result<Vec<u32>> {
+        let mut missing = Vec::new();
+        for rank in ranks {
+            if self.dir.is_some() && self.said(&format!("held-{step:020}-{rank}"))?.is_none() {
+                missing.push(*rank);
+            }
+        }
+        Ok(missing)
+    }
+
+    /// What became of the copies of `step` on other nodes: `seen`, unless another rank has said so
+    /// before.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn on_peers(&self, step: u64, seen: InRam) -> Result<InRam> {
+        let said = self.record(&format!("peers-{step:020}"), &seen.word())?;
+        Ok(said.map_or(seen, |word| InRam::of(&word)))
+    }
+
+    /// What [`on_peers`](Self::on_peers) answers, where some rank has decided it.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn was_on_peers(&self, step: u64) -> Result<Option<InRam>> {
+        Ok(self.said(&format!("peers-{step:020}"))?.map(|word| InRam::of(&word)))
+    }
+
+    /// Forgets what was said of copies of steps before `step`.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn forget_copies_before(&self, step: u64) -> Result<()> {
+        let Some(dir) = &self.dir else { return Ok(()) };
+        for prefix in ["copy-", "peers-", "held-"] {
+            let end = format!("{prefix}{step:020}");
+            for name in self.names()?.into_iter().filter(|n| n.starts_with(prefix) && *n < end) {
+                remove(&dir.join(name))?;
+            }
+        }
+        Ok(())
     }
 
     /// The step after which all ranks stop: as recorded, else `wish`. It stays for as long as the

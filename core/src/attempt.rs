@@ -152,6 +152,11 @@ impl Attempts {
         }
     }
 
+    /// Those that have a complete checkpoint, as far as it was recorded.
+    pub(crate) fn joined(&self) -> &[u32] {
+        &self.joined
+    }
+
     /// Oldest first.
     #[must_use]
     pub fn records(&self) -> &[AttemptRecord] {
@@ -302,13 +307,30 @@ pub fn create(tiers: &[&dyn Tier], mut draft: AttemptRecord) -> Result<AttemptRe
     }
 }
 
+/// Keeps another node's record, twice as every tier does. One that is there stays.
+///
+/// # Errors
+/// The tier did not answer.
+pub(crate) fn keep(tier: &dyn Tier, record: &AttemptRecord, bytes: &[u8]) -> Result<()> {
+    let number = record.attempt.number;
+    record.check(number).map_err(|why| Error::damaged(attempt_file(number), why))?;
+    for name in [attempt_file(number), copy_file(number)] {
+        tier.create(&name, bytes)?;
+    }
+    Ok(())
+}
+
 /// Records that `attempt` has a complete checkpoint: from here on it leads the lineage, also when
 /// that checkpoint was only in RAM and is lost.
 ///
 /// # Errors
 /// The tier did not answer.
 pub fn join(tier: &dyn Tier, attempt: &AttemptRef) -> Result<()> {
-    let name = format!("{ATTEMPTS}/{:08}.joined", attempt.number);
+    join_number(tier, attempt.number)
+}
+
+pub(crate) fn join_number(tier: &dyn Tier, number: u32) -> Result<()> {
+    let name = format!("{ATTEMPTS}/{number:08}.joined");
     tier.create(&name, b"").map(|_| ())
 }
 

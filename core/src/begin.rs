@@ -13,8 +13,11 @@
 //! - A decision that is asked for again because its answer was lost is the same decision.
 //! - `fresh` and rollbacks are recorded as such: what they leave behind is abandoned at once.
 
-use std::time::Duration;
+mod fetched;
 
+use std::{sync::Arc, time::Duration};
+
+use self::fetched::fetch_shard;
 use crate::{
     attempt::{self, AttemptRecord, Attempts},
     clock::Deadline,
@@ -22,10 +25,11 @@ use crate::{
     error::{Error, Hint, Result},
     names::{AttemptDir, AttemptRef, CheckpointKey, Id, Rank, ranks},
     ownership::is_held,
+    peers::remote::{Remote, look_at_all},
     place::{Place, start_lock_path},
     record,
     restore::{
-        decide::{Decision, Wish, answering, decide},
+        decide::{Decision, Wish, answering, decide, whole_before},
         read::Restorable,
         survey::{Found, copies, mark_bad},
     },
@@ -50,6 +54,8 @@ pub struct Begin {
 pub(crate) struct Started {
     pub(crate) record: AttemptRecord,
     pub(crate) restorable: Option<Restorable>,
+    /// The newest whole checkpoint before the one that is resumed from, as far as the leader sees it.
+    pub(crate) fallback: Option<CheckpointKey>,
 }
 
 /// How often a rank looks for rank 0's record.
@@ -61,16 +67,17 @@ pub(crate) fn begin(place: &Place, how: &Begin, decision: u32) -> Result<Started
         let mut earlier = own_record(place, decision);
         // The step that was decided on can go while we decide: then decide again.
         loop {
-            let record = match earlier.take() {
-                Some(record) => record,
+            let (record, fallback) = match earlier.take() {
+                Some(record) => (record, None),
                 None => record_decision(place, how, decision)?,
             };
             clear_old(place, &record);
             match join_attempt(place, &record) {
+                Ok(started) => return Ok(Started { fallback, ..started }),
                 Err(e) if e.is_not_found() && deadline.left(&*place.clock).is_some() => {
                     tracing::warn!("{}; deciding again", e.chain());
                 }
-                other => return other,
+                Err(e) => return Err(e),
             }
             place.check_closed()?;
         }
@@ -124,12 +131,23 @@ fn own_record(place: &Place, decision: u32) -> Option<AttemptRecord> {
     (ours && claimed.is_ok_and(|ours| ours)).then(|| newest.clone())
 }
 
-/// Rank 0: decides and records.
-fn record_decision(place: &Place, how: &Begin, decision: u32) -> Result<AttemptRecord> {
-    let tiers: [&dyn Tier; 2] = [&*place.ram, &*place.disk];
+/// Rank 0: decides and records. Beside it the newest whole checkpoint before the parent, where there are
+/// other nodes.
+fn record_decision(
+    place: &Place,
+    how: &Begin,
+    decision: u32,
+) -> Result<(AttemptRecord, Option<CheckpointKey>)> {
+    let mut silent = Vec::new();
+    let elsewhere = elsewhere(place, &how.wish, &mut silent)?;
+    let far = || elsewhere.iter().map(|remote| &**remote as &dyn Tier);
     let durable_first: [&dyn Tier; 2] = [&*place.disk, &*place.ram];
-    let attempts = Attempts::load(&answering(&durable_first, &how.wish, &mut Vec::new())?)?;
-    let decided = decide(&tiers, &*place.disk, &attempts, &how.wish)?;
+    let tiers: Vec<&dyn Tier> = [&*place.ram, &*place.disk].into_iter().chain(far()).collect();
+    let all: Vec<&dyn Tier> = durable_first.into_iter().chain(far()).collect();
+    let attempts = Attempts::load(&answering(&all, &how.wish, &mut Vec::new())?)?;
+    keep_records(&attempts, &all, &durable_first)?;
+    let mut decided = decide(&tiers, &*place.disk, &attempts, &how.wish)?;
+    decided.passed_over.splice(0..0, silent);
     if how.only_new && decided.has_history {
         return Err(Error::invalid(format!(
             "{} already has checkpoints or attempts: a save that follows no restore would begin anew",
@@ -141,6 +159,10 @@ fn record_decision(place: &Place, how: &Begin, decision: u32) -> Result<AttemptR
     if chosen && !how.rollback {
         check_newest(place, &tiers, &attempts, &decided)?;
     }
+    let fallback = match decided.parent.filter(|_| !elsewhere.is_empty()) {
+        Some(parent) => whole_before(&tiers, &attempts, &parent.key())?,
+        None => None,
+    };
     let decided = if how.fresh { Decision { parent: None, ..decided } } else { decided };
     check_world(place, &decided)?;
     for why in &decided.passed_over {
@@ -162,7 +184,49 @@ fn record_decision(place: &Place, how: &Begin, decision: u32) -> Result<AttemptR
         created_unix_ms: place.clock.unix_ms(),
         passed_over: decided.passed_over,
     };
-    attempt::create(&durable_first, draft)
+    Ok((attempt::create(&durable_first, draft)?, fallback))
+}
+
+/// How often agents that are alive and do not answer are asked again.
+const AGAIN: Duration = Duration::from_millis(250);
+
+/// The tiers of all live agents. One that does not answer, and is not missed by the others either, may
+/// have a newer checkpoint.
+fn elsewhere(
+    place: &Place,
+    wish: &Wish,
+    passed_over: &mut Vec<String>,
+) -> Result<Vec<Arc<Remote>>> {
+    let Some(peers) = &place.peers else { return Ok(Vec::new()) };
+    let deadline = Deadline::after(&*place.clock, place.config.attempt_wait);
+    loop {
+        let (found, silent) = look_at_all(peers);
+        let Some((node, e)) = silent.first() else { return Ok(found) };
+        place.check_closed()?;
+        if deadline.left(&*place.clock).is_none() {
+            let who = format!("{node}: {}", e.chain());
+            if wish.accept_older {
+                passed_over.push(format!("another node does not answer: {who}"));
+                return Ok(found);
+            }
+            let what = "an answer of every live agent; it may hold a newer checkpoint";
+            return Err(deadline.passed(what, who).with_hint(Hint::AcceptOlder));
+        }
+        place.clock.pause(AGAIN);
+    }
+}
+
+/// What other nodes know of the run's attempts is known here too, from now on.
+fn keep_records(attempts: &Attempts, all: &[&dyn Tier], own: &[&dyn Tier]) -> Result<()> {
+    if all.len() == own.len() {
+        return Ok(());
+    }
+    for record in attempts.records() {
+        let (_, bytes) = attempt::read(all, record.attempt.number)?;
+        own.iter().try_for_each(|tier| attempt::keep(*tier, record, &bytes))?;
+    }
+    let joined = attempts.joined().iter();
+    joined.copied().try_for_each(|number| attempt::join_number(own[0], number))
 }
 
 /// Removes what earlier attempts left for their own ranks: decisions, claims, the locks of dead
@@ -277,7 +341,7 @@ fn join_attempt(place: &Place, record: &AttemptRecord) -> Result<Started> {
         claim()?;
         find()?
     };
-    Ok(Started { record: record.clone(), restorable })
+    Ok(Started { record: record.clone(), restorable, fallback: None })
 }
 
 fn find_shard(place: &Place, record: &AttemptRecord, key: &CheckpointKey) -> Result<Restorable> {
@@ -291,7 +355,28 @@ fn find_shard(place: &Place, record: &AttemptRecord, key: &CheckpointKey) -> Res
     Ok(own)
 }
 
+/// The shard as it lies here; where it does not, it is fetched from other nodes first.
 fn find_shard_of(
+    place: &Place,
+    record: &AttemptRecord,
+    key: &CheckpointKey,
+    rank: Rank,
+    mends: bool,
+) -> Result<Restorable> {
+    let found = find_shard_here(place, record, key, rank, mends);
+    let lost = matches!(&found, Err(Error::Lost { .. } | Error::NotFound { .. }));
+    match &place.peers {
+        Some(peers) if lost => {
+            if !fetch_shard(place, peers, record, key, rank)? {
+                return found;
+            }
+            find_shard_here(place, record, key, rank, mends)
+        }
+        _ => found,
+    }
+}
+
+fn find_shard_here(
     place: &Place,
     record: &AttemptRecord,
     key: &CheckpointKey,

@@ -1,6 +1,7 @@
-//! From RAM to disk, behind the training: one step at a time, the same step on every rank.
+//! From RAM to disk and to other nodes, behind the training: one step at a time, the same step on every
+//! rank.
 //!
-//! One thread a rank. It watches its rank's shards until all ranks have theirs in RAM; the leader
+//! One thread a rank (another one for other nodes, `to_peers`). It watches its rank's shards until all ranks have theirs in RAM; the leader
 //! then records which step goes to disk next (the newest that is complete in RAM), every rank
 //! writes its shard of that step and keeps its slot until the step is sealed or given up.
 //!
@@ -21,6 +22,7 @@ mod asked;
 mod release;
 mod standing;
 mod to_disk;
+mod to_peers;
 mod watching;
 
 use std::{
@@ -32,7 +34,7 @@ use std::{
     time::Duration,
 };
 
-use self::standing::Standing;
+use self::{standing::Standing, to_peers::Copies};
 use crate::{
     agree::{Agreements, InRam},
     attempt::{self, AttemptRecord},
@@ -40,8 +42,9 @@ use crate::{
     config::Config,
     error::{Error, Result},
     manifest::Identity,
-    names::{CheckpointKey, Rank, ranks},
+    names::{CheckpointKey, Rank, Step, ranks},
     observe::{Observer, locked},
+    peers::Peers,
     save::{Level, Save},
     signal::Signal,
     snapshot::slot::SlotPayload,
@@ -86,6 +89,8 @@ struct Work {
     /// The checkpoint that is complete in RAM and newest, of this attempt or what it resumed from.
     newest: Option<CheckpointKey>,
     carry: Option<Carry>,
+    /// What is on its way to other nodes, and what is there.
+    copies: Copies,
     /// The newest step that was ever chosen for disk.
     chosen: Option<u64>,
     sealed: Option<u64>,
@@ -133,6 +138,12 @@ pub(crate) struct Parts {
     pub(crate) observer: Observer,
     pub(crate) clock: SharedClock,
     pub(crate) signal: Arc<Signal>,
+    /// The other agents, and how many of them are to have each shard.
+    pub(crate) peers: Option<Peers>,
+    pub(crate) replicas: usize,
+    /// The newest whole checkpoint before the one that the attempt resumed from: it stays until that one
+    /// is on other nodes again.
+    pub(crate) fallback: Option<CheckpointKey>,
 }
 
 /// The way of one attempt's checkpoints to disk.
@@ -211,6 +222,17 @@ impl Cascade {
 
     /// Says in `save` that it goes to disk, where it does.
     pub(crate) fn mark_due(&self, save: &Save) {
+        match (&self.parts.peers, self.parts.replicas) {
+            (Some(_), 1..) => save.set_due_for_peers(),
+            (peers, _) => {
+                let why = match peers {
+                    None => "it goes to no other node: there is no agent here that has others",
+                    Some(_) => "it goes to no other node: replicas = 0",
+                };
+                let (step, why) = (Step(save.step()), why.into());
+                save.fail(Level::Peer, &Error::Skipped { step, why });
+            }
+        }
         if self.is_due(save.step()) {
             save.set_due_for_disk();
         }

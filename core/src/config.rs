@@ -54,6 +54,10 @@ pub struct Config {
     pub slot_wait: Duration,
     /// How long a step may take to be sealed on disk before it is given up.
     pub disk_wait: Duration,
+    /// Copies of each shard on other nodes, where the agent has others; `None`: 1. `TIERKEEP_REPLICAS`.
+    pub replicas: Option<u32>,
+    /// How long the copies of a step may take before it is given up.
+    pub peer_wait: Duration,
     /// How long a rank waits for the others' shards of an older step before it takes that step's
     /// slot.
     pub stragglers_wait: Duration,
@@ -88,6 +92,8 @@ impl Config {
             attempt_wait: seconds(120),
             slot_wait: seconds(600),
             disk_wait: seconds(1800),
+            replicas: number("TIERKEEP_REPLICAS")?,
+            peer_wait: seconds(120),
             stragglers_wait: seconds(10),
         })
     }

@@ -21,6 +21,7 @@ mod drain;
 mod hands;
 mod left;
 mod peer;
+mod peers;
 mod rounds;
 mod seat;
 mod tell;
@@ -32,14 +33,20 @@ use std::{
     os::unix::{fs::PermissionsExt, net::UnixListener},
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, OnceLock,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
-use self::{connection::Connection, peer::Peer, seat::Seat, users::Users};
-pub use self::{drain::Drained, users::UID, view::RankView};
+use self::{
+    connection::Connection,
+    peer::{Peer, Who},
+    peers::Transfers,
+    seat::Seat,
+    users::Users,
+};
+pub use self::{drain::Drained, peers::Outgoing, users::UID, view::RankView};
 use crate::{
     clock::{Clock, Deadline, SystemClock},
     config::Config,
@@ -48,6 +55,7 @@ use crate::{
     names::Id,
     observe::locked,
     ownership::Ownership,
+    peers::{Network, Peers, Site, hold::Shelf},
     signal::Signal,
     snapshot::budget::Budget,
 };
@@ -86,6 +94,12 @@ pub struct Host {
     connections: AtomicU64,
     ending: AtomicBool,
     changed: Signal,
+    /// What other agents send here, and read from here.
+    transfers: Mutex<Transfers>,
+    /// What is held for ranks of other nodes.
+    shelves: Mutex<HashMap<(PathBuf, u32), Arc<Shelf>>>,
+    /// The other agents, where there are any.
+    network: OnceLock<Arc<dyn Network>>,
     /// One agent a socket, one a ram tier.
     _locks: [Ownership; 2],
 }
@@ -137,9 +151,17 @@ impl Host {
             connections: AtomicU64::new(0),
             ending: AtomicBool::new(false),
             changed: Signal::default(),
+            transfers: Mutex::default(),
+            shelves: Mutex::default(),
+            network: OnceLock::new(),
             _locks: locks,
         };
         Ok((Arc::new(host), listener))
+    }
+
+    /// From here on there are other agents. The first one told stays.
+    pub fn meet(&self, network: Arc<dyn Network>) {
+        let _ = self.network.set(network);
     }
 
     /// Its settings.
@@ -211,9 +233,16 @@ impl Host {
     }
 
     /// A keeper for a rank that nobody here owns.
-    fn keeper(&self, config: Config, uid: u32, start: Id, nonce: Id) -> Result<Keeper> {
-        let budget = self.users.budget(uid, &self.settings, &config.ram_dir())?;
-        let ground = Ground::Agent { budget, start, nonce };
+    fn keeper(&self, config: Config, who: &Who, start: Id, nonce: Id) -> Result<Keeper> {
+        let budget = self.users.budget(who.uid, &self.settings, &config.ram_dir())?;
+        let peers = self.network.get().map(|network| {
+            let Who { uid, gid, groups } = who.clone();
+            let site = Site { destination: config.destination.clone(), uid, gid, groups };
+            Peers { network: network.clone(), site }
+        });
+        let ground = Ground::Agent { budget, start, nonce, peers };
+        // What was held here for the rank is its own.
+        self.give_up_shelf(&(crate::config::real(&config.destination), config.rank));
         // Whoever had the rank here has left its chair.
         Keeper::open(config, ground, &|tier| tier, &|_| Ok(()))
     }

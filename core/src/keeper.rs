@@ -36,9 +36,10 @@ use crate::{
     commit::Listing,
     config::Config,
     error::{Error, Result},
-    names::{Id, Rank},
+    names::{CheckpointKey, Id, Rank},
     observe::{Observer, locked},
     ownership::{FileId, Ownership},
+    peers::Peers,
     place::{Desk, Place},
     restore::{read::Restorable, survey::ShardCopy},
     save::Save,
@@ -57,17 +58,43 @@ const PREPARES_MAX: usize = 8;
 struct Running {
     record: AttemptRecord,
     cascade: Arc<Cascade>,
+    threads: Vec<Behind>,
+}
+
+/// A thread that carries shards.
+struct Behind {
     thread: JoinHandle<()>,
-    /// The thread has nothing more to do.
+    /// It has nothing more to do.
     over: Arc<AtomicBool>,
+}
+
+impl Behind {
+    fn start(
+        name: &str,
+        cascade: &Arc<Cascade>,
+        place: &Place,
+        work: fn(&Cascade),
+    ) -> Result<Self> {
+        let (runner, signal) = (cascade.clone(), place.signal.clone());
+        let over = Arc::new(AtomicBool::new(false));
+        let told = over.clone();
+        let thread = std::thread::Builder::new().name(name.into()).spawn(move || {
+            work(&runner);
+            told.store(true, Ordering::Release);
+            signal.notify();
+        });
+        let thread = thread
+            .map_err(|source| Error::Io { what: format!("start the thread {name}"), source })?;
+        Ok(Self { thread, over })
+    }
 }
 
 /// Where an owner lives.
 pub(crate) enum Ground {
     /// In the process that trains.
     Trainer,
-    /// In an agent, whose budget this is; the trainer drew the ids.
-    Agent { budget: Budget, start: Id, nonce: Id },
+    /// In an agent, whose budget this is, and which may have others; the trainer drew the ids.
+    Agent { budget: Budget, start: Id, nonce: Id, peers: Option<Peers> },
 }
 
 /// The owner of one rank of a run.
@@ -101,12 +128,13 @@ impl Keeper {
         config.check()?;
         let clock: SharedClock = Arc::new(SystemClock);
         let disk = DiskTier::open(&config.destination)?;
-        let (budget, start, nonce, mapped) = match ground {
+        let (budget, start, nonce, mapped, peers) = match ground {
             Ground::Trainer => {
                 let budget = Budget::open(&config.ram_root, config.ram_bytes_max)?;
-                (budget, config.attempt_id.map_or_else(Id::random, Ok)?, Id::random()?, true)
+                let start = config.attempt_id.map_or_else(Id::random, Ok)?;
+                (budget, start, Id::random()?, true, None)
             }
-            Ground::Agent { budget, start, nonce } => (budget, start, nonce, false),
+            Ground::Agent { budget, start, nonce, peers } => (budget, start, nonce, false, peers),
         };
         let ram = wrap(Arc::new(MemoryTier::open(&config.ram_dir(), budget.clone())?));
         let lock = config.destination.join(format!("_locks/rank-{:06}", config.rank));
@@ -134,7 +162,7 @@ impl Keeper {
         let closed = AtomicBool::new(false);
         let pid = std::process::id();
         let desk = Arc::new(Desk { config, observer, clock, signal, closed, start, nonce, pid });
-        let place = Place { desk, ram, disk, arena };
+        let place = Place { desk, ram, disk, arena, peers };
         let start_lock = if place.config.leads() { Some(place.start_lock()?) } else { None };
         Ok(Self {
             place,
@@ -191,15 +219,22 @@ impl Keeper {
             Some(key) => !Listing::of(&*place.disk, key)?.sealed,
             None => false,
         };
-        let resumed = restorable.as_ref().filter(|_| waits);
+        // What is not sealed goes to disk from its slot, and to other nodes whatever is.
+        let resumed = restorable.as_ref().filter(|_| waits || place.replicas() > 0);
         let resumed = resumed.and_then(|found| resumed_shard(&place.arena, found));
         let resumed = resumed.into_iter().collect();
-        self.run(started.record, waits, resumed)?;
+        self.run(started.record, started.fallback, waits, resumed)?;
         Ok(restorable)
     }
 
     /// Starts what carries an attempt's shards.
-    fn run(&self, record: AttemptRecord, parent_waits: bool, found: Vec<Shard>) -> Result<()> {
+    fn run(
+        &self,
+        record: AttemptRecord,
+        fallback: Option<CheckpointKey>,
+        parent_waits: bool,
+        found: Vec<Shard>,
+    ) -> Result<()> {
         let place = &self.place;
         let lone = place.config.is_lone();
         let agreements = Agreements::new(&place.config.destination, &record.attempt, lone);
@@ -212,25 +247,21 @@ impl Keeper {
             observer: place.observer.clone(),
             clock: place.clock.clone(),
             signal: place.signal.clone(),
+            peers: place.peers.clone(),
+            replicas: place.replicas(),
+            fallback,
         };
         // Directories are asked here, before anybody is kept waiting.
         let cascade = Cascade::new(parts, parent_waits, found)?;
         let mut running = locked(&self.running);
         // Closing says so first and takes what runs after: nothing starts behind its back.
         place.check_closed()?;
-        let runner = cascade.clone();
-        let over = Arc::new(AtomicBool::new(false));
-        let told = over.clone();
-        let signal = place.signal.clone();
-        let thread = std::thread::Builder::new()
-            .name("tierkeep-disk".into())
-            .spawn(move || {
-                runner.run();
-                told.store(true, Ordering::Release);
-                signal.notify();
-            })
-            .map_err(|source| Error::Io { what: "start the disk tier's thread".into(), source })?;
-        *running = Some(Running { record, cascade, thread, over });
+        let mut threads = vec![Behind::start("tierkeep-disk", &cascade, place, Cascade::run)?];
+        if place.replicas() > 0 {
+            let begun = Behind::start("tierkeep-peers", &cascade, place, Cascade::run_to_peers);
+            threads.push(begun.inspect_err(|_| cascade.stop(None))?);
+        }
+        *running = Some(Running { record, cascade, threads });
         Ok(())
     }
 

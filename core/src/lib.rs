@@ -39,6 +39,7 @@ mod wire;
 pub mod link;
 pub mod host;
 pub mod placement;
+pub mod peers;
 pub mod probe;
 
 pub mod names;

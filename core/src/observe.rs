@@ -61,6 +61,12 @@ pub struct Counters {
     pub disk_sealed: AtomicU64,
     /// Steps that were complete in RAM and passed over for disk.
     pub disk_passed_over: AtomicU64,
+    /// Bytes sent to other nodes, all copies together.
+    pub peer_bytes: AtomicU64,
+    /// Nanoseconds of sending to other nodes.
+    pub peer_ns: AtomicU64,
+    /// Checkpoints that were seen to be held on other nodes.
+    pub peer_whole: AtomicU64,
     /// Chunks that did not match their checksum.
     pub checksum_failures: AtomicU64,
     /// Copies that were written anew from a good one.

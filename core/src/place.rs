@@ -17,6 +17,7 @@ use crate::{
     names::Id,
     observe::Observer,
     ownership::Ownership,
+    peers::Peers,
     signal::Signal,
     snapshot::arena::Arena,
     tier::Tier,
@@ -70,6 +71,8 @@ pub(crate) struct Place {
     pub(crate) ram: Arc<dyn Tier>,
     pub(crate) disk: Arc<dyn Tier>,
     pub(crate) arena: Arc<Arena>,
+    /// The other agents.
+    pub(crate) peers: Option<Peers>,
 }
 
 impl Deref for Place {
@@ -80,6 +83,14 @@ impl Deref for Place {
 }
 
 impl Place {
+    /// How many copies of each shard are to be on other nodes.
+    pub(crate) fn replicas(&self) -> usize {
+        match self.peers {
+            Some(_) => self.config.replicas.unwrap_or(1) as usize,
+            None => 0,
+        }
+    }
+
     /// Others find this process's attempt record by this lock, whose name nobody else has.
     pub(crate) fn start_lock(&self) -> Result<Ownership> {
         let path = start_lock_path(&self.config.destination, &self.start);

@@ -30,6 +30,8 @@ pub enum Level {
     Staged,
     /// It survives the process.
     Ram,
+    /// It survives the node.
+    Peer,
     /// It survives a reboot.
     Disk,
 }
@@ -41,6 +43,7 @@ impl Level {
         match self {
             Self::Staged => "staged",
             Self::Ram => "ram",
+            Self::Peer => "peer",
             Self::Disk => "disk",
         }
     }
@@ -58,10 +61,13 @@ enum Stage {
 struct Stages {
     staged: Stage,
     ram: Stage,
+    peer: Stage,
     disk: Stage,
     ram_own: Stage,
+    peer_own: Stage,
     disk_own: Stage,
     bytes: u64,
+    peer_bytes: u64,
     disk_bytes: u64,
     skipped: Option<String>,
     /// It was this rank alone that passed it over.
@@ -77,6 +83,8 @@ impl Stages {
             (Level::Staged, _) => &mut self.staged,
             (Level::Ram, false) => &mut self.ram,
             (Level::Ram, true) => &mut self.ram_own,
+            (Level::Peer, false) => &mut self.peer,
+            (Level::Peer, true) => &mut self.peer_own,
             (Level::Disk, false) => &mut self.disk,
             (Level::Disk, true) => &mut self.disk_own,
         }
@@ -88,12 +96,16 @@ impl Stages {
 pub struct Progress {
     /// Bytes of this rank's shard.
     pub bytes: u64,
+    /// Of the bytes of all its copies on other nodes, those that were sent.
+    pub peer_bytes: u64,
     /// Of them, written to disk.
     pub disk_bytes: u64,
     /// The levels that the whole checkpoint has reached.
     pub staged: bool,
     /// It survives the process.
     pub ram: bool,
+    /// It survives the node.
+    pub peer: bool,
     /// It survives a reboot.
     pub disk: bool,
     /// Why nothing was saved, where nothing was.
@@ -106,6 +118,7 @@ pub struct Progress {
 struct Shared {
     step: u64,
     due_for_disk: AtomicBool,
+    due_for_peers: AtomicBool,
     stages: Mutex<Stages>,
     changed: Condvar,
     /// Told of each change too: somebody passes them on.
@@ -157,6 +170,7 @@ impl Save {
         let shared = Shared {
             step,
             due_for_disk: AtomicBool::new(false),
+            due_for_peers: AtomicBool::new(false),
             stages: Mutex::default(),
             changed: Condvar::new(),
             signal,
@@ -185,6 +199,16 @@ impl Save {
         }
     }
 
+    /// True where it goes to other nodes, unless a newer one does.
+    #[must_use]
+    pub fn is_due_for_peers(&self) -> bool {
+        self.shared.due_for_peers.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn set_due_for_peers(&self) {
+        self.shared.due_for_peers.store(true, Ordering::Release);
+    }
+
     /// As another process sees it.
     pub(crate) fn state(&self) -> wire::SaveState {
         let mut stages = locked(&self.shared.stages);
@@ -201,8 +225,12 @@ impl Save {
             ram_own: stage(Level::Ram, true),
             disk: stage(Level::Disk, false),
             disk_own: stage(Level::Disk, true),
+            peer: stage(Level::Peer, false),
+            peer_own: stage(Level::Peer, true),
             due_for_disk: self.is_due_for_disk(),
+            due_for_peers: self.is_due_for_peers(),
             disk_bytes: stages.disk_bytes,
+            peer_bytes: stages.peer_bytes,
             waiting_for: stages.waiting_for.clone(),
             skipped: stages.skipped.clone().unwrap_or_default(),
         }
@@ -213,17 +241,23 @@ impl Save {
         if state.due_for_disk {
             self.set_due_for_disk();
         }
+        if state.due_for_peers {
+            self.set_due_for_peers();
+        }
         if !state.skipped.is_empty() {
             self.skip(&state.skipped);
         }
         self.set_waiting_for(state.waiting_for);
         let mut stages = locked(&self.shared.stages);
         stages.disk_bytes = stages.disk_bytes.max(state.disk_bytes);
+        stages.peer_bytes = stages.peer_bytes.max(state.peer_bytes);
         let told = [
             (Level::Ram, false, state.ram),
             (Level::Ram, true, state.ram_own),
             (Level::Disk, false, state.disk),
             (Level::Disk, true, state.disk_own),
+            (Level::Peer, false, state.peer),
+            (Level::Peer, true, state.peer_own),
         ];
         for (level, own, said) in told {
             let (Some(said), stage) = (said, stages.stage(level, own)) else { continue };
@@ -270,21 +304,30 @@ impl Save {
     pub fn progress(&self) -> Progress {
         let mut stages = locked(&self.shared.stages);
         let mut error = None;
+        let for_peers = self.is_due_for_peers();
         let mut reached = |level| match stages.stage(level, false) {
             Stage::Reached => true,
             Stage::Pending => false,
+            // Where it was to go nowhere else, that it did not is no failure.
+            Stage::Failed(_) if level == Level::Peer && !for_peers => false,
             Stage::Failed(e) => {
                 error.get_or_insert(e.chain());
                 false
             }
         };
-        let (staged, ram, disk) =
-            (reached(Level::Staged), reached(Level::Ram), reached(Level::Disk));
+        let (staged, ram, peer, disk) = (
+            reached(Level::Staged),
+            reached(Level::Ram),
+            reached(Level::Peer),
+            reached(Level::Disk),
+        );
         Progress {
             bytes: stages.bytes,
+            peer_bytes: stages.peer_bytes,
             disk_bytes: stages.disk_bytes,
             staged,
             ram,
+            peer,
             disk,
             skipped: stages.skipped.clone(),
             error: if stages.skipped.is_some() { None } else { error },
@@ -305,9 +348,10 @@ impl Save {
     pub(crate) fn fail(&self, level: Level, error: &Error) {
         let mut stages = locked(&self.shared.stages);
         let from: &[Level] = match level {
-            Level::Staged => &[Level::Staged, Level::Ram, Level::Disk],
-            // A checkpoint that is not complete in RAM is never chosen for disk.
-            Level::Ram => &[Level::Ram, Level::Disk],
+            Level::Staged => &[Level::Staged, Level::Ram, Level::Peer, Level::Disk],
+            // A checkpoint that is not complete in RAM is never chosen for anywhere else.
+            Level::Ram => &[Level::Ram, Level::Peer, Level::Disk],
+            Level::Peer => &[Level::Peer],
             Level::Disk => &[Level::Disk],
         };
         for level in from {
@@ -322,9 +366,11 @@ impl Save {
         self.shared.tell();
     }
 
-    /// True while it may still reach RAM, or disk where it is to go there.
+    /// True while it may still reach RAM, or other nodes or disk where it is to go there.
     pub(crate) fn is_open(&self) -> bool {
-        self.is_pending(Level::Ram) || (self.is_due_for_disk() && self.is_pending(Level::Disk))
+        self.is_pending(Level::Ram)
+            || (self.is_due_for_peers() && self.is_pending(Level::Peer))
+            || (self.is_due_for_disk() && self.is_pending(Level::Disk))
     }
 
     pub(crate) fn is_pending(&self, level: Level) -> bool {
@@ -351,6 +397,10 @@ impl Save {
 
     pub(crate) fn add_disk_bytes(&self, bytes: u64) {
         locked(&self.shared.stages).disk_bytes += bytes;
+    }
+
+    pub(crate) fn add_peer_bytes(&self, bytes: u64) {
+        locked(&self.shared.stages).peer_bytes += bytes;
     }
 
     pub(crate) fn set_waiting_for(&self, who: String) {

@@ -10,6 +10,19 @@ pub mod trainer {
     include!(concat!(env!("OUT_DIR"), "/tierkeep.trainer.rs"));
 }
 
+/// One agent and another.
+#[allow(missing_docs, unreachable_pub, clippy::all)]
+pub mod peer {
+    include!(concat!(env!("OUT_DIR"), "/tierkeep.peer.rs"));
+}
+
+/// One agent and another, by gRPC.
+#[cfg(feature = "control")]
+#[allow(missing_docs, unreachable_pub, clippy::all)]
+pub mod peer_service {
+    include!(concat!(env!("OUT_DIR"), "/tierkeep.peer.Peer.rs"));
+}
+
 /// People and programs, and an agent: gRPC over a unix socket that only the agent's user can open.
 #[cfg(feature = "control")]
 #[allow(missing_docs, unreachable_pub, clippy::all)]

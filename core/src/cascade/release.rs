@@ -3,7 +3,7 @@
 //! # Invariants
 //!
 //! - A slot is never taken from the newest complete checkpoint, nor from one that is on its way to
-//!   disk, nor from one that the leader is about to choose.
+//!   disk or to other nodes, nor from one that the leader is about to choose.
 //! - No directory is asked with the cascade locked.
 
 use super::{Cascade, Shard, Work, standing::Standing, whom};
@@ -56,7 +56,8 @@ impl Cascade {
 
     fn is_needed(&self, work: &Work, key: &CheckpointKey) -> bool {
         let on_its_way = work.carry.as_ref().is_some_and(|c| self.key_of(c.step) == *key);
-        work.newest.as_ref() == Some(key) || on_its_way
+        let copied = work.copies.now.as_ref().is_some_and(|now| self.key_of(now.step) == *key);
+        work.newest.as_ref() == Some(key) || on_its_way || copied
     }
 
     pub(super) fn may_be_chosen(&self, work: &Work, step: u64) -> bool {

@@ -150,7 +150,7 @@ impl Connection {
                     // Should nobody begin, the attempt before goes on (`Host::care_for`).
                     old.end(Ending::HandOver);
                 }
-                let keeper = host.keeper(config, self.peer.who.uid, start, nonce)?;
+                let keeper = host.keeper(config, &self.peer.who, start, nonce)?;
                 let seat = Arc::new(Seat::new(keeper, open, self.id, self.peer.clone()));
                 if let Some(back) = open.back.as_ref().filter(|back| !back.record.is_empty()) {
                     seat.keeper.go_on(&convert::record_of(&back.record)?, back.decisions)?;

@@ -109,7 +109,7 @@ impl Host {
         if taken.is_some() {
             return Ok(()); // Its trainer was quicker.
         }
-        let keeper = self.keeper(config, uid, start, nonce)?;
+        let keeper = self.keeper(config, &who, start, nonce)?;
         let disk = keeper.place.disk.clone();
         let attempts = Attempts::load(&[&*disk, &*keeper.place.ram])?;
         let newest = attempts.records().iter().rev().find(|record| {

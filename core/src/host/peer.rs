@@ -18,10 +18,10 @@ use crate::sys;
 
 /// As whom files are touched.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Who {
-    pub(super) uid: u32,
-    pub(super) gid: u32,
-    pub(super) groups: Vec<u32>,
+pub(crate) struct Who {
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+    pub(crate) groups: Vec<u32>,
 }
 
 /// A process that connected.

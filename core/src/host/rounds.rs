@@ -22,6 +22,7 @@ impl Host {
                 self.own_what_is_left();
             }
             // Sealing reads the manifests of all ranks: what that took is given back.
+            self.end_transfers();
             let works = self.seats().iter().any(|seat| seat.is_busy());
             if works || worked {
                 crate::sys::give_free_memory_back();

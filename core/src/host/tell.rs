@@ -99,6 +99,9 @@ fn new_counts(counters: &Counters, told: &mut wire::Counts) -> Option<wire::Coun
         disk_passed_over: counters.disk_passed_over.load(Ordering::Relaxed),
         checksum_failures: counters.checksum_failures.load(Ordering::Relaxed),
         repairs: counters.repairs.load(Ordering::Relaxed),
+        peer_bytes: counters.peer_bytes.load(Ordering::Relaxed),
+        peer_ns: counters.peer_ns.load(Ordering::Relaxed),
+        peer_whole: counters.peer_whole.load(Ordering::Relaxed),
     };
     let before = std::mem::replace(told, now);
     let new = wire::Counts {
@@ -112,6 +115,9 @@ fn new_counts(counters: &Counters, told: &mut wire::Counts) -> Option<wire::Coun
         disk_passed_over: now.disk_passed_over - before.disk_passed_over,
         checksum_failures: now.checksum_failures - before.checksum_failures,
         repairs: now.repairs - before.repairs,
+        peer_bytes: now.peer_bytes - before.peer_bytes,
+        peer_ns: now.peer_ns - before.peer_ns,
+        peer_whole: now.peer_whole - before.peer_whole,
     };
     (new != wire::Counts::default()).then_some(new)
 }

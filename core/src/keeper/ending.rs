@@ -8,7 +8,7 @@
 
 use std::{sync::atomic::Ordering, time::Duration};
 
-use super::{Keeper, Running, TAKEN_OVER};
+use super::{Behind, Keeper, Running, TAKEN_OVER};
 use crate::{
     clock::Deadline,
     error::{Error, Result},
@@ -31,8 +31,8 @@ pub(crate) enum Ending {
 }
 
 impl Running {
-    /// Ends the disk tier's thread. It stops at its next block; a disk that hangs in a system call
-    /// keeps it, and is left behind after `wait`.
+    /// Ends the threads. They stop at their next block; a disk that hangs in a system call keeps one,
+    /// which is left behind after `wait`.
     pub(super) fn stop(self, place: &Place, fenced: Option<&Error>, wait: Duration) -> Result<()> {
         self.cascade.stop(fenced);
         self.join(place, wait)
@@ -42,16 +42,20 @@ impl Running {
         let deadline = Deadline::after(&*place.clock, wait);
         loop {
             let seen = place.signal.seen();
-            if self.over.load(Ordering::Acquire) || self.thread.is_finished() {
+            let over = |t: &Behind| t.over.load(Ordering::Acquire) || t.thread.is_finished();
+            if self.threads.iter().all(over) {
                 break;
             }
             let Some(left) = deadline.left(&*place.clock) else {
-                return Err(deadline.passed("the end of the disk tier's thread", "the disk hangs"));
+                let what = "the end of the threads that carry shards";
+                return Err(deadline.passed(what, "the disk hangs, or another node"));
             };
             place.signal.wait(seen, left.min(Duration::from_millis(50)));
         }
-        if self.thread.join().is_err() {
-            return Err(Error::Bug("the disk tier's thread panicked".into()));
+        for behind in self.threads {
+            if behind.thread.join().is_err() {
+                return Err(Error::Bug("a thread that carries shards panicked".into()));
+            }
         }
         Ok(())
     }

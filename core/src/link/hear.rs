@@ -241,6 +241,9 @@ fn count(counters: &Counters, new: &wire::Counts) {
         (&counters.disk_passed_over, new.disk_passed_over),
         (&counters.checksum_failures, new.checksum_failures),
         (&counters.repairs, new.repairs),
+        (&counters.peer_bytes, new.peer_bytes),
+        (&counters.peer_ns, new.peer_ns),
+        (&counters.peer_whole, new.peer_whole),
     ] {
         add(counter, n);
     }

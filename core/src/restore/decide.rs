@@ -98,6 +98,26 @@ pub fn decide(
     Ok(decision)
 }
 
+/// The newest whole checkpoint of the lineage before `parent`.
+///
+/// # Errors
+/// A tier did not answer.
+pub(crate) fn whole_before(
+    tiers: &[&dyn Tier],
+    attempts: &Attempts,
+    parent: &CheckpointKey,
+) -> Result<Option<CheckpointKey>> {
+    let found = survey(tiers)?;
+    let lineage = lineage_of(tiers, &found, attempts)?;
+    let run_id = attempts.newest().map(|r| r.run_id);
+    for found in found.iter().rev().filter(|f| f.key < *parent && lineage.contains(&f.key)) {
+        if matches!(reach(tiers, found, run_id.as_ref())?, Reach::Whole(_)) {
+            return Ok(Some(found.key.clone()));
+        }
+    }
+    Ok(None)
+}
+
 /// Tiers that answer. One that does not may have a newer checkpoint: an error, unless the caller
 /// takes an older one.
 pub(crate) fn answering<'a>(

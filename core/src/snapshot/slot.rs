@@ -204,15 +204,22 @@ impl SlotPayload {
     fn read<'a>(&self, offset: u64, len: usize, scratch: &'a mut AlignedBuf) -> Result<&'a [u8]> {
         let there = usize::try_from(self.len.saturating_sub(offset)).unwrap_or(usize::MAX).min(len);
         scratch.ensure(len);
-        match self.slot.file.read_exact_at(&mut scratch[..there], offset) {
-            Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
-                let file = self.slot.path().display().to_string();
-                return Err(Error::damaged(file, "it was cut short by whoever fills it"));
-            }
-            other => other.at("read", &self.slot.path())?,
-        }
+        self.read_into(offset, &mut scratch[..there])?;
         scratch[there..len].fill(0);
         Ok(&scratch[..len])
+    }
+}
+
+impl SlotPayload {
+    /// Fills `into` from `offset`, which is within the payload.
+    pub(crate) fn read_into(&self, offset: u64, into: &mut [u8]) -> Result<()> {
+        match self.slot.file.read_exact_at(into, offset) {
+            Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
+                let file = self.slot.path().display().to_string();
+                Err(Error::damaged(file, "it was cut short by whoever fills it"))
+            }
+            other => other.at("read", &self.slot.path()),
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! A place that keeps files: RAM, a disk, later a peer or a bucket. The layout in it is the same
+//! A place that keeps files: RAM, a disk, another node, later a bucket. The layout in it is the same
 //! everywhere (see `names`), so everything above this line is written once.
 //!
 //! A tier is narrow on purpose. It owns:
@@ -45,6 +45,8 @@ pub enum TierKind {
     Ram,
     /// Survives the reboot.
     Disk,
+    /// Survives the node: another node's RAM or disk.
+    Peer,
 }
 
 impl fmt::Display for TierKind {
@@ -52,6 +54,7 @@ impl fmt::Display for TierKind {
         f.write_str(match self {
             Self::Ram => "ram",
             Self::Disk => "disk",
+            Self::Peer => "peer",
         })
     }
 }

@@ -124,6 +124,8 @@ pub(crate) fn open(config: &Config, start: Id, nonce: Id) -> wire::Open {
         disk_wait_ms: milliseconds(config.disk_wait),
         stragglers_wait_ms: milliseconds(config.stragglers_wait),
         back: None,
+        replicas: config.replicas,
+        peer_wait_ms: milliseconds(config.peer_wait),
     }
 }
 
@@ -162,8 +164,14 @@ pub(crate) fn config(open: &wire::Open, ram_root: PathBuf) -> Result<Config> {
         slot_wait: length(open.slot_wait_ms, 86_400),
         disk_wait: length(open.disk_wait_ms, 86_400),
         stragglers_wait: length(open.stragglers_wait_ms, 86_400),
+        replicas: open.replicas,
+        peer_wait: length(open.peer_wait_ms, 86_400),
     };
     config.check()?;
+    if config.replicas.is_some_and(|replicas| replicas > REPLICAS_MAX) {
+        let replicas = config.replicas.unwrap_or(0);
+        return Err(Error::invalid(format!("replicas = {replicas}: at most {REPLICAS_MAX}")));
+    }
     if config.slots > SLOTS_MAX {
         return Err(Error::invalid(format!("slots = {}: at most {SLOTS_MAX}", config.slots)));
     }
@@ -172,6 +180,9 @@ pub(crate) fn config(open: &wire::Open, ram_root: PathBuf) -> Result<Config> {
 
 /// A rank that holds more snapshots than this at once has a disk that will never keep up.
 const SLOTS_MAX: usize = 64;
+
+/// More copies than that cost more than they save.
+const REPLICAS_MAX: u32 = 16;
 
 pub(crate) fn begin(how: &Begin) -> wire::Begin {
     wire::Begin {
@@ -208,6 +219,7 @@ pub(crate) fn tier(kind: TierKind) -> wire::Tier {
     match kind {
         TierKind::Ram => wire::Tier::Ram,
         TierKind::Disk => wire::Tier::Disk,
+        TierKind::Peer => wire::Tier::Peer,
     }
 }
 
@@ -215,6 +227,7 @@ pub(crate) fn tier_kind(said: i32) -> Result<TierKind> {
     match wire::Tier::try_from(said) {
         Ok(wire::Tier::Ram) => Ok(TierKind::Ram),
         Ok(wire::Tier::Disk) => Ok(TierKind::Disk),
+        Ok(wire::Tier::Peer) => Ok(TierKind::Peer),
         _ => Err(Error::invalid(format!("there is no tier {said} here"))),
     }
 }

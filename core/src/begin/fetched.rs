@@ -1,0 +1,84 @@
+//! A shard that this node does not have comes from nodes that do, into a slot of its own: then it is
+//! restored as any other.
+
+use crate::{
+    attempt::AttemptRecord,
+    commit::{Listing, publish_shard},
+    error::{Error, Result},
+    names::{CheckpointKey, Rank},
+    peers::{Incoming, Peers, fetch::fetch, remote::look_at_all},
+    place::Place,
+    restore::survey::{Found, copies},
+    snapshot::slot::SlotPayload,
+    tier::Tier,
+};
+
+/// Fetches the shard of `rank`; false: no other node has it.
+///
+/// # Errors
+/// A node that may have it does not answer, or there is no room for it here.
+pub(super) fn fetch_shard(
+    place: &Place,
+    peers: &Peers,
+    record: &AttemptRecord,
+    key: &CheckpointKey,
+    rank: Rank,
+) -> Result<bool> {
+    if rank.0 != place.config.rank {
+        return Ok(false); // Only its own node has slots for it.
+    }
+    let (remotes, silent) = look_at_all(peers);
+    let tiers: Vec<&dyn Tier> = remotes.iter().map(|remote| &**remote as &dyn Tier).collect();
+    let listings = tiers.iter().map(|tier| Listing::of(*tier, key)).collect::<Result<_>>()?;
+    let found = Found { key: key.clone(), listings };
+    if found.deleted() {
+        return Ok(false);
+    }
+    let (good, bad) = copies(&tiers, &found, rank, Some(&record.run_id))?;
+    for bad in &bad {
+        let text = format!("{key}: {}", bad.why);
+        place.observer.warn("damaged_copy", Some(key.step.0), text);
+    }
+    let Some(first) = good.first() else {
+        return match silent.into_iter().next() {
+            Some((_, e)) => Err(e), // It may have it.
+            None => Ok(false),
+        };
+    };
+    let begun = place.clock.monotonic();
+    let manifest = (*first.manifest).clone();
+    let (identity, payload) = (manifest.identity.clone(), manifest.payload.clone());
+    let holders: Vec<_> = good.iter().map(|copy| remotes[copy.tier].clone()).collect();
+    // What else lies in this rank's slots here is older, or of no lineage: the decision is recorded.
+    let may_go = |held: &CheckpointKey| held != key;
+    let filling = place.arena.acquire(payload.length, &may_go)?;
+    let filling = filling.ok_or_else(|| Error::Bug("no slot is free before a restore".into()))?;
+    let incoming = Incoming::new(filling, manifest, first.bytes.to_vec());
+    let told = fetch(peers, key, &holders, &incoming)?;
+    for why in &told.trouble {
+        place.observer.warn("damaged_copy", Some(key.step.0), format!("{key}: {why}"));
+    }
+    let filling = incoming.take().ok_or_else(|| Error::Bug("a fetch that ended twice".into()))?;
+    let slot = SlotPayload { slot: filling.slot().clone(), len: payload.length };
+    // A payload of this name without a good manifest is nobody's.
+    let name = key.file(&payload.file);
+    place.ram.delete(&key.manifest(rank))?;
+    place.ram.delete(&name)?;
+    let receipt = place.ram.put(&name, &slot)?;
+    publish_shard(&*place.ram, &identity, &first.bytes, receipt)?;
+    place.arena.hold(filling, key.clone());
+    let took = place.clock.monotonic().saturating_sub(begun);
+    let from: Vec<&str> = holders.iter().map(|holder| holder.node.as_str()).collect();
+    place.observer.info(
+        "fetched",
+        Some(key.step.0),
+        format!(
+            "{}: {} came from {} in {:.2} s",
+            key.step,
+            crate::snapshot::budget::human(payload.length),
+            from.join(" and "),
+            took.as_secs_f64()
+        ),
+    );
+    Ok(true)
+}

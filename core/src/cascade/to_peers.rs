@@ -1,0 +1,471 @@
+//! From RAM to the RAM of other nodes, behind the training: a thread of its own beside the disk's, one
+//! step at a time, the same step on every rank.
+//!
+//! The leader records which step goes next (the newest that is complete in RAM). Every rank sends its
+//! shard of that step to as many nodes as it is to have copies, and says when they hold it. When all
+//! ranks have said so, the step survives the loss of nodes.
+//!
+//! # Invariants
+//!
+//! - A step is told as being on other nodes only when every rank has the receipts of all its copies.
+//! - Holders are told to keep the newest such step, and what this attempt resumed from until there is one:
+//!   they let go of nothing else that might be needed.
+//! - Before an older step may go, the holders of the newer one have confirmed that they still have it.
+//! - A holder that is lost, full or refuses is replaced by the next node of the placement, until the
+//!   deadline says who was missing.
+
+use std::{collections::BTreeSet, sync::Mutex, time::Duration};
+
+use tierkeep_proto::peer::{self as wire, request::Ask};
+
+use super::{Cascade, IDLE, POLL, Shard};
+use crate::{
+    agree::InRam,
+    attempt::Attempts,
+    clock::Deadline,
+    error::{Error, Result},
+    manifest::{ShardManifest, decode},
+    names::{ATTEMPTS, CheckpointKey, Rank, Step, parse_attempt_file, ranks},
+    observe::{add, locked},
+    peers::{
+        Peers,
+        send::{Outbound, PeerReceipt, send},
+        wire_key,
+    },
+    placement::{self, place},
+    save::Level,
+    snapshot::slot::SlotPayload,
+    tier::Source,
+};
+
+/// How long it is waited for another node, where there are too few.
+const AGAIN: Duration = Duration::from_millis(250);
+
+/// The step that goes to other nodes.
+#[derive(Debug)]
+pub(super) struct Copying {
+    pub(super) step: u64,
+    deadline: Deadline,
+    own_done: bool,
+}
+
+/// How far this rank's copies are.
+#[derive(Debug, Default)]
+pub(super) struct Copies {
+    pub(super) now: Option<Copying>,
+    /// The newest step that was ever chosen.
+    chosen: Option<u64>,
+    /// The newest step that is held elsewhere, of all ranks; and who holds this rank's shard of it.
+    pub(super) whole: Option<CheckpointKey>,
+    receipts: Vec<PeerReceipt>,
+    /// Nodes that may hold something of this rank.
+    holders: BTreeSet<String>,
+    /// Nodes that have this run's records, of this attempt too.
+    informed: BTreeSet<String>,
+}
+
+impl Cascade {
+    /// The thread's whole life.
+    pub(crate) fn run_to_peers(&self) {
+        let Some(peers) = self.parts.peers.clone() else { return };
+        let mut told: Option<String> = None;
+        loop {
+            let seen = self.parts.signal.seen();
+            if locked(&self.work).stop {
+                return;
+            }
+            let pause = match self.turn_to_peers(&peers) {
+                Ok(true) => continue,
+                Ok(false) if locked(&self.work).copies.now.is_some() => POLL,
+                Ok(false) => IDLE,
+                Err(e) => {
+                    let text = e.chain();
+                    if told.as_deref() != Some(&text) {
+                        self.parts.observer.warn("peers_failed", None, text.clone());
+                        told = Some(text);
+                    }
+                    IDLE
+                }
+            };
+            self.parts.signal.wait(seen, pause);
+        }
+    }
+
+    fn turn_to_peers(&self, peers: &Peers) -> Result<bool> {
+        if self.is_fenced() || !self.parts.config.saves() {
+            return Ok(false);
+        }
+        let chosen = self.choose_for_peers(peers)?;
+        let sent = self.send_own(peers)?;
+        let told = self.watch_peers(peers)?;
+        Ok(chosen || sent || told)
+    }
+
+    /// The leader chooses; the others read what it chose.
+    fn choose_for_peers(&self, peers: &Peers) -> Result<bool> {
+        let (idle, before) = {
+            let copies = &locked(&self.work).copies;
+            (copies.now.is_none(), copies.chosen)
+        };
+        let newer = |step: &u64| before.is_none_or(|before| *step > before);
+        let next = if self.parts.config.leads() {
+            if !idle {
+                return Ok(false);
+            }
+            let work = locked(&self.work);
+            let complete = work.shards.values().filter(|s| s.complete).map(|s| s.key.step.0);
+            complete.filter(newer).max()
+        } else {
+            // A newer choice means that the leader is done with the old one, one way or the other.
+            self.parts.agreements.copied()?.filter(newer)
+        };
+        let Some(step) = next else { return Ok(false) };
+        if !self.confirm_whole(peers) {
+            // What was held is not any more: this newer step is all the more wanted.
+            tracing::warn!("a node that held a copy of an older step has it no more");
+        }
+        if self.parts.config.leads() {
+            self.parts.agreements.copy(step)?;
+        }
+        let mut work = locked(&self.work);
+        let deadline = Deadline::after(&*self.parts.clock, self.parts.config.peer_wait);
+        let old = work.copies.now.replace(Copying { step, deadline, own_done: false });
+        work.copies.chosen = Some(step);
+        // Those before it are not chosen any more.
+        let passed: Vec<Shard> =
+            work.shards.values().filter(|s| s.key.step.0 < step).cloned().collect();
+        drop(work);
+        if let Some(old) = old {
+            self.fail_copies(old.step, "the leader went on to a newer step");
+        }
+        for shard in passed.iter().filter(|s| s.save.is_pending(Level::Peer)) {
+            let why = format!("it was passed over for other nodes: step {step} is newer");
+            shard.save.fail(Level::Peer, &Error::Skipped { step: shard.key.step, why });
+        }
+        Ok(true)
+    }
+
+    /// Whether the copies of the newest step that is held elsewhere are still there.
+    fn confirm_whole(&self, peers: &Peers) -> bool {
+        let (whole, receipts) = {
+            let copies = &locked(&self.work).copies;
+            (copies.whole.clone(), copies.receipts.clone())
+        };
+        let Some(key) = whole else { return true };
+        let rank = self.parts.config.rank;
+        receipts.iter().all(|receipt| {
+            let (key, store) = (Some(wire_key(&key)), receipt.store.clone());
+            peers.ask(&receipt.node, Ask::Confirm(wire::Confirm { key, rank, store })).is_ok()
+        })
+    }
+
+    /// Sends this rank's shard of the chosen step.
+    fn send_own(&self, peers: &Peers) -> Result<bool> {
+        let (step, deadline, shard) = {
+            let work = locked(&self.work);
+            let Some(now) = work.copies.now.as_ref().filter(|now| !now.own_done) else {
+                return Ok(false);
+            };
+            (now.step, now.deadline, work.shards.get(&now.step).cloned())
+        };
+        let rank = self.parts.config.rank;
+        let done = match &shard {
+            Some(shard) => self.send_shard(peers, shard, &deadline),
+            None => Err(Error::Skipped { step: Step(step), why: "its slot was used again".into() }),
+        };
+        match done {
+            Ok(receipts) => {
+                self.parts.agreements.say_held(step, rank)?;
+                let mut work = locked(&self.work);
+                if let Some(shard) = work.shards.get(&step) {
+                    shard.save.reach(Level::Peer, true);
+                }
+                work.copies.holders.extend(receipts.iter().map(|r| r.node.clone()));
+                work.copies.receipts = receipts;
+                if let Some(now) = work.copies.now.as_mut().filter(|now| now.step == step) {
+                    now.own_done = true;
+                }
+            }
+            Err(_) if locked(&self.work).stop => {}
+            Err(e) => {
+                let why = format!("{}: {}", Rank(rank), e.chain());
+                let said = self.parts.agreements.on_peers(step, InRam::GivenUp(why.clone()));
+                if !matches!(said, Ok(InRam::Whole)) {
+                    self.fail_copies(step, &why);
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// As many copies as there are to be, on nodes of the placement's choice.
+    fn send_shard(
+        &self,
+        peers: &Peers,
+        shard: &Shard,
+        deadline: &Deadline,
+    ) -> Result<Vec<PeerReceipt>> {
+        let (key, rank) = (&shard.key, Rank(self.parts.config.rank));
+        let manifest = decode(&shard.manifest, "a manifest in RAM", key, rank)?;
+        let begun = self.parts.clock.monotonic();
+        let mut receipts: Vec<PeerReceipt> = Vec::new();
+        let mut refused: BTreeSet<String> = BTreeSet::new();
+        let mut trouble: Vec<String> = Vec::new();
+        loop {
+            let held: Vec<String> = receipts.iter().map(|r| r.node.clone()).collect();
+            let wanted = self.parts.replicas - held.len();
+            let next = self.next_holders(peers, &held, &refused, wanted);
+            let sent = self.send_to(peers, &next, shard, &manifest);
+            for (node, sent) in next.into_iter().zip(sent) {
+                match sent {
+                    Ok(receipt) => receipts.push(receipt),
+                    // Our own bytes: nobody else could have them either.
+                    Err(e @ Error::Damaged { .. }) => return Err(e),
+                    Err(e) => {
+                        trouble.push(format!("{node}: {}", e.chain()));
+                        refused.insert(node);
+                    }
+                }
+            }
+            if receipts.len() >= self.parts.replicas {
+                let took = self.parts.clock.monotonic().saturating_sub(begun);
+                let took = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
+                add(&self.parts.observer.counters.peer_ns, took);
+                return Ok(receipts);
+            }
+            if locked(&self.work).stop || self.is_fenced() {
+                return Err(Error::Fenced { why: "the attempt ended in this process".into() });
+            }
+            let newly = self.next_holders(peers, &held, &refused, 1).is_empty();
+            if newly {
+                // Everybody was asked: those that had trouble may be better by now.
+                refused.clear();
+                if deadline.left(&*self.parts.clock).is_none() {
+                    return Err(self.too_few(peers, deadline, receipts.len(), &trouble));
+                }
+                self.parts.clock.pause(AGAIN);
+            }
+            trouble.drain(..trouble.len().saturating_sub(4));
+        }
+    }
+
+    fn too_few(&self, peers: &Peers, deadline: &Deadline, has: usize, trouble: &[String]) -> Error {
+        let alive: Vec<String> = peers.others().into_iter().map(|node| node.name).collect();
+        let lost = peers.network.lost();
+        let list = |list: &[String]| {
+            if list.is_empty() { "none".into() } else { list.join(", ") }
+        };
+        let mut who = format!(
+            "{has} of {} copies are held, other agents alive: {}, lost: {}",
+            self.parts.replicas,
+            list(&alive),
+            list(&lost)
+        );
+        if let Some(last) = trouble.last() {
+            who = format!("{who}; {last}");
+        }
+        deadline.passed(format!("a copy of {} on other nodes", Rank(self.parts.config.rank)), who)
+    }
+
+    /// The next nodes to ask, `wanted` at most.
+    fn next_holders(
+        &self,
+        peers: &Peers,
+        held: &[String],
+        refused: &BTreeSet<String>,
+        wanted: usize,
+    ) -> Vec<String> {
+        let me = peers.network.me();
+        let mut nodes = peers.network.nodes();
+        nodes.retain(|node| !refused.contains(&node.name));
+        let Some(own) = nodes.iter().position(|node| node.name == me) else { return Vec::new() };
+        let shard = placement::Shard {
+            name: format!("{}#{}", peers.site.destination.display(), self.parts.config.rank),
+            node: own,
+        };
+        let placed = place(&nodes, &[shard], self.parts.replicas);
+        let chosen = placed.holders.into_iter().flatten().map(|index| nodes[index].name.clone());
+        chosen.filter(|node| !held.contains(node)).take(wanted).collect()
+    }
+
+    fn send_to(
+        &self,
+        peers: &Peers,
+        nodes: &[String],
+        shard: &Shard,
+        manifest: &ShardManifest,
+    ) -> Vec<Result<PeerReceipt>> {
+        let keep = self.needed();
+        let source = Watched { payload: &shard.payload, cascade: self, shard };
+        let one = |node: &str| {
+            self.inform(peers, node)?;
+            let outbound = Outbound {
+                key: &shard.key,
+                rank: Rank(self.parts.config.rank),
+                manifest: &shard.manifest,
+                payload: &manifest.payload,
+                source: &source,
+                attempt: self.parts.record.attempt.number,
+                keep: &keep,
+            };
+            send(peers, node, &outbound)
+        };
+        let all = Mutex::new(Vec::new());
+        std::thread::scope(|scope| {
+            for (index, node) in nodes.iter().enumerate() {
+                let (one, all) = (&one, &all);
+                scope.spawn(move || {
+                    let sent = one(node);
+                    locked(all).push((index, sent));
+                });
+            }
+        });
+        let mut all = std::mem::take(&mut *locked(&all));
+        all.sort_by_key(|(index, _)| *index);
+        all.into_iter().map(|(_, sent)| sent).collect()
+    }
+
+    /// What holders are to keep: the newest step that is held, and what this attempt resumed from until
+    /// there is one.
+    fn needed(&self) -> Vec<CheckpointKey> {
+        let whole = locked(&self.work).copies.whole.clone();
+        match whole {
+            Some(key) => vec![key],
+            None => {
+                let parent = self.parts.record.parent.map(|parent| parent.key());
+                parent.into_iter().chain(self.parts.fallback.clone()).collect()
+            }
+        }
+    }
+
+    /// Gives a holder the run's records, once an attempt.
+    fn inform(&self, peers: &Peers, node: &str) -> Result<()> {
+        if locked(&self.work).copies.informed.contains(node) {
+            return Ok(());
+        }
+        let disk = &*self.parts.disk;
+        let tiers = [disk, &*self.parts.ram];
+        let mut records = Vec::new();
+        for entry in disk.list(ATTEMPTS)? {
+            let Some(number) = parse_attempt_file(&entry.name) else { continue };
+            match crate::attempt::read(&tiers, number) {
+                Ok((_, bytes)) => records.push(bytes),
+                Err(e @ Error::Damaged { .. }) => tracing::warn!("{}", e.chain()),
+                Err(e) => return Err(e),
+            }
+        }
+        let joined = Attempts::load(&tiers)?.joined().to_vec();
+        peers.ask(node, Ask::Records(wire::Records { records, joined }))?;
+        locked(&self.work).copies.informed.insert(node.into());
+        Ok(())
+    }
+
+    /// Looks whether all ranks have their copies.
+    fn watch_peers(&self, peers: &Peers) -> Result<bool> {
+        let (step, deadline) = {
+            let work = locked(&self.work);
+            let Some(now) = work.copies.now.as_ref().filter(|now| now.own_done) else {
+                return Ok(false);
+            };
+            (now.step, now.deadline)
+        };
+        let agreements = &self.parts.agreements;
+        let said = match agreements.was_on_peers(step)? {
+            Some(said) => Some(said),
+            None => {
+                let missing = agreements.not_held(step, &self.parts.config.savers)?;
+                if missing.is_empty() {
+                    Some(agreements.on_peers(step, InRam::Whole)?)
+                } else if deadline.left(&*self.parts.clock).is_none() {
+                    let why = format!("{} did not send its shard in time", ranks(&missing));
+                    Some(agreements.on_peers(step, InRam::GivenUp(why))?)
+                } else {
+                    if let Some(shard) = locked(&self.work).shards.get(&step) {
+                        shard.save.set_waiting_for(ranks(&missing));
+                    }
+                    None
+                }
+            }
+        };
+        match said {
+            None => Ok(false),
+            Some(InRam::GivenUp(why)) => {
+                self.fail_copies(step, &why);
+                Ok(true)
+            }
+            Some(InRam::Whole) => {
+                self.held_elsewhere(peers, step);
+                Ok(true)
+            }
+        }
+    }
+
+    fn held_elsewhere(&self, peers: &Peers, step: u64) {
+        let key = self.key_of(step);
+        let mut work = locked(&self.work);
+        if let Some(shard) = work.shards.get(&step) {
+            shard.save.set_waiting_for(String::new());
+            shard.save.reach(Level::Peer, false);
+        }
+        work.copies.now.take_if(|now| now.step == step);
+        work.copies.whole = Some(key.clone());
+        let now: BTreeSet<String> =
+            work.copies.receipts.iter().map(|receipt| receipt.node.clone()).collect();
+        let before: Vec<String> = work.copies.holders.difference(&now).cloned().collect();
+        drop(work);
+        add(&self.parts.observer.counters.peer_whole, 1);
+        tracing::info!("{key} is held on other nodes");
+        self.parts.signal.notify();
+        for node in before {
+            let release =
+                wire::Release { rank: self.parts.config.rank, keep: vec![wire_key(&key)] };
+            // One that is away holds what it holds until it is asked again.
+            if peers.ask(&node, Ask::Release(release)).is_ok() {
+                locked(&self.work).copies.holders.remove(&node);
+            }
+        }
+        if self.parts.config.leads()
+            && let Err(e) = self.parts.agreements.forget_copies_before(step)
+        {
+            tracing::warn!("older decisions stay: {}", e.chain());
+        }
+    }
+
+    fn fail_copies(&self, step: u64, why: &str) {
+        let mut work = locked(&self.work);
+        work.copies.now.take_if(|now| now.step == step);
+        let shard = work.shards.get(&step).cloned();
+        drop(work);
+        let why = format!("it is not on other nodes: {why}");
+        let error = Error::Skipped { step: Step(step), why };
+        self.parts.observer.error("peers_failed", Some(step), error.to_string());
+        if let Some(shard) = shard {
+            shard.save.fail(Level::Peer, &error);
+        }
+        self.parts.signal.notify();
+    }
+}
+
+/// A slot's bytes on their way: counted, and no more of them once the attempt has ended here.
+struct Watched<'a> {
+    payload: &'a SlotPayload,
+    cascade: &'a Cascade,
+    shard: &'a Shard,
+}
+
+impl Source for Watched<'_> {
+    fn len(&self) -> u64 {
+        self.payload.len
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<()> {
+        if locked(&self.cascade.work).stop {
+            return Err(Error::Fenced { why: "the attempt ended in this process".into() });
+        }
+        self.payload.read_into(offset, into)?;
+        let bytes = into.len() as u64;
+        self.shard.save.add_peer_bytes(bytes);
+        add(&self.cascade.parts.observer.counters.peer_bytes, bytes);
+        Ok(())
+    }
+}

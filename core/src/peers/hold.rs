@@ -1,0 +1,160 @@
+//! What this node holds for ranks of other nodes: for each of them two slots, one with what was
+//! acknowledged last, one for what comes next.
+//!
+//! They lie in the run's ram tier like the slots of any rank: should the rank itself come to this node,
+//! its shard is there.
+//!
+//! # Invariants
+//!
+//! - What was acknowledged goes only where its owner's word says that it is of no more use.
+//! - A rank that this node owns is not held for anybody: one of the two has its slots, never both.
+
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard},
+};
+
+use super::Incoming;
+use crate::{
+    commit::{publish_shard, read_manifest},
+    error::{Error, Result},
+    manifest::decode,
+    names::{CheckpointKey, Id, Rank},
+    observe::locked,
+    signal::Signal,
+    snapshot::{arena::Arena, budget::Budget, slot::SlotPayload},
+    tier::{Created, Tier, find_record, memory::MemoryTier},
+};
+
+/// One holds what is acknowledged, the other takes the next.
+const SLOTS: usize = 2;
+
+/// Names the memory: it goes with it.
+const STORE: &str = "_store";
+
+/// The slots for one rank of another node.
+#[derive(Debug)]
+pub(crate) struct Shelf {
+    arena: Arc<Arena>,
+    ram: Arc<dyn Tier>,
+    rank: Rank,
+    store: Id,
+    /// Held while the slots are changed. True: they are their own rank's.
+    over: Mutex<bool>,
+}
+
+/// What became of an offer.
+pub(crate) enum Offered {
+    /// Its bytes may come.
+    Wanted(Incoming),
+    /// It is here.
+    Held,
+}
+
+impl Shelf {
+    /// Finds what an agent before this one held.
+    pub(crate) fn open(ram_dir: PathBuf, rank: Rank, budget: Budget) -> Result<Self> {
+        let ram: Arc<dyn Tier> = Arc::new(MemoryTier::open(&ram_dir, budget.clone())?);
+        let store = store(&*ram)?;
+        let signal = Arc::new(Signal::default());
+        let arena = Arena::new(ram.clone(), ram_dir, rank, SLOTS, budget, signal, false);
+        arena.adopt()?;
+        Ok(Self { arena, ram, rank, store, over: Mutex::default() })
+    }
+
+    /// The rank itself has come to this node: nothing here touches its slots any more.
+    pub(crate) fn end(&self) {
+        *locked(&self.over) = true;
+    }
+
+    fn changing(&self) -> Result<MutexGuard<'_, bool>> {
+        let over = locked(&self.over);
+        if *over {
+            return Err(Error::Fenced { why: format!("{} is here itself", self.rank) });
+        }
+        Ok(over)
+    }
+
+    /// The random id of the memory.
+    pub(crate) fn store(&self) -> Id {
+        self.store
+    }
+
+    /// Makes room for a shard. Of this rank's other shards those in `keep` stay, and those of
+    /// `attempt` that are newer.
+    pub(crate) fn offer(
+        &self,
+        key: &CheckpointKey,
+        manifest: Vec<u8>,
+        attempt: u32,
+        keep: &[CheckpointKey],
+    ) -> Result<Offered> {
+        let _changing = self.changing()?;
+        let described = decode(&manifest, "a manifest that was offered", key, self.rank)?;
+        if self.holds(key) {
+            let (_, there) = read_manifest(&*self.ram, key, self.rank, None)?;
+            if there == manifest {
+                return Ok(Offered::Held);
+            }
+            return Err(Error::Fenced { why: format!("another {key} of {} is held", self.rank) });
+        }
+        let may_go = |old: &CheckpointKey| {
+            let over = old.attempt.number < attempt || old.step < key.step;
+            over && !keep.contains(old)
+        };
+        let filling = self.arena.acquire(described.payload.length, &may_go)?;
+        let Some(filling) = filling else {
+            let why = format!("both slots for {} are in use", self.rank);
+            return Err(Error::Skipped { step: key.step, why });
+        };
+        Ok(Offered::Wanted(Incoming::new(filling, described, manifest)))
+    }
+
+    /// Every chunk of it is there: it is held from here on.
+    pub(crate) fn publish(&self, incoming: &Incoming) -> Result<()> {
+        let _changing = self.changing()?;
+        let key = incoming.manifest.identity.key();
+        let Some(filling) = incoming.take() else {
+            // An answer that was lost, asked for again.
+            return if self.holds(&key) { Ok(()) } else { Err(super::send::late(&key)) };
+        };
+        let len = incoming.manifest.payload.length;
+        let payload = SlotPayload { slot: filling.slot().clone(), len };
+        let name = key.file(&incoming.manifest.payload.file);
+        let receipt = self.ram.put(&name, &payload)?;
+        publish_shard(&*self.ram, &incoming.manifest.identity, &incoming.bytes, receipt)?;
+        self.arena.hold(filling, key);
+        self.arena.tidy();
+        Ok(())
+    }
+
+    pub(crate) fn holds(&self, key: &CheckpointKey) -> bool {
+        self.arena.find(key).is_some()
+    }
+
+    /// Gives all memory back, unless something in `keep` is among it; true where nothing is left.
+    pub(crate) fn release(&self, keep: &[CheckpointKey]) -> Result<bool> {
+        let _changing = self.changing()?;
+        if self.arena.holds().iter().all(|key| !keep.contains(key)) {
+            self.arena.give_back()?;
+        }
+        Ok(self.arena.holds().is_empty())
+    }
+}
+
+/// The id of the memory that this ram tier lies in.
+pub(crate) fn store(ram: &dyn Tier) -> Result<Id> {
+    let read = |bytes: Vec<u8>| {
+        let text = String::from_utf8(bytes).ok();
+        let id = text.and_then(|text| Id::parse(text.trim()));
+        id.ok_or_else(|| Error::damaged(format!("{}/{STORE}", ram.address()), "it is no id"))
+    };
+    if let Some(bytes) = find_record(ram, STORE)? {
+        return read(bytes);
+    }
+    let id = Id::random()?;
+    match ram.create(STORE, format!("{id}\n").as_bytes())? {
+        Created::New => Ok(id),
+        Created::Exists => find_record(ram, STORE)?.map_or(Ok(id), read),
+    }
+}

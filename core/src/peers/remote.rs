@@ -1,0 +1,283 @@
+//! What another agent's tier holds of a run, as a tier for reading: names and small files as it told them
+//! all at once, payloads by chunks when they are wanted.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex},
+};
+
+use tierkeep_proto::peer::{self as wire, reply::Answer, request::Ask};
+
+use super::{Arriving, Chunks, Landing, Peers, odd, ticket};
+use crate::{
+    chunk::{CHUNK_BYTES, chunk_len},
+    error::{Error, Result},
+    names::parse_payload_name,
+    observe::locked,
+    tier::{Created, Entry, Payload, Receipt, Source, Tier, TierKind},
+    wire::{FRAME_BYTES_MAX, convert},
+};
+
+/// One tier of another agent, as it was when it was asked.
+#[derive(Debug)]
+pub(crate) struct Remote {
+    peers: Peers,
+    pub(crate) node: String,
+    kind: TierKind,
+    address: String,
+    files: BTreeMap<String, wire::File>,
+}
+
+impl Remote {
+    /// Asks `node` what its `kind` tier holds.
+    pub(crate) fn look(peers: &Peers, node: &str, kind: TierKind) -> Result<Self> {
+        let look = wire::Look { tier: convert::tier(kind).into() };
+        let Answer::Seen(seen) = peers.ask(node, Ask::Look(look))? else { return Err(odd(node)) };
+        let files = seen.files.into_iter().map(|file| (file.name.clone(), file)).collect();
+        let address = format!("{node}:{}", seen.address);
+        Ok(Self { peers: peers.clone(), node: node.into(), kind, address, files })
+    }
+
+    /// Opens a file there; its ticket and its length.
+    pub(crate) fn ticket(&self, name: &str, chunk_bytes: u64) -> Result<(super::Ticket, u64)> {
+        let open =
+            wire::Open { tier: convert::tier(self.kind).into(), name: name.into(), chunk_bytes };
+        let Answer::Opened(opened) = self.peers.ask(&self.node, Ask::Open(open))? else {
+            return Err(odd(&self.node));
+        };
+        Ok((ticket(&self.node, &opened.ticket)?, opened.length))
+    }
+
+    fn refused<T>(&self) -> Result<T> {
+        Err(Error::Bug(format!("{} is written to by its agent alone", self.address)))
+    }
+}
+
+#[deny(clippy::missing_trait_methods)]
+impl Tier for Remote {
+    fn kind(&self) -> TierKind {
+        TierKind::Peer
+    }
+
+    fn address(&self) -> String {
+        self.address.clone()
+    }
+
+    fn open(&self, name: &str) -> Result<Box<dyn Source>> {
+        let Some(file) = self.files.get(name) else {
+            return Err(Error::NotFound { what: format!("{}/{name}", self.address) });
+        };
+        if let Some(bytes) = &file.bytes {
+            return Ok(Box::new(Small(bytes.clone())));
+        }
+        let last = name.rsplit('/').next().unwrap_or(name);
+        if parse_payload_name(last).is_none() && file.length > FRAME_BYTES_MAX as u64 {
+            // Whoever reads a record makes room for all of it.
+            let why = format!("{} bytes are too many for a record", file.length);
+            return Err(Error::damaged(format!("{}/{name}", self.address), why));
+        }
+        let (peers, node) = (self.peers.clone(), self.node.clone());
+        let (ticket, opened) = (Mutex::new(None), file.length);
+        let (kind, name) = (self.kind, name.to_owned());
+        Ok(Box::new(Far { peers, node, kind, name, length: opened, ticket }))
+    }
+
+    fn list(&self, dir: &str) -> Result<Vec<Entry>> {
+        let prefix = if dir.is_empty() { String::new() } else { format!("{dir}/") };
+        let mut entries: Vec<Entry> = Vec::new();
+        for name in self.files.range(prefix.clone()..).map(|(name, _)| name) {
+            let Some(rest) = name.strip_prefix(&prefix) else { break };
+            let (first, is_dir) = match rest.split_once('/') {
+                Some((first, _)) => (first, true),
+                None => (rest, false),
+            };
+            if entries.last().is_none_or(|last| last.name != first) {
+                entries.push(Entry { name: first.into(), is_dir });
+            }
+        }
+        Ok(entries)
+    }
+
+    fn put(&self, _name: &str, _payload: &dyn Payload) -> Result<Receipt> {
+        self.refused()
+    }
+
+    fn create(&self, _name: &str, _bytes: &[u8]) -> Result<Created> {
+        self.refused()
+    }
+
+    fn confirm(&self, _dir: &str) -> Result<()> {
+        self.refused()
+    }
+
+    fn delete(&self, _name: &str) -> Result<()> {
+        self.refused()
+    }
+
+    fn mend(&self, _name: &str, _offset: u64, _bytes: &[u8]) -> Result<()> {
+        self.refused()
+    }
+
+    fn retire(&self, _name: &str) -> Result<()> {
+        self.refused()
+    }
+}
+
+/// A small file that came with the listing.
+struct Small(Vec<u8>);
+
+impl Source for Small {
+    fn len(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<()> {
+        let begin = usize::try_from(offset).unwrap_or(usize::MAX).min(self.0.len());
+        let there = &self.0[begin..self.0.len().min(begin.saturating_add(into.len()))];
+        into[..there.len()].copy_from_slice(there);
+        Ok(())
+    }
+}
+
+/// A file that is read where it lies.
+struct Far {
+    peers: Peers,
+    node: String,
+    kind: TierKind,
+    name: String,
+    length: u64,
+    ticket: Mutex<Option<super::Ticket>>,
+}
+
+impl Far {
+    fn ticket(&self) -> Result<super::Ticket> {
+        let mut known = locked(&self.ticket);
+        if let Some(ticket) = *known {
+            return Ok(ticket);
+        }
+        let open = wire::Open {
+            tier: convert::tier(self.kind).into(),
+            name: self.name.clone(),
+            chunk_bytes: CHUNK_BYTES,
+        };
+        let Answer::Opened(opened) = self.peers.ask(&self.node, Ask::Open(open))? else {
+            return Err(odd(&self.node));
+        };
+        if opened.length != self.length {
+            let file = format!("{}:{}", self.node, self.name);
+            return Err(Error::damaged(file, "it has another length than a moment ago"));
+        }
+        let ticket = ticket(&self.node, &opened.ticket)?;
+        *known = Some(ticket);
+        Ok(ticket)
+    }
+}
+
+impl Source for Far {
+    fn len(&self) -> u64 {
+        self.length
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<()> {
+        let there = usize::try_from(self.length.saturating_sub(offset)).unwrap_or(usize::MAX);
+        let want = there.min(into.len());
+        if want == 0 {
+            return Ok(());
+        }
+        let index = |at: u64| usize::try_from(at / CHUNK_BYTES).unwrap_or(usize::MAX);
+        let (first, last) = (index(offset), index(offset + want as u64 - 1));
+        let landing = Memory {
+            length: self.length,
+            offset,
+            bytes: Mutex::new(vec![0; want]),
+            missing: Mutex::new((first..=last).collect()),
+        };
+        let chunks = Chunks::new(first..=last, CHUNK_BYTES);
+        self.peers.network.pull(&self.node, &self.ticket()?, &landing, &chunks)?;
+        if !locked(&landing.missing).is_empty() {
+            let file = format!("{}:{}", self.node, self.name);
+            return Err(Error::damaged(file, "some of it did not come"));
+        }
+        into[..want].copy_from_slice(&locked(&landing.bytes));
+        Ok(())
+    }
+}
+
+/// Takes the part of some chunks that is wanted.
+struct Memory {
+    length: u64,
+    offset: u64,
+    bytes: Mutex<Vec<u8>>,
+    missing: Mutex<Vec<usize>>,
+}
+
+impl Landing for Memory {
+    fn chunk(&self, index: usize) -> Result<Box<dyn Arriving + '_>> {
+        let left = chunk_len(self.length, CHUNK_BYTES, index);
+        let at = index as u64 * CHUNK_BYTES;
+        Ok(Box::new(Part { memory: self, index, at, left }))
+    }
+}
+
+struct Part<'a> {
+    memory: &'a Memory,
+    index: usize,
+    at: u64,
+    left: u64,
+}
+
+impl Arriving for Part<'_> {
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        if bytes.len() as u64 > self.left {
+            return Err(Error::damaged(format!("chunk {}", self.index), "it has too many bytes"));
+        }
+        let mut wanted = locked(&self.memory.bytes);
+        let end = self.memory.offset + wanted.len() as u64;
+        let (from, to) = (self.at.max(self.memory.offset), (self.at + bytes.len() as u64).min(end));
+        if from < to {
+            let part = |at: u64, zero: u64| usize::try_from(at - zero).unwrap_or(usize::MAX);
+            let (begin, len) = (part(from, self.memory.offset), part(to, from));
+            let source = part(from, self.at);
+            wanted[begin..begin + len].copy_from_slice(&bytes[source..source + len]);
+        }
+        self.at += bytes.len() as u64;
+        self.left -= bytes.len() as u64;
+        Ok(())
+    }
+
+    fn finish(self: Box<Self>) -> bool {
+        if self.left == 0 {
+            locked(&self.memory.missing).retain(|chunk| *chunk != self.index);
+        }
+        self.left == 0
+    }
+}
+
+/// Every live agent's tiers: RAM of all, then disks. One that does not answer is named.
+pub(crate) fn look_at_all(peers: &Peers) -> (Vec<Arc<Remote>>, Vec<(String, Error)>) {
+    let nodes = peers.others();
+    let found = Mutex::new(Vec::new());
+    let silent = Mutex::new(Vec::new());
+    let next = std::sync::atomic::AtomicUsize::new(0);
+    let work = || {
+        while let Some(node) = nodes.get(next.fetch_add(1, std::sync::atomic::Ordering::Relaxed)) {
+            for kind in [TierKind::Ram, TierKind::Disk] {
+                match Remote::look(peers, &node.name, kind) {
+                    Ok(remote) => locked(&found).push((kind, Arc::new(remote))),
+                    Err(e) => locked(&silent).push((node.name.clone(), e)),
+                }
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..nodes.len().min(LOOKERS) {
+            scope.spawn(work);
+        }
+    });
+    let mut found = std::mem::take(&mut *locked(&found));
+    found.sort_by(|a, b| (a.0, &a.1.node).cmp(&(b.0, &b.1.node)));
+    (found.into_iter().map(|(_, remote)| remote).collect(), std::mem::take(&mut *locked(&silent)))
+}
+
+/// Agents that are asked at once: their answers wait for a network, not for a core.
+const LOOKERS: usize = 32;
