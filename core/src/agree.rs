@@ -1,25 +1,26 @@
 //! Decisions that all ranks obey and no rank waits for: the first that must decide records, the
 //! others read.
 //!
-//! A decision is a symbolic link: it appears whole or not at all, the first one wins, and making or
-//! reading one costs microseconds. Links point nowhere; their target is the decision's text. They
-//! matter while an attempt runs and are removed as it goes on.
+//! Where the ranks share a directory, they lie there (`board`). Where they are spread over nodes, they lie
+//! with the leader's agent, their home, which the others ask and listen to (`home`). Then nobody lists
+//! what others have: each rank says how far its own shard is, and the leader says when all are.
+//!
+//! They matter while an attempt runs and are removed as it goes on.
 //!
 //! # Invariants
 //!
 //! - Two ranks that ask the same question get the same answer.
 //! - A lone rank asks nobody.
 
-use std::{
-    fs, io,
-    os::unix::fs::symlink,
-    path::{Path, PathBuf},
-};
+pub(crate) mod board;
+pub(crate) mod home;
 
+use std::{path::Path, sync::Arc};
+
+use self::{board::Board, home::Home};
 use crate::{
-    error::{Doing, Error, Result},
+    error::{Error, Result},
     names::AttemptRef,
-    tier::publish::{make_dirs, remove},
 };
 
 /// The name of the decision where the job stops.
@@ -33,8 +34,42 @@ const WHOLE: &str = "whole";
 /// The decisions of one attempt.
 #[derive(Debug)]
 pub struct Agreements {
-    dir: Option<PathBuf>,
+    at: At,
+    /// The ranks do not see each other's shards.
+    spread: bool,
 }
+
+#[derive(Debug)]
+enum At {
+    /// There is nobody to agree with.
+    Nobody,
+    Here(Arc<Board>),
+    Home(Home),
+}
+
+/// What is said of how far a rank's own shard of a step is: that is between it and the leader.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Own {
+    /// It is in RAM.
+    InRam,
+    /// It is on disk.
+    OnDisk,
+    /// Other nodes hold it.
+    Held,
+}
+
+impl Own {
+    fn prefix(self) -> &'static str {
+        match self {
+            Self::InRam => "inram-",
+            Self::OnDisk => "ondisk-",
+            Self::Held => "held-",
+        }
+    }
+}
+
+/// Between a rank and the leader: nobody else listens to that.
+const OWN: [&str; 4] = ["inram-", "ondisk-", "held-", "alike-"];
 
 /// Whether a due step is saved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,7 +106,63 @@ impl Agreements {
     /// The decisions of `attempt`, under a directory that all ranks share; a lone rank needs none.
     #[must_use]
     pub fn new(shared: &Path, attempt: &AttemptRef, lone: bool) -> Self {
-        Self { dir: (!lone).then(|| shared.join("_decisions").join(attempt.dir())) }
+        let board = || Arc::new(Board::new(Board::dir(shared, attempt)));
+        let at = if lone { At::Nobody } else { At::Here(board()) };
+        Self { at, spread: false }
+    }
+
+    /// Those of ranks that do not share directories, on the leader's node.
+    pub(crate) fn spread_from(board: Arc<Board>) -> Self {
+        Self { at: At::Here(board), spread: true }
+    }
+
+    /// Those of ranks that do not share directories, on another node.
+    pub(crate) fn at_home(home: Home) -> Self {
+        Self { at: At::Home(home), spread: true }
+    }
+
+    /// The ranks do not see each other's shards.
+    pub(crate) fn is_spread(&self) -> bool {
+        self.spread
+    }
+
+    /// `rank` says how far its shard of `step` is.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub(crate) fn say_own(&self, step: u64, rank: u32, what: Own) -> Result<()> {
+        self.record(&format!("{}{step:020}-{rank}", what.prefix()), WHOLE).map(drop)
+    }
+
+    /// The leader: those of `ranks` that have not said so.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub(crate) fn without_own(&self, step: u64, what: Own, ranks: &[u32]) -> Result<Vec<u32>> {
+        if matches!(self.at, At::Nobody) {
+            return Ok(Vec::new());
+        }
+        let prefix = format!("{}{step:020}-", what.prefix());
+        let names = self.names()?;
+        let said: std::collections::HashSet<u32> =
+            names.iter().filter_map(|n| n.strip_prefix(&prefix)?.parse().ok()).collect();
+        Ok(ranks.iter().copied().filter(|rank| !said.contains(rank)).collect())
+    }
+
+    /// The leader: every rank's shard of `step` is on disk.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub(crate) fn seal(&self, step: u64) -> Result<()> {
+        self.record(&format!("sealed-{step:020}"), WHOLE).map(drop)
+    }
+
+    /// Whether the leader has said so.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub(crate) fn was_sealed(&self, step: u64) -> Result<bool> {
+        Ok(self.said(&format!("sealed-{step:020}"))?.is_some())
     }
 
     /// Whether `step` is saved: `wish`, unless another rank said otherwise before.
@@ -125,9 +216,9 @@ impl Agreements {
     pub fn say_alike(&self, step: u64, rank: u32, words: &str) -> Result<()> {
         let (name, text) = (format!("alike-{step:020}-{rank}"), format!("!{words}"));
         let said = self.record(&name, &text)?;
-        if let (Some(dir), true) = (&self.dir, said.is_some_and(|said| said != text)) {
+        if said.is_some_and(|said| said != text) {
             // A save of this step that failed, and is tried again: nobody has counted on it.
-            remove(&dir.join(&name))?;
+            self.remove(&name)?;
             self.record(&name, &text)?;
         }
         Ok(())
@@ -196,8 +287,7 @@ impl Agreements {
     /// # Errors
     /// The directory did not answer.
     pub fn try_again(&self, step: u64) -> Result<()> {
-        let Some(dir) = &self.dir else { return Ok(()) };
-        remove(&dir.join(format!("gaveup-{step:020}")))
+        self.remove(&format!("gaveup-{step:020}"))
     }
 
     /// Why `step` was given up, if it was.
@@ -225,28 +315,6 @@ impl Agreements {
         Ok(self.steps("copy-")?.into_iter().max())
     }
 
-    /// `rank` has the copies of its shard of `step` that it is to have.
-    ///
-    /// # Errors
-    /// The directory did not answer.
-    pub fn say_held(&self, step: u64, rank: u32) -> Result<()> {
-        self.record(&format!("held-{step:020}-{rank}"), WHOLE).map(drop)
-    }
-
-    /// Those of `ranks` that have not said so.
-    ///
-    /// # Errors
-    /// The directory did not answer.
-    pub fn not_held(&self, step: u64, ranks: &[u32]) -> Result<Vec<u32>> {
-        let mut missing = Vec::new();
-        for rank in ranks {
-            if self.dir.is_some() && self.said(&format!("held-{step:020}-{rank}"))?.is_none() {
-                missing.push(*rank);
-            }
-        }
-        Ok(missing)
-    }
-
     /// What became of the copies of `step` on other nodes: `seen`, unless another rank has said so
     /// before.
     ///
@@ -270,14 +338,7 @@ impl Agreements {
     /// # Errors
     /// The directory did not answer.
     pub fn forget_copies_before(&self, step: u64) -> Result<()> {
-        let Some(dir) = &self.dir else { return Ok(()) };
-        for prefix in ["copy-", "peers-", "held-"] {
-            let end = format!("{prefix}{step:020}");
-            for name in self.names()?.into_iter().filter(|n| n.starts_with(prefix) && *n < end) {
-                remove(&dir.join(name))?;
-            }
-        }
-        Ok(())
+        self.forget(&["copy-", "peers-", "held-"], step)
     }
 
     /// The step after which all ranks stop: as recorded, else `wish`. It stays for as long as the
@@ -286,10 +347,12 @@ impl Agreements {
     /// # Errors
     /// The directory did not answer.
     pub fn stop(&self, wish: Option<u64>) -> Result<Option<u64>> {
-        let Some(dir) = &self.dir else { return Ok(wish) };
-        let said = match wish {
-            Some(step) => self.record(STOP, &step.to_string())?,
-            None => read(&dir.join(STOP))?,
+        let said = match (&self.at, wish) {
+            (At::Nobody, wish) => return Ok(wish),
+            (_, Some(step)) => self.record(STOP, &step.to_string())?,
+            (At::Here(board), None) => board.said(STOP)?,
+            // Not as it was heard a moment ago: ranks that ask one after the other agree.
+            (At::Home(home), None) => home.ask_for(STOP)?,
         };
         let step = |text: String| {
             let step = text.parse();
@@ -312,29 +375,28 @@ impl Agreements {
     /// # Errors
     /// The directory did not answer.
     pub fn forget_before(&self, step: u64) -> Result<()> {
-        let Some(dir) = &self.dir else { return Ok(()) };
-        for prefix in ["save-", "ram-", "carry-", "gaveup-"] {
-            for old in self.steps(prefix)?.into_iter().filter(|s| *s < step) {
-                remove(&dir.join(format!("{prefix}{old:020}")))?;
+        let of_disk =
+            ["save-", "ram-", "carry-", "gaveup-", "alike-", "inram-", "ondisk-", "sealed-"];
+        self.forget(&of_disk, step)
+    }
+
+    fn forget(&self, prefixes: &[&str], step: u64) -> Result<()> {
+        for name in self.names()? {
+            let old =
+                |prefix: &&str| name.starts_with(*prefix) && name < format!("{prefix}{step:020}");
+            if prefixes.iter().any(old) {
+                self.remove(&name)?;
             }
-        }
-        let end = format!("alike-{step:020}");
-        for name in self.names()?.into_iter().filter(|n| n.starts_with("alike-") && *n < end) {
-            remove(&dir.join(name))?;
         }
         Ok(())
     }
 
     fn names(&self) -> Result<Vec<String>> {
-        let Some(dir) = &self.dir else { return Ok(Vec::new()) };
-        let entries = match fs::read_dir(dir) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            other => other.at("list", dir)?,
-        };
-        let name = |entry: io::Result<fs::DirEntry>| {
-            Ok(entry.at("list", dir)?.file_name().to_string_lossy().into_owned())
-        };
-        entries.map(name).collect()
+        match &self.at {
+            At::Nobody => Ok(Vec::new()),
+            At::Here(board) => board.names(),
+            At::Home(home) => Ok(home.names()),
+        }
     }
 
     fn steps(&self, prefix: &str) -> Result<Vec<u64>> {
@@ -344,26 +406,28 @@ impl Agreements {
 
     /// What is recorded, if anything is.
     fn said(&self, name: &str) -> Result<Option<String>> {
-        self.dir.as_ref().map_or(Ok(None), |dir| read(&dir.join(name)))
+        match &self.at {
+            At::Nobody => Ok(None),
+            At::Here(board) => board.said(name),
+            At::Home(home) => Ok(home.said(name)),
+        }
     }
 
     /// The recorded text: `text`, unless somebody was first. `None`: there is nobody to agree with.
     fn record(&self, name: &str, text: &str) -> Result<Option<String>> {
-        let Some(dir) = &self.dir else { return Ok(None) };
-        let path = dir.join(name);
-        for _ in 0..8 {
-            match symlink(text, &path) {
-                Ok(()) => return Ok(Some(text.into())),
-                Err(e) if e.kind() == io::ErrorKind::NotFound => make_dirs(dir, false)?,
-                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
-                    if let Some(there) = read(&path)? {
-                        return Ok(Some(there));
-                    }
-                }
-                Err(e) => return Err(e).at("record", &path),
-            }
+        match &self.at {
+            At::Nobody => Ok(None),
+            At::Here(board) => board.record(name, text).map(Some),
+            At::Home(home) => home.record(name, text).map(Some),
         }
-        Err(Error::Bug(format!("{} comes and goes", path.display())))
+    }
+
+    fn remove(&self, name: &str) -> Result<()> {
+        match &self.at {
+            At::Nobody => Ok(()),
+            At::Here(board) => board.remove(name),
+            At::Home(home) => home.remove(name),
+        }
     }
 }
 
@@ -375,14 +439,6 @@ fn sentence(why: &str) -> String {
 
 fn said_in(text: &str) -> String {
     text.trim_start_matches('!').to_owned()
-}
-
-fn read(path: &Path) -> Result<Option<String>> {
-    match fs::read_link(path) {
-        Ok(text) => Ok(Some(text.to_string_lossy().into_owned())),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(e).at("read", path),
-    }
 }
 
 #[cfg(test)]

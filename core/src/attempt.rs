@@ -79,6 +79,12 @@ pub struct AttemptRecord {
 }
 
 impl AttemptRecord {
+    /// Whether it can be the record of its own number.
+    pub(crate) fn check_itself(&self) -> Result<()> {
+        let number = self.attempt.number;
+        self.check(number).map_err(|why| Error::damaged(attempt_file(number), why))
+    }
+
     fn check(&self, number: u32) -> Result<(), String> {
         if self.attempt.number != number || number == 0 {
             return Err(format!("it is of attempt {}", self.attempt.number));
@@ -312,8 +318,8 @@ pub fn create(tiers: &[&dyn Tier], mut draft: AttemptRecord) -> Result<AttemptRe
 /// # Errors
 /// The tier did not answer.
 pub(crate) fn keep(tier: &dyn Tier, record: &AttemptRecord, bytes: &[u8]) -> Result<()> {
+    record.check_itself()?;
     let number = record.attempt.number;
-    record.check(number).map_err(|why| Error::damaged(attempt_file(number), why))?;
     for name in [attempt_file(number), copy_file(number)] {
         tier.create(&name, bytes)?;
     }

@@ -14,10 +14,11 @@
 //! - `fresh` and rollbacks are recorded as such: what they leave behind is abandoned at once.
 
 mod fetched;
+mod joined;
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use self::fetched::fetch_shard;
+use self::{fetched::fetch_shard, joined::join_elsewhere};
 use crate::{
     attempt::{self, AttemptRecord, Attempts},
     clock::Deadline,
@@ -31,7 +32,7 @@ use crate::{
     restore::{
         decide::{Decision, Wish, answering, decide, whole_before},
         read::Restorable,
-        survey::{Found, copies, mark_bad},
+        survey::{Found, copies, mark_bad, survey},
     },
     sys::host,
     tier::Tier,
@@ -54,8 +55,17 @@ pub struct Begin {
 pub(crate) struct Started {
     pub(crate) record: AttemptRecord,
     pub(crate) restorable: Option<Restorable>,
-    /// The newest whole checkpoint before the one that is resumed from, as far as the leader sees it.
+    /// What is known of other nodes.
+    pub(crate) elsewhere: Elsewhere,
+}
+
+/// What the leader saw of other nodes when it decided; of this rank alone, where it is not the leader.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Elsewhere {
+    /// The newest whole checkpoint before the one that is resumed from.
     pub(crate) fallback: Option<CheckpointKey>,
+    /// The nodes that hold something of each rank in RAM.
+    pub(crate) holders: BTreeMap<u32, Vec<String>>,
 }
 
 /// How often a rank looks for rank 0's record.
@@ -67,13 +77,13 @@ pub(crate) fn begin(place: &Place, how: &Begin, decision: u32) -> Result<Started
         let mut earlier = own_record(place, decision);
         // The step that was decided on can go while we decide: then decide again.
         loop {
-            let (record, fallback) = match earlier.take() {
-                Some(record) => (record, None),
+            let (record, elsewhere) = match earlier.take() {
+                Some(record) => (record, Elsewhere::default()),
                 None => record_decision(place, how, decision)?,
             };
             clear_old(place, &record);
             match join_attempt(place, &record) {
-                Ok(started) => return Ok(Started { fallback, ..started }),
+                Ok(started) => return Ok(Started { elsewhere, ..started }),
                 Err(e) if e.is_not_found() && deadline.left(&*place.clock).is_some() => {
                     tracing::warn!("{}; deciding again", e.chain());
                 }
@@ -84,8 +94,12 @@ pub(crate) fn begin(place: &Place, how: &Begin, decision: u32) -> Result<Started
     }
     let mut refused = None;
     loop {
-        if let Some(record) = leaders_record(place, decision)? {
-            match join_attempt(place, &record) {
+        let joined = match place.peers.as_ref().filter(|_| place.is_spread()) {
+            Some(peers) => join_elsewhere(place, peers, decision).transpose(),
+            None => leaders_record(place, decision)?.map(|record| join_attempt(place, &record)),
+        };
+        if let Some(joined) = joined {
+            match joined {
                 // Claimed by a process of an older start that is still dying, or taken by a
                 // collector between record and look: rank 0 will record another.
                 Err(e) if matches!(e, Error::Fenced { .. }) || e.is_not_found() => {
@@ -113,9 +127,14 @@ fn no_record(place: &Place, deadline: &Deadline) -> Error {
             host()
         ),
         format!(
-            "rank {} has not begun, or does not share this directory (several nodes need a shared one, \
-             and the same attempt id on all ranks)",
-            config.leader()
+            "rank {} has not begun, or {}",
+            config.leader(),
+            match place.is_spread() {
+                true => "its agent and this one do not reach each other",
+                false =>
+                    "does not share this directory (several nodes need a shared one, or agents that \
+                     gossip, and the same attempt id on all ranks)",
+            }
         ),
     )
 }
@@ -131,16 +150,15 @@ fn own_record(place: &Place, decision: u32) -> Option<AttemptRecord> {
     (ours && claimed.is_ok_and(|ours| ours)).then(|| newest.clone())
 }
 
-/// Rank 0: decides and records. Beside it the newest whole checkpoint before the parent, where there are
-/// other nodes.
+/// Rank 0: decides and records. Beside it what it saw of other nodes.
 fn record_decision(
     place: &Place,
     how: &Begin,
     decision: u32,
-) -> Result<(AttemptRecord, Option<CheckpointKey>)> {
+) -> Result<(AttemptRecord, Elsewhere)> {
     let mut silent = Vec::new();
-    let elsewhere = elsewhere(place, &how.wish, &mut silent)?;
-    let far = || elsewhere.iter().map(|remote| &**remote as &dyn Tier);
+    let remotes = elsewhere(place, &how.wish, &mut silent)?;
+    let far = || remotes.iter().map(|remote| &**remote as &dyn Tier);
     let durable_first: [&dyn Tier; 2] = [&*place.disk, &*place.ram];
     let tiers: Vec<&dyn Tier> = [&*place.ram, &*place.disk].into_iter().chain(far()).collect();
     let all: Vec<&dyn Tier> = durable_first.into_iter().chain(far()).collect();
@@ -159,10 +177,11 @@ fn record_decision(
     if chosen && !how.rollback {
         check_newest(place, &tiers, &attempts, &decided)?;
     }
-    let fallback = match decided.parent.filter(|_| !elsewhere.is_empty()) {
+    let fallback = match decided.parent.filter(|_| !remotes.is_empty()) {
         Some(parent) => whole_before(&tiers, &attempts, &parent.key())?,
         None => None,
     };
+    let seen = Elsewhere { fallback, holders: holders(&remotes)? };
     let decided = if how.fresh { Decision { parent: None, ..decided } } else { decided };
     check_world(place, &decided)?;
     for why in &decided.passed_over {
@@ -184,7 +203,23 @@ fn record_decision(
         created_unix_ms: place.clock.unix_ms(),
         passed_over: decided.passed_over,
     };
-    Ok((attempt::create(&durable_first, draft)?, fallback))
+    Ok((attempt::create(&durable_first, draft)?, seen))
+}
+
+/// Which nodes hold something of which rank in RAM.
+fn holders(remotes: &[Arc<Remote>]) -> Result<BTreeMap<u32, Vec<String>>> {
+    let mut holders: BTreeMap<u32, Vec<String>> = BTreeMap::new();
+    for remote in remotes.iter().filter(|remote| remote.is_ram()) {
+        for found in survey(&[&**remote])? {
+            for rank in found.listings.iter().flat_map(|listing| &listing.manifests) {
+                let nodes = holders.entry(rank.0).or_default();
+                if nodes.last() != Some(&remote.node) {
+                    nodes.push(remote.node.clone());
+                }
+            }
+        }
+    }
+    Ok(holders)
 }
 
 /// How often agents that are alive and do not answer are asked again.
@@ -308,6 +343,28 @@ fn leaders_record(place: &Place, decision: u32) -> Result<Option<AttemptRecord>>
 /// Every rank: claims its place and finds its shard of the decided step. One that does not save
 /// finds another rank's, and leaves it as it is.
 fn join_attempt(place: &Place, record: &AttemptRecord) -> Result<Started> {
+    check_same(place, record)?;
+    let rank = Rank(place.config.rank);
+    let find = || match record.parent {
+        None => Ok(None),
+        Some(parent) => find_shard(place, record, &parent.key()).map(Some),
+    };
+    let claim = || attempt::claim(&*place.disk, &record.attempt, rank, &place.nonce);
+    let restorable = if place.config.leads() {
+        let found = find();
+        if !found.as_ref().is_err_and(Error::is_not_found) {
+            claim()?;
+        }
+        found?
+    } else {
+        claim()?;
+        find()?
+    };
+    Ok(Started { record: record.clone(), restorable, elsewhere: Elsewhere::default() })
+}
+
+/// All ranks of an attempt say the same about it.
+fn check_same(place: &Place, record: &AttemptRecord) -> Result<()> {
     let rank = Rank(place.config.rank);
     if record.savers != place.config.savers {
         return Err(Error::invalid(format!(
@@ -326,22 +383,7 @@ fn join_attempt(place: &Place, record: &AttemptRecord) -> Result<Started> {
             "{who} declares replicated tensors, {who_not} does not: all ranks say the same"
         )));
     }
-    let find = || match record.parent {
-        None => Ok(None),
-        Some(parent) => find_shard(place, record, &parent.key()).map(Some),
-    };
-    let claim = || attempt::claim(&*place.disk, &record.attempt, rank, &place.nonce);
-    let restorable = if place.config.leads() {
-        let found = find();
-        if !found.as_ref().is_err_and(Error::is_not_found) {
-            claim()?;
-        }
-        found?
-    } else {
-        claim()?;
-        find()?
-    };
-    Ok(Started { record: record.clone(), restorable, fallback: None })
+    Ok(())
 }
 
 fn find_shard(place: &Place, record: &AttemptRecord, key: &CheckpointKey) -> Result<Restorable> {

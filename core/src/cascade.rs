@@ -36,7 +36,7 @@ use std::{
 
 use self::{standing::Standing, to_peers::Copies};
 use crate::{
-    agree::{Agreements, InRam},
+    agree::{Agreements, InRam, Own},
     attempt::{self, AttemptRecord},
     clock::{Deadline, SharedClock},
     config::Config,
@@ -70,6 +70,8 @@ pub(crate) struct Shard {
     pub(crate) published: bool,
     /// All ranks have theirs in RAM.
     pub(crate) complete: bool,
+    /// The leader was told that it is in RAM, where the ranks are spread.
+    pub(crate) told: bool,
     /// Of a copy that this process did not take: checked before it goes anywhere.
     pub(crate) chunks: Option<Vec<u32>>,
 }
@@ -144,6 +146,8 @@ pub(crate) struct Parts {
     /// The newest whole checkpoint before the one that the attempt resumed from: it stays until that one
     /// is on other nodes again.
     pub(crate) fallback: Option<CheckpointKey>,
+    /// Nodes that hold something of this rank.
+    pub(crate) holders: Vec<String>,
 }
 
 /// The way of one attempt's checkpoints to disk.
@@ -171,7 +175,9 @@ impl Cascade {
     pub(crate) fn new(parts: Parts, parent_waits: bool, found: Vec<Shard>) -> Result<Arc<Self>> {
         let newest = parts.record.parent.map(|p| p.key());
         let shards = found.into_iter().map(|shard| (shard.key.step.0, shard)).collect();
-        let work = Work { newest, parent_waits, shards, unchecked: true, ..Work::default() };
+        let copies = Copies::known(&parts.holders);
+        let work =
+            Work { copies, newest, parent_waits, shards, unchecked: true, ..Work::default() };
         let (last, hurried) = (AtomicU64::new(u64::MAX), AtomicU64::new(u64::MAX));
         let cascade = Arc::new(Self { parts, work: Mutex::new(work), last, hurried });
         cascade.resume_carry()?;
@@ -404,6 +410,7 @@ impl Cascade {
         if std::mem::take(&mut locked(&self.work).unchecked) {
             self.check_fence()?;
         }
+        self.tell_leader()?;
         let open: Vec<Shard> =
             locked(&self.work).shards.values().filter(|s| !s.complete).cloned().collect();
         let mut moved = false;
@@ -430,13 +437,38 @@ impl Cascade {
         Ok(moved)
     }
 
+    /// Where the ranks are spread, nobody sees that this rank's shards are in RAM but from its word.
+    fn tell_leader(&self) -> Result<()> {
+        if !self.parts.agreements.is_spread() {
+            return Ok(());
+        }
+        let untold: Vec<u64> = {
+            let work = locked(&self.work);
+            let untold = work.shards.values().filter(|s| s.published && !s.told);
+            untold.filter(|s| self.is_own(&s.key)).map(|s| s.key.step.0).collect()
+        };
+        for step in untold {
+            self.parts.agreements.say_own(step, self.parts.config.rank, Own::InRam)?;
+            if let Some(shard) = locked(&self.work).shards.get_mut(&step) {
+                shard.told = true;
+            }
+        }
+        Ok(())
+    }
+
+    /// The other ranks that save.
+    fn others(&self) -> Vec<u32> {
+        let own = self.parts.config.rank;
+        self.parts.config.savers.iter().copied().filter(|rank| *rank != own).collect()
+    }
+
     /// The first complete checkpoint of this attempt is recorded: from then on it leads the
     /// lineage.
     fn join(&self) -> Result<bool> {
         let due = {
             let work = locked(&self.work);
             let own = work.shards.values().any(|s| s.complete && self.is_own(&s.key));
-            own && !work.joined && self.parts.config.leads()
+            own && !work.joined && (self.parts.config.leads() || self.parts.agreements.is_spread())
         };
         if due {
             attempt::join(&*self.parts.disk, &self.parts.record.attempt)?;

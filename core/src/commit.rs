@@ -27,7 +27,7 @@ use std::collections::BTreeMap;
 use crate::{
     error::{Error, Result},
     manifest::{Identity, Seal, SealedShard, ShardManifest, decode, replicated::differences},
-    names::{CheckpointKey, Rank, SEAL, TOMBSTONE, parse_manifest_name, parse_payload_name},
+    names::{CheckpointKey, Rank, SEAL, TOMBSTONE, WHOLE, parse_manifest_name, parse_payload_name},
     tier::{Receipt, Tier, create_same, find_record, label, read_record},
 };
 
@@ -38,7 +38,7 @@ pub struct Listing {
     pub manifests: Vec<Rank>,
     /// Payload files by rank; more than one where a writer died and another came.
     pub payloads: BTreeMap<Rank, Vec<String>>,
-    /// The seal is there.
+    /// The seal is there, or the word that stands for it where each node has its own ranks' shards.
     pub sealed: bool,
     /// The tombstone is there.
     pub deleted: bool,
@@ -53,7 +53,7 @@ impl Listing {
         let mut found = Self::default();
         for entry in tier.list(&key.dir())? {
             match entry.name.as_str() {
-                SEAL => found.sealed = true,
+                SEAL | WHOLE => found.sealed = true,
                 TOMBSTONE => found.deleted = true,
                 name => {
                     if let Some(rank) = parse_manifest_name(name) {
@@ -98,6 +98,15 @@ pub fn publish_shard(
         return Ok(());
     }
     Err(Error::Fenced { why: format!("{} was written by another process", label(tier, &name)) })
+}
+
+/// Says beside this node's own shards that all ranks had theirs: nobody here could see it otherwise.
+///
+/// # Errors
+/// The tier did not answer.
+pub(crate) fn mark_whole(tier: &dyn Tier, key: &CheckpointKey) -> Result<()> {
+    let body = format!("{{\"format\":{}}}", crate::record::FORMAT);
+    tier.create(&key.file(WHOLE), &crate::record::seal(body.as_bytes())).map(drop)
 }
 
 /// Reads the manifest of one shard in one tier and checks it against its place, and against the

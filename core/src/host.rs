@@ -19,6 +19,7 @@ mod calls;
 mod connection;
 mod drain;
 mod hands;
+mod lead;
 mod left;
 mod peer;
 mod peers;
@@ -55,7 +56,7 @@ use crate::{
     names::Id,
     observe::locked,
     ownership::Ownership,
-    peers::{Network, Peers, Site, hold::Shelf},
+    peers::{Network, Peers, Site, commons::Commons, hold::Shelf},
     signal::Signal,
     snapshot::budget::Budget,
 };
@@ -98,6 +99,7 @@ pub struct Host {
     transfers: Mutex<Transfers>,
     /// What is held for ranks of other nodes.
     shelves: Mutex<HashMap<(PathBuf, u32), Arc<Shelf>>>,
+    commons: Arc<Commons>,
     /// The other agents, where there are any.
     network: OnceLock<Arc<dyn Network>>,
     /// One agent a socket, one a ram tier.
@@ -153,6 +155,7 @@ impl Host {
             changed: Signal::default(),
             transfers: Mutex::default(),
             shelves: Mutex::default(),
+            commons: Arc::default(),
             network: OnceLock::new(),
             _locks: locks,
         };
@@ -238,7 +241,7 @@ impl Host {
         let peers = self.network.get().map(|network| {
             let Who { uid, gid, groups } = who.clone();
             let site = Site { destination: config.destination.clone(), uid, gid, groups };
-            Peers { network: network.clone(), site }
+            Peers { network: network.clone(), site, commons: self.commons.clone() }
         });
         let ground = Ground::Agent { budget, start, nonce, peers };
         // What was held here for the rank is its own.

@@ -18,6 +18,7 @@ mod local;
 mod slots;
 
 use std::{
+    collections::BTreeMap,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -25,21 +26,23 @@ use std::{
     thread::JoinHandle,
 };
 
+use tierkeep_proto::peer::{self as wire, request::Ask};
+
 pub(crate) use self::{ending::Ending, local::Local};
 use crate::{
-    agree::Agreements,
+    agree::{Agreements, board::Board, home::Home},
     attempt::AttemptRecord,
-    begin::{Begin, begin},
+    begin::{Begin, Elsewhere, begin},
     cascade::{Cascade, Parts, Shard},
     chunk::CHUNK_BYTES,
     clock::{SharedClock, SystemClock},
     commit::Listing,
     config::Config,
-    error::{Error, Result},
+    error::{Doing, Error, Result},
     names::{CheckpointKey, Id, Rank},
     observe::{Observer, locked},
     ownership::{FileId, Ownership},
-    peers::Peers,
+    peers::{Peers, commons::Led},
     place::{Desk, Place},
     restore::{read::Restorable, survey::ShardCopy},
     save::Save,
@@ -110,6 +113,20 @@ pub(crate) struct Keeper {
     preparing: Mutex<Option<JoinHandle<()>>>,
     /// Such threads, each of which waits for the one before.
     prepares: Arc<AtomicUsize>,
+    /// What the leader knows of the others.
+    leading: Mutex<Leading>,
+}
+
+/// What the leader knows of the ranks of its attempt, where they are spread.
+#[derive(Debug, Default)]
+pub(crate) struct Leading {
+    /// Where each rank is that has joined.
+    roster: BTreeMap<u32, String>,
+    elsewhere: Elsewhere,
+}
+
+fn peers_name(place: &Place) -> Option<String> {
+    place.peers.as_ref().map(|peers| peers.network.me())
 }
 
 impl Keeper {
@@ -172,6 +189,7 @@ impl Keeper {
             decisions: Mutex::new(0),
             preparing: Mutex::new(None),
             prepares: Arc::default(),
+            leading: Mutex::default(),
         })
     }
 
@@ -223,7 +241,11 @@ impl Keeper {
         let resumed = restorable.as_ref().filter(|_| waits || place.replicas() > 0);
         let resumed = resumed.and_then(|found| resumed_shard(&place.arena, found));
         let resumed = resumed.into_iter().collect();
-        self.run(started.record, started.fallback, waits, resumed)?;
+        let record = started.record.clone();
+        self.run(started.record, started.elsewhere, waits, resumed)?;
+        if place.is_spread() && place.config.leads() {
+            self.announce(&record)?;
+        }
         Ok(restorable)
     }
 
@@ -231,13 +253,12 @@ impl Keeper {
     fn run(
         &self,
         record: AttemptRecord,
-        fallback: Option<CheckpointKey>,
+        elsewhere: Elsewhere,
         parent_waits: bool,
         found: Vec<Shard>,
     ) -> Result<()> {
         let place = &self.place;
-        let lone = place.config.is_lone();
-        let agreements = Agreements::new(&place.config.destination, &record.attempt, lone);
+        let agreements = self.agreements(&record)?;
         let parts = Parts {
             config: place.config.clone(),
             record: record.clone(),
@@ -249,11 +270,16 @@ impl Keeper {
             signal: place.signal.clone(),
             peers: place.peers.clone(),
             replicas: place.replicas(),
-            fallback,
+            fallback: elsewhere.fallback.clone(),
+            holders: elsewhere.holders.get(&place.config.rank).cloned().unwrap_or_default(),
         };
         // Directories are asked here, before anybody is kept waiting.
         let cascade = Cascade::new(parts, parent_waits, found)?;
         let mut running = locked(&self.running);
+        if place.config.leads() {
+            let roster = peers_name(place).map(|me| (place.config.rank, me));
+            *locked(&self.leading) = Leading { roster: roster.into_iter().collect(), elsewhere };
+        }
         // Closing says so first and takes what runs after: nothing starts behind its back.
         place.check_closed()?;
         let mut threads = vec![Behind::start("tierkeep-disk", &cascade, place, Cascade::run)?];
@@ -263,6 +289,61 @@ impl Keeper {
         }
         *running = Some(Running { record, cascade, threads });
         Ok(())
+    }
+
+    /// Tells every agent that this one has the leader. Who is not told asks.
+    fn announce(&self, record: &AttemptRecord) -> Result<()> {
+        let Some(peers) = self.place.peers.clone() else { return Ok(()) };
+        let bytes = crate::wire::convert::record_bytes(record)?;
+        let led = Led { node: peers.network.me(), record: record.clone(), bytes: bytes.clone() };
+        peers.commons.lead(&peers.site, led);
+        let tell = move || {
+            peers.each(|node| {
+                let lead = wire::Lead { record: bytes.clone() };
+                if let Err(e) = peers.ask(node, Ask::Lead(lead)) {
+                    tracing::debug!("{node} was not told of the attempt: {}", e.chain());
+                }
+            });
+        };
+        let thread = std::thread::Builder::new().name("tierkeep-announce".into());
+        thread.spawn(tell).map(drop).doing(|| "start a thread".into())
+    }
+
+    fn agreements(&self, record: &AttemptRecord) -> Result<Agreements> {
+        let place = &self.place;
+        let (shared, lone) = (&place.config.destination, place.config.is_lone());
+        let Some(peers) = place.peers.as_ref().filter(|_| !lone) else {
+            return Ok(Agreements::new(shared, &record.attempt, lone));
+        };
+        let led = peers.commons.led(&peers.site).filter(|led| led.record.attempt == record.attempt);
+        let node = match led {
+            Some(led) => led.node,
+            None if place.config.leads() => peers.network.me(),
+            None => {
+                return Err(Error::NotFound { what: format!("the leader of {}", record.attempt) });
+            }
+        };
+        if node == peers.network.me() {
+            let board = peers.commons.board(&Board::dir(shared, &record.attempt));
+            return Ok(Agreements::spread_from(board));
+        }
+        let (clock, signal) = (place.clock.clone(), place.signal.clone());
+        let home = Home::new(peers.clone(), node, record.attempt.dir(), clock, signal)?;
+        Ok(Agreements::at_home(home))
+    }
+
+    /// A rank that is at `node` has joined; the nodes that hold something of it, and the newest whole
+    /// checkpoint before the one that is resumed from.
+    pub(crate) fn joined(&self, rank: u32, node: &str) -> (Vec<String>, Option<CheckpointKey>) {
+        let mut leading = locked(&self.leading);
+        leading.roster.insert(rank, node.into());
+        let holders = leading.elsewhere.holders.get(&rank).cloned().unwrap_or_default();
+        (holders, leading.elsewhere.fallback.clone())
+    }
+
+    /// The ranks that have joined, and where they are.
+    pub(crate) fn roster(&self) -> Vec<(u32, String)> {
+        locked(&self.leading).roster.iter().map(|(rank, node)| (*rank, node.clone())).collect()
     }
 
     /// Makes every slot ready for `len` bytes, behind.
@@ -363,6 +444,7 @@ fn resumed_shard(arena: &Arena, found: &Restorable) -> Option<Shard> {
         save: Save::new(found.key.step.0),
         published: true,
         complete: false,
+        told: false,
         chunks: Some(payload.chunks.clone()),
     })
 }

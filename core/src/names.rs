@@ -215,6 +215,8 @@ impl fmt::Display for CheckpointKey {
 pub const SEAL: &str = "CHECKPOINT.json";
 /// The tombstone: while it exists, the checkpoint does not, whatever else lies beside it.
 pub const TOMBSTONE: &str = "DELETED.json";
+/// Beside a node's own shards: when it was made, all ranks had theirs, each on its node.
+pub const WHOLE: &str = "_whole";
 /// The directory of attempt records.
 pub const ATTEMPTS: &str = "attempts";
 /// The directory of records of ranks that found no good copy.

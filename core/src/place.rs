@@ -83,6 +83,11 @@ impl Deref for Place {
 }
 
 impl Place {
+    /// The ranks are on several nodes, perhaps, and do not see each other's directories.
+    pub(crate) fn is_spread(&self) -> bool {
+        self.peers.is_some() && !self.config.is_lone()
+    }
+
     /// How many copies of each shard are to be on other nodes.
     pub(crate) fn replicas(&self) -> usize {
         match self.peers {

@@ -17,7 +17,7 @@ use crate::{
     attempt::{Attempts, Lineage},
     commit::Listing,
     error::Result,
-    names::{AttemptDir, CheckpointKey, Rank, SEAL, TOMBSTONE, manifest_name, step_dir},
+    names::{AttemptDir, CheckpointKey, Rank, SEAL, TOMBSTONE, WHOLE, manifest_name, step_dir},
     record,
     restore::survey::Found,
     tier::Tier,
@@ -183,6 +183,7 @@ pub fn collect(tier: &dyn Tier, victims: &[Victim], newest: u32) -> Result<Colle
         }
         tracing::info!("deleting {key}: {}", victim.why);
         tier.delete(&key.file(SEAL))?;
+        tier.delete(&key.file(WHOLE))?;
         let listing = Listing::of(tier, key)?;
         for rank in &listing.manifests {
             tier.delete(&key.file(&manifest_name(*rank)))?;

@@ -87,7 +87,8 @@ impl World {
     fn reach(&self, from: &str, to: &str) -> Result<Arc<Machine>> {
         let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
         let cut = self.cut.lock().unwrap();
-        let machine = self.machines.lock().unwrap().get(to).cloned();
+        let machines = self.machines.lock().unwrap();
+        let machine = machines.get(to).filter(|_| machines.contains_key(from)).cloned();
         let cut = cut.contains(&pair(from, to)) || cut.contains(&pair(to, from));
         machine.filter(|_| !cut).ok_or_else(|| Error::Io {
             what: format!("reach {to}"),
@@ -164,7 +165,8 @@ impl Network for Sim {
 
     fn ask(&self, node: &str, mut request: wire::Request, _: Duration) -> Result<wire::Reply> {
         let machine = self.world.reach(&self.me, node)?;
-        elsewhere(&self.world.machine(&self.me), &machine, request.site.as_mut().unwrap());
+        let own = self.world.reach(&self.me, &self.me)?;
+        elsewhere(&own, &machine, request.site.as_mut().unwrap());
         Ok(std::thread::spawn(move || machine.host.answer(request)).join().unwrap())
     }
 
@@ -260,4 +262,72 @@ fn a_rank_whose_node_is_lost_goes_on_elsewhere_from_the_newest_step_that_was_on_
     let ckpt = world.open("a", 1);
     let found = ckpt.begin(&Begin::default()).unwrap().expect("a checkpoint");
     assert_eq!((found.step().0, found.key.attempt.number), (6, 2));
+}
+
+/// A job: so many ranks, spread over these nodes in turn.
+struct Job {
+    ckpts: Vec<(String, Checkpointer)>,
+}
+
+impl Job {
+    /// Starts all ranks, as a launcher does.
+    fn start(world: &World, nodes: &[&str], ranks: u32, replicas: u32) -> Self {
+        let start = tierkeep::names::Id::random().unwrap();
+        let open = |rank: u32| {
+            let node = nodes[rank as usize % nodes.len()];
+            let mut config = world.config(node, rank, ranks, replicas);
+            config.attempt_id = Some(start);
+            (node.to_owned(), Checkpointer::open(config).unwrap())
+        };
+        Self { ckpts: (0..ranks).map(open).collect() }
+    }
+
+    /// Every rank at once, as they are: each on a thread.
+    fn each<T: Send>(&self, deed: impl Fn(&Checkpointer) -> T + Sync) -> Vec<T> {
+        std::thread::scope(|scope| {
+            let deed = &deed;
+            let all: Vec<_> =
+                self.ckpts.iter().map(|(_, ckpt)| scope.spawn(move || deed(ckpt))).collect();
+            all.into_iter().map(|one| one.join().unwrap()).collect()
+        })
+    }
+
+    /// Where all ranks resume, every bit checked.
+    fn resume(&self) -> u64 {
+        let steps = self.each(|ckpt| common::resume(ckpt, &SIZES).unwrap());
+        assert!(steps.iter().all(|step| *step == steps[0]), "{steps:?}");
+        steps[0]
+    }
+
+    fn train(&self, steps: impl IntoIterator<Item = u64>, level: Level) {
+        for step in steps {
+            self.each(|ckpt| {
+                let model = Model::at(ckpt.config().rank, &SIZES, step);
+                wait(&model.save(ckpt, step).unwrap(), level);
+            });
+        }
+    }
+}
+
+#[test]
+fn a_job_over_four_nodes_loses_one_and_loses_nothing() {
+    let world = World::new(&["a", "b", "c", "d"]);
+    let job = Job::start(&world, &["a", "b", "c", "d"], 8, 1);
+    assert_eq!(job.resume(), 0);
+    job.train(1..=3, Level::Peer);
+    job.train([4], Level::Disk);
+    job.train([5], Level::Peer);
+    world.lose("b");
+    drop(job);
+    world.begin("e");
+    let job = Job::start(&world, &["a", "e", "c", "d"], 8, 1);
+    assert_eq!(job.resume(), 5);
+    job.train([6, 7], Level::Peer);
+    // With the leader's node.
+    world.lose("a");
+    drop(job);
+    world.begin("f");
+    let job = Job::start(&world, &["c", "d", "e", "f"], 8, 1);
+    assert_eq!(job.resume(), 7);
+    job.train([8], Level::Disk);
 }

@@ -6,7 +6,7 @@
 
 use super::Cascade;
 use crate::{
-    agree::InRam,
+    agree::{InRam, Own},
     commit::{Gathered, Listing, gather},
     error::{Error, Result},
     manifest::replicated::{differences_in_words, say_the_same},
@@ -26,7 +26,15 @@ pub(super) enum Standing {
 
 impl Cascade {
     pub(super) fn missing_in_ram(&self, key: &CheckpointKey) -> Result<Vec<u32>> {
-        Ok(Listing::of(&*self.parts.ram, key)?.missing(&self.parts.config.savers))
+        let (agreements, savers) = (&self.parts.agreements, &self.parts.config.savers);
+        if !agreements.is_spread() {
+            return Ok(Listing::of(&*self.parts.ram, key)?.missing(savers));
+        }
+        // The leader's word is what counts; until it is there, any of the others may be missing.
+        match self.parts.config.leads() {
+            true => agreements.without_own(key.step.0, Own::InRam, savers),
+            false => Ok(self.others()),
+        }
     }
 
     /// How it stands in RAM. Ranks that are ahead use their slots again, but only after they asked
@@ -58,6 +66,10 @@ impl Cascade {
         }
         let mut seen = InRam::Whole;
         if !self.parts.config.replicated.is_empty() && !self.say_the_same(key.step.0)? {
+            if agreements.is_spread() {
+                seen = InRam::GivenUp("the ranks differ in tensors that they hold alike".into());
+                return agreements.in_ram(key.step.0, seen).map(Some);
+            }
             seen = match gather(&*self.parts.ram, key, &self.parts.config.savers) {
                 Ok(Gathered::Complete(_)) => seen,
                 Ok(Gathered::Differ(list)) => InRam::GivenUp(differences_in_words(&list)),

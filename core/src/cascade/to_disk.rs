@@ -8,10 +8,11 @@ use std::{
 
 use super::{Carry, Cascade, Shard, Work};
 use crate::{
+    agree::Own,
     attempt::Attempts,
     chunk::{CHUNK_BYTES, chunk_len},
     clock::Deadline,
-    commit::{Gathered, Listing, gather, publish_shard},
+    commit::{Gathered, Listing, gather, mark_whole, publish_shard},
     error::{Error, Result},
     manifest::replicated::differences_in_words,
     names::{ATTEMPTS, CheckpointKey, Rank, Step, parse_attempt_file, ranks},
@@ -285,6 +286,9 @@ impl Cascade {
         if self.is_sealed(&key)? {
             return self.sealed_on_disk(step, &key).map(|()| true);
         }
+        if self.parts.agreements.is_spread() {
+            return self.watch_spread(step, &key, &deadline);
+        }
         match gather(disk, &key, &self.parts.config.savers)? {
             Gathered::Complete(complete) => {
                 self.check_fence()?;
@@ -321,12 +325,43 @@ impl Cascade {
         }
     }
 
+    /// The same where each node has a disk of its own: every rank says that its shard is there, the leader
+    /// says when all are.
+    fn watch_spread(&self, step: u64, key: &CheckpointKey, deadline: &Deadline) -> Result<bool> {
+        let (agreements, config) = (&self.parts.agreements, &self.parts.config);
+        agreements.say_own(step, config.rank, Own::OnDisk)?;
+        if !config.leads() {
+            return Ok(false);
+        }
+        let missing = agreements.without_own(step, Own::OnDisk, &config.savers)?;
+        if missing.is_empty() {
+            self.check_fence()?;
+            if !self.is_fenced() {
+                agreements.seal(step)?;
+                self.sealed_on_disk(step, key)?;
+            }
+            return Ok(true);
+        }
+        if let Some(shard) = locked(&self.work).shards.get(&step) {
+            shard.save.set_waiting_for(ranks(&missing));
+        }
+        if deadline.left(&*self.parts.clock).is_some() {
+            return Ok(false);
+        }
+        let why = format!("{} did not write its shard in time", ranks(&missing));
+        agreements.give_up(step, &why)?;
+        self.abandon(step, &why);
+        Ok(true)
+    }
+
     /// Whether the checkpoint exists on disk, whichever rank sealed it: what that rank has not synced
     /// yet is synced here, before anybody is told.
     pub(super) fn is_sealed(&self, key: &CheckpointKey) -> Result<bool> {
         let disk = &*self.parts.disk;
         if !Listing::of(disk, key)?.sealed {
-            return Ok(false);
+            return Ok(self.parts.agreements.is_spread()
+                && self.is_own(key)
+                && self.parts.agreements.was_sealed(key.step.0)?);
         }
         disk.confirm(&key.dir())?;
         Ok(true)
@@ -340,6 +375,10 @@ impl Cascade {
     }
 
     pub(super) fn sealed_on_disk(&self, step: u64, key: &CheckpointKey) -> Result<()> {
+        if self.parts.agreements.is_spread() && self.parts.config.saves() {
+            // Said beside this node's shards: retention counts what all nodes have.
+            mark_whole(&*self.parts.disk, key)?;
+        }
         let before = {
             let mut work = locked(&self.work);
             if let Some(shard) = work.shards.get(&step) {
@@ -365,6 +404,8 @@ impl Cascade {
                 self.parts.agreements.forget_before(before)?;
             }
             self.retain()?;
+        } else if self.parts.agreements.is_spread() {
+            self.retain()?; // Of this node's disk.
         }
         Ok(())
     }
@@ -385,9 +426,8 @@ impl Cascade {
         drop(work);
         self.parts.signal.notify();
         // Its remains fill the disk that the next step needs.
-        if self.parts.config.leads()
-            && let Err(e) = self.retain()
-        {
+        let collects = self.parts.config.leads() || self.parts.agreements.is_spread();
+        if collects && let Err(e) = self.retain() {
             tracing::warn!("nothing was collected after step {step} was given up: {}", e.chain());
         }
     }

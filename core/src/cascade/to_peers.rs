@@ -14,13 +14,17 @@
 //! - A holder that is lost, full or refuses is replaced by the next node of the placement, until the
 //!   deadline says who was missing.
 
-use std::{collections::BTreeSet, sync::Mutex, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Mutex,
+    time::Duration,
+};
 
-use tierkeep_proto::peer::{self as wire, request::Ask};
+use tierkeep_proto::peer::{self as wire, reply::Answer, request::Ask};
 
 use super::{Cascade, IDLE, POLL, Shard};
 use crate::{
-    agree::InRam,
+    agree::{InRam, Own},
     attempt::Attempts,
     clock::Deadline,
     error::{Error, Result},
@@ -32,7 +36,7 @@ use crate::{
         send::{Outbound, PeerReceipt, send},
         wire_key,
     },
-    placement::{self, place},
+    placement::{self, Node, place},
     save::Level,
     snapshot::slot::SlotPayload,
     tier::Source,
@@ -60,8 +64,16 @@ pub(super) struct Copies {
     receipts: Vec<PeerReceipt>,
     /// Nodes that may hold something of this rank.
     holders: BTreeSet<String>,
+    /// Where the ranks are, as far as the leader knew when it was asked.
+    roster: BTreeMap<u32, String>,
     /// Nodes that have this run's records, of this attempt too.
     informed: BTreeSet<String>,
+}
+
+impl Copies {
+    pub(super) fn known(holders: &[String]) -> Self {
+        Self { holders: holders.iter().cloned().collect(), ..Self::default() }
+    }
 }
 
 impl Cascade {
@@ -175,7 +187,7 @@ impl Cascade {
         };
         match done {
             Ok(receipts) => {
-                self.parts.agreements.say_held(step, rank)?;
+                self.parts.agreements.say_own(step, rank, Own::Held)?;
                 let mut work = locked(&self.work);
                 if let Some(shard) = work.shards.get(&step) {
                     shard.save.reach(Level::Peer, true);
@@ -279,13 +291,41 @@ impl Cascade {
         let mut nodes = peers.network.nodes();
         nodes.retain(|node| !refused.contains(&node.name));
         let Some(own) = nodes.iter().position(|node| node.name == me) else { return Vec::new() };
-        let shard = placement::Shard {
-            name: format!("{}#{}", peers.site.destination.display(), self.parts.config.rank),
-            node: own,
-        };
-        let placed = place(&nodes, &[shard], self.parts.replicas);
-        let chosen = placed.holders.into_iter().flatten().map(|index| nodes[index].name.clone());
+        // All ranks are placed, so that no node has more than its share of them.
+        let shards = self.placed(peers, &nodes, own);
+        let placed = place(&nodes, &shards, self.parts.replicas);
+        let chosen = placed.holders.into_iter().next().unwrap_or_default().into_iter();
+        let chosen = chosen.map(|index| nodes[index].name.clone());
         chosen.filter(|node| !held.contains(node)).take(wanted).collect()
+    }
+
+    /// This rank's shard, then those of the other ranks whose nodes are alive.
+    fn placed(&self, peers: &Peers, nodes: &[Node], own: usize) -> Vec<placement::Shard> {
+        let (rank, run) = (self.parts.config.rank, peers.site.destination.display());
+        let shard = |rank: u32, node| placement::Shard { name: format!("{run}#{rank}"), node };
+        let mut shards = vec![shard(rank, own)];
+        for (other, node) in self.roster(peers).iter().filter(|(other, _)| **other != rank) {
+            let node = nodes.iter().position(|n| n.name == *node);
+            shards.extend(node.map(|node| shard(*other, node)));
+        }
+        shards
+    }
+
+    /// Where the ranks are; asked until all have joined.
+    fn roster(&self, peers: &Peers) -> BTreeMap<u32, String> {
+        let known = locked(&self.work).copies.roster.clone();
+        if !self.parts.agreements.is_spread() || known.len() >= self.parts.config.savers.len() {
+            return known;
+        }
+        let Some(led) = peers.commons.led(&peers.site) else { return known };
+        let attempt = self.parts.record.attempt.dir();
+        let asked = peers.ask(&led.node, Ask::Roster(wire::Roster { attempt }));
+        let Ok(Answer::Ranks(said)) = asked else { return known };
+        let savers = &self.parts.config.savers;
+        let at = said.ranks.into_iter().filter(|at| savers.binary_search(&at.rank).is_ok());
+        let roster: BTreeMap<u32, String> = at.map(|at| (at.rank, at.node)).collect();
+        locked(&self.work).copies.roster = roster.clone();
+        roster
     }
 
     fn send_to(
@@ -373,10 +413,16 @@ impl Cascade {
         let said = match agreements.was_on_peers(step)? {
             Some(said) => Some(said),
             None => {
-                let missing = agreements.not_held(step, &self.parts.config.savers)?;
+                // Where ranks are spread, the leader alone knows how far the others are.
+                let judges = self.parts.config.leads() || !agreements.is_spread();
+                let savers = &self.parts.config.savers;
+                let missing = match judges {
+                    true => agreements.without_own(step, Own::Held, savers)?,
+                    false => self.others(),
+                };
                 if missing.is_empty() {
                     Some(agreements.on_peers(step, InRam::Whole)?)
-                } else if deadline.left(&*self.parts.clock).is_none() {
+                } else if judges && deadline.left(&*self.parts.clock).is_none() {
                     let why = format!("{} did not send its shard in time", ranks(&missing));
                     Some(agreements.on_peers(step, InRam::GivenUp(why))?)
                 } else {

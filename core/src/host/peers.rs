@@ -113,6 +113,12 @@ impl Host {
             Some(Ask::Records(records)) => self.keep_records(&site, records),
             Some(Ask::Confirm(confirm)) => self.confirm(&site, &confirm),
             Some(Ask::Release(release)) => self.release(&site, &release),
+            Some(Ask::Lead(lead)) => self.is_led(&site, request.from, lead),
+            Some(Ask::WhoLeads(_)) => self.who_leads(&site),
+            Some(Ask::Join(join)) => self.join(&site, &request.from, &join),
+            Some(Ask::Roster(roster)) => self.roster(&site, &roster),
+            Some(Ask::Decide(decide)) => self.decide(&site, decide),
+            Some(Ask::News(news)) => self.news(&site, &news),
             None => Err(Error::invalid("it does not know this question: it is older")),
         }
     }
@@ -174,7 +180,7 @@ impl Host {
         drop(old);
     }
 
-    fn ram_dir(&self, site: &Site) -> PathBuf {
+    pub(super) fn ram_dir(&self, site: &Site) -> PathBuf {
         crate::config::ram_dir(&self.users.root_of(site.uid), &site.destination)
     }
 

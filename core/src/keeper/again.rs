@@ -9,6 +9,7 @@
 use super::Keeper;
 use crate::{
     attempt,
+    begin::Elsewhere,
     cascade::{Cascade, Shard},
     commit::{Listing, read_manifest},
     error::{Error, Result},
@@ -44,7 +45,7 @@ impl Keeper {
         };
         let held = place.arena.holds().into_iter().filter(ours);
         let shards = held.filter_map(|key| self.shard_in_ram(key)).collect();
-        self.run(record, None, waits, shards)
+        self.run(record, Elsewhere::default(), waits, shards)
     }
 
     /// This rank's shard of `key` as it lies in a slot. One whose manifest is bad is nobody's.
@@ -66,6 +67,7 @@ impl Keeper {
             save: Save::new(key.step.0),
             published: true,
             complete: false,
+            told: false,
             chunks: Some(manifest.payload.chunks),
             key,
         })

@@ -114,6 +114,7 @@ impl Keeper {
             save,
             published: false,
             complete: false,
+            told: false,
             chunks,
         });
         let put = ram.put(&key.file(&identity.payload_name()), &payload);

@@ -18,6 +18,7 @@
 //! - Nothing that a peer says becomes a path, an allocation or a checkpoint unchecked.
 //! - A holder gives up what it acknowledged only where its owner's word lets it go.
 
+pub(crate) mod commons;
 pub(crate) mod fetch;
 pub(crate) mod hold;
 mod landing;
@@ -27,12 +28,16 @@ pub(crate) mod send;
 use std::{
     os::unix::ffi::{OsStrExt, OsStringExt},
     path::PathBuf,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::Duration,
 };
 
 use tierkeep_proto::peer::{self as wire, reply::Answer, request::Ask};
 
+use self::commons::Commons;
 pub use self::landing::{Arriving, Chunks, Incoming, Landing};
 use crate::{
     error::{Error, Result},
@@ -48,6 +53,9 @@ pub type Ticket = [u8; 16];
 /// How long another agent may take to answer a question. One about a disk that hangs takes longer, and
 /// is a failure.
 pub(crate) const ANSWER_WITHIN: Duration = Duration::from_secs(10);
+
+/// Agents that are asked at once: their answers wait for a network, not for a core.
+const ASKED_AT_ONCE: usize = 32;
 
 /// The other agents of the cluster, and a way to them.
 ///
@@ -119,6 +127,7 @@ impl Site {
 pub(crate) struct Peers {
     pub(crate) network: Arc<dyn Network>,
     pub(crate) site: Site,
+    pub(crate) commons: Arc<Commons>,
 }
 
 impl Peers {
@@ -131,6 +140,22 @@ impl Peers {
             Some(answer) => Ok(answer),
             None => Err(odd(node)),
         }
+    }
+
+    /// Does something for each of the live nodes but this one, several at once.
+    pub(crate) fn each(&self, deed: impl Fn(&str) + Sync) {
+        let nodes = self.others();
+        let next = AtomicUsize::new(0);
+        let work = || {
+            while let Some(node) = nodes.get(next.fetch_add(1, Ordering::Relaxed)) {
+                deed(&node.name);
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..nodes.len().min(ASKED_AT_ONCE) {
+                scope.spawn(work);
+            }
+        });
     }
 
     /// The live nodes but this one.

@@ -38,6 +38,11 @@ impl Remote {
         Ok(Self { peers: peers.clone(), node: node.into(), kind, address, files })
     }
 
+    /// It is the RAM of that node.
+    pub(crate) fn is_ram(&self) -> bool {
+        self.kind == TierKind::Ram
+    }
+
     /// Opens a file there; its ticket and its length.
     pub(crate) fn ticket(&self, name: &str, chunk_bytes: u64) -> Result<(super::Ticket, u64)> {
         let open =
@@ -255,29 +260,16 @@ impl Arriving for Part<'_> {
 
 /// Every live agent's tiers: RAM of all, then disks. One that does not answer is named.
 pub(crate) fn look_at_all(peers: &Peers) -> (Vec<Arc<Remote>>, Vec<(String, Error)>) {
-    let nodes = peers.others();
-    let found = Mutex::new(Vec::new());
-    let silent = Mutex::new(Vec::new());
-    let next = std::sync::atomic::AtomicUsize::new(0);
-    let work = || {
-        while let Some(node) = nodes.get(next.fetch_add(1, std::sync::atomic::Ordering::Relaxed)) {
-            for kind in [TierKind::Ram, TierKind::Disk] {
-                match Remote::look(peers, &node.name, kind) {
-                    Ok(remote) => locked(&found).push((kind, Arc::new(remote))),
-                    Err(e) => locked(&silent).push((node.name.clone(), e)),
-                }
+    let (found, silent) = (Mutex::new(Vec::new()), Mutex::new(Vec::new()));
+    peers.each(|node| {
+        for kind in [TierKind::Ram, TierKind::Disk] {
+            match Remote::look(peers, node, kind) {
+                Ok(remote) => locked(&found).push((kind, Arc::new(remote))),
+                Err(e) => locked(&silent).push((node.to_owned(), e)),
             }
-        }
-    };
-    std::thread::scope(|scope| {
-        for _ in 0..nodes.len().min(LOOKERS) {
-            scope.spawn(work);
         }
     });
     let mut found = std::mem::take(&mut *locked(&found));
     found.sort_by(|a, b| (a.0, &a.1.node).cmp(&(b.0, &b.1.node)));
     (found.into_iter().map(|(_, remote)| remote).collect(), std::mem::take(&mut *locked(&silent)))
 }
-
-/// Agents that are asked at once: their answers wait for a network, not for a core.
-const LOOKERS: usize = 32;

@@ -1,0 +1,183 @@
+//! Decisions in a directory.
+//!
+//! A decision is a symbolic link: it appears whole or not at all, the first one wins, and making or
+//! reading one costs microseconds. Links point nowhere; their target is the decision's text.
+//!
+//! # Invariants
+//!
+//! - Whoever listens hears every change, in order, or everything anew.
+
+use std::{
+    collections::VecDeque,
+    fs, io,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+    sync::Mutex,
+    time::Duration,
+};
+
+use super::OWN;
+use crate::{
+    clock::{Clock, Deadline},
+    error::{Doing, Error, Result},
+    names::{AttemptRef, Id},
+    observe::locked,
+    signal::Signal,
+    tier::publish::{make_dirs, remove},
+};
+
+/// Changes that are kept for those who listen: who comes later is told everything.
+const NEWS_MAX: usize = 4096;
+
+/// One change: a name and what is said there now, if anything is.
+pub(crate) type Word = (String, Option<String>);
+
+/// The decisions of one attempt, in a directory. All that write to it in this process share one.
+#[derive(Debug)]
+pub(crate) struct Board {
+    dir: PathBuf,
+    /// Of this life of it: who listened to one before hears everything anew.
+    life: Id,
+    news: Mutex<News>,
+    changed: Signal,
+}
+
+#[derive(Debug, Default)]
+struct News {
+    /// Changes that are no longer kept.
+    before: u64,
+    kept: VecDeque<Word>,
+}
+
+/// What somebody who listens hears.
+#[derive(Debug)]
+pub(crate) struct Heard {
+    pub(crate) life: Id,
+    /// Changes so far.
+    pub(crate) upto: u64,
+    /// These are all that there is; else what changed.
+    pub(crate) whole: bool,
+    pub(crate) words: Vec<Word>,
+}
+
+impl Board {
+    /// Where the decisions of `attempt` lie, below a directory that its ranks share.
+    pub(crate) fn dir(shared: &Path, attempt: &AttemptRef) -> PathBuf {
+        shared.join("_decisions").join(attempt.dir())
+    }
+
+    pub(crate) fn new(dir: PathBuf) -> Self {
+        // It tells one life from another: without randomness all are one, and hear the less.
+        let life = Id::random().unwrap_or(Id([0; 16]));
+        Self { dir, life, news: Mutex::default(), changed: Signal::default() }
+    }
+
+    pub(crate) fn names(&self) -> Result<Vec<String>> {
+        let dir = &self.dir;
+        let entries = match fs::read_dir(dir) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            other => other.at("list", dir)?,
+        };
+        let name = |entry: io::Result<fs::DirEntry>| {
+            Ok(entry.at("list", dir)?.file_name().to_string_lossy().into_owned())
+        };
+        entries.map(name).collect()
+    }
+
+    pub(crate) fn said(&self, name: &str) -> Result<Option<String>> {
+        read(&self.dir.join(name))
+    }
+
+    /// The recorded text: `text`, unless somebody was first.
+    pub(crate) fn record(&self, name: &str, text: &str) -> Result<String> {
+        let path = self.dir.join(name);
+        for _ in 0..8 {
+            match symlink(text, &path) {
+                Ok(()) => {
+                    self.tell(name, Some(text));
+                    return Ok(text.into());
+                }
+                Err(e) if e.kind() == io::ErrorKind::NotFound => make_dirs(&self.dir, false)?,
+                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+                    if let Some(there) = read(&path)? {
+                        return Ok(there);
+                    }
+                }
+                Err(e) => return Err(e).at("record", &path),
+            }
+        }
+        Err(Error::Bug(format!("{} comes and goes", path.display())))
+    }
+
+    pub(crate) fn remove(&self, name: &str) -> Result<()> {
+        remove(&self.dir.join(name))?;
+        self.tell(name, None);
+        Ok(())
+    }
+
+    fn tell(&self, name: &str, text: Option<&str>) {
+        if OWN.iter().any(|own| name.starts_with(own)) {
+            return;
+        }
+        let mut news = locked(&self.news);
+        news.kept.push_back((name.into(), text.map(Into::into)));
+        if news.kept.len() > NEWS_MAX {
+            news.kept.pop_front();
+            news.before += 1;
+        }
+        drop(news);
+        self.changed.notify();
+    }
+
+    /// What changed after `since`, waited for up to `wait`.
+    pub(crate) fn hear(
+        &self,
+        life: Option<Id>,
+        since: u64,
+        clock: &dyn Clock,
+        wait: Duration,
+    ) -> Result<Heard> {
+        let deadline = Deadline::after(clock, wait);
+        loop {
+            let seen = self.changed.seen();
+            {
+                let news = locked(&self.news);
+                let upto = news.before + news.kept.len() as u64;
+                let known = life == Some(self.life) && (news.before..=upto).contains(&since);
+                if !known {
+                    // Before the directory is read: what is recorded meanwhile is heard twice.
+                    drop(news);
+                    return self.everything(upto);
+                }
+                if upto > since {
+                    let skip = usize::try_from(since - news.before).unwrap_or(usize::MAX);
+                    let words = news.kept.iter().skip(skip).cloned().collect();
+                    return Ok(Heard { life: self.life, upto, whole: false, words });
+                }
+            }
+            let Some(left) = deadline.left(clock) else {
+                return Ok(Heard { life: self.life, upto: since, whole: false, words: vec![] });
+            };
+            self.changed.wait(seen, left);
+        }
+    }
+
+    fn everything(&self, upto: u64) -> Result<Heard> {
+        let mut words = Vec::new();
+        for name in self.names()? {
+            if !OWN.iter().any(|own| name.starts_with(own)) {
+                let text = self.said(&name)?;
+                words.extend(text.map(|text| (name, Some(text))));
+            }
+        }
+        Ok(Heard { life: self.life, upto, whole: true, words })
+    }
+}
+
+fn read(path: &Path) -> Result<Option<String>> {
+    match fs::read_link(path) {
+        Ok(text) => Ok(Some(text.to_string_lossy().into_owned())),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e).at("read", path),
+    }
+}
