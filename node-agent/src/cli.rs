@@ -160,11 +160,32 @@ pub(crate) struct AgentArgs {
     /// The file with the key that all agents of the cluster have, and nobody else
     #[arg(long, value_name = "FILE")]
     cluster_key: Option<OsString>,
+    /// This agent's certificate for the others, in PEM
+    #[arg(long, value_name = "FILE")]
+    tls_cert: Option<OsString>,
+    /// The certificate's key
+    #[arg(long, value_name = "FILE")]
+    tls_key: Option<OsString>,
+    /// The authority that signs the certificates of all agents
+    #[arg(long, value_name = "FILE")]
+    tls_ca: Option<OsString>,
+    /// The name that all certificates are for [default: tierkeep]
+    #[arg(long, value_name = "NAME")]
+    tls_name: Option<OsString>,
+    /// Talk to other agents in plain text, where whoever reaches the port may read and write
+    #[arg(long, value_name = "true|false", num_args = 0..=1, default_missing_value = "true")]
+    insecure: Option<OsString>,
+    /// What goes out to other nodes at most, in bytes a second, as in 1GiB
+    #[arg(long, value_name = "SIZE")]
+    peer_rate: Option<OsString>,
+    /// Connections of one transfer [default: 4]
+    #[arg(long, value_name = "N")]
+    peer_connections: Option<OsString>,
 }
 
 impl AgentArgs {
     /// The settings among them, by key.
-    pub(crate) fn given(&self) -> [(&'static str, Option<OsString>); 14] {
+    pub(crate) fn given(&self) -> [(&'static str, Option<OsString>); 21] {
         [
             ("socket", self.socket.clone()),
             ("ram_bytes_max", self.ram_bytes_max.clone()),
@@ -180,6 +201,13 @@ impl AgentArgs {
             ("labels", self.labels.clone()),
             ("cluster", self.cluster.clone()),
             ("cluster_key", self.cluster_key.clone()),
+            ("tls_cert", self.tls_cert.clone()),
+            ("tls_key", self.tls_key.clone()),
+            ("tls_ca", self.tls_ca.clone()),
+            ("tls_name", self.tls_name.clone()),
+            ("insecure", self.insecure.clone()),
+            ("peer_rate", self.peer_rate.clone()),
+            ("peer_connections", self.peer_connections.clone()),
         ]
     }
 }

@@ -17,6 +17,7 @@ mod export;
 pub mod service;
 
 mod fail;
+pub mod mesh;
 mod progress;
 mod show;
 mod tree;

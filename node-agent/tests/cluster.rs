@@ -144,7 +144,7 @@ impl Agent {
         let config = dir.path().join("agent.toml");
         let seeds = seed.map_or_else(String::new, |seed| format!("seeds = [\"{seed}\"]\n"));
         let text = format!(
-            "gossip = \"{at}\"\nnode = \"{name}\"\ncluster_key = {key:?}\n{seeds}\
+            "gossip = \"{at}\"\ninsecure = true\nnode = \"{name}\"\ncluster_key = {key:?}\n{seeds}\
              [labels]\nzone = \"a\"\nrack = \"r of {name}\"\n"
         );
         std::io::Write::write_all(&mut std::fs::File::create(&config).unwrap(), text.as_bytes())

@@ -10,22 +10,25 @@ pub mod http;
 mod metrics;
 mod peers;
 pub(crate) mod settings;
+mod transport;
 
 use std::{io, io::Write, path::Path, sync::Arc, time::Duration};
 
 use tierkeep::{Error, host::Host};
 use tokio::{
     net::TcpListener,
+    runtime::Runtime,
     signal::unix::{Signal, SignalKind, signal},
     sync::watch,
-    task::JoinSet,
+    task::{JoinHandle, JoinSet},
 };
 use tracing_subscriber::EnvFilter;
 
 use self::settings::Settings;
 use crate::{
     cli::AgentArgs,
-    cluster::Cluster,
+    cluster::{self, Cluster},
+    mesh::{self, Mesh},
     fail::{Failure, OK},
 };
 
@@ -73,7 +76,8 @@ fn serve(settings: &Settings) -> Result<i32, Failure> {
         .name("tierkeep-accept".into())
         .spawn(move || serving.serve(&listener))
         .map_err(failed("start a thread"))?;
-    let ended = runtime.block_on(attend(&host, settings));
+    let others = settings.mesh.is_some().then(others).transpose().map_err(failed("start threads"))?;
+    let ended = runtime.block_on(attend(&host, settings, others.as_ref()));
     // What is in RAM stays for the next agent.
     host.end();
     let served = trainers.join();
@@ -84,8 +88,23 @@ fn serve(settings: &Settings) -> Result<i32, Failure> {
     Ok(OK)
 }
 
+/// What carries bytes between agents: apart from what answers people, which is to answer at any load.
+fn others() -> io::Result<Runtime> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(cores.div_ceil(2).clamp(1, 4))
+        .max_blocking_threads(8)
+        .thread_name("tierkeep-mesh")
+        .enable_all()
+        .build()
+}
+
 /// Until somebody ends it, or a server fails.
-async fn attend(host: &Arc<Host>, settings: &Settings) -> Result<(), Failure> {
+async fn attend(
+    host: &Arc<Host>,
+    settings: &Settings,
+    others: Option<&Runtime>,
+) -> Result<(), Failure> {
     let signals = |kind| -> Result<Signal, Failure> {
         Ok(signal(kind).map_err(|source| Error::Io { what: "hear signals".into(), source })?)
     };
@@ -94,7 +113,8 @@ async fn attend(host: &Arc<Host>, settings: &Settings) -> Result<(), Failure> {
     let (end, ending) = watch::channel(false);
     let mut servers = JoinSet::new();
     let control = control::socket_beside(&settings.socket);
-    let cluster = join(settings).await?;
+    let met = meet(host, settings, others, over(ending.clone())).await?;
+    let cluster = met.as_ref().map(|(cluster, _)| cluster.clone());
     let (its_host, its_end) = (host.clone(), over(ending.clone()));
     let its_cluster = cluster.clone();
     servers.spawn(async move { control::serve(its_host, its_cluster, &control, its_end).await });
@@ -120,15 +140,46 @@ async fn attend(host: &Arc<Host>, settings: &Settings) -> Result<(), Failure> {
     }
     let _ = end.send(true); // Nobody listens: nobody serves.
     while servers.join_next().await.is_some() {}
-    if let Some(cluster) = cluster {
+    if let Some((cluster, serving)) = met {
         cluster.leave();
+        let _ = serving.await; // It has ended, one way or the other.
     }
     Ok(())
 }
 
-/// Goes among the other agents, where it is told to.
-async fn join(settings: &Settings) -> Result<Option<Arc<Cluster>>, Failure> {
-    let Some(settings) = &settings.cluster else { return Ok(None) };
+/// Goes among the other agents, where it is told to, and answers them.
+async fn meet(
+    host: &Arc<Host>,
+    settings: &Settings,
+    others: Option<&Runtime>,
+    ending: impl Future<Output = ()> + Send + 'static,
+) -> Result<Option<(Arc<Cluster>, JoinHandle<()>)>, Failure> {
+    let (Some(cluster), Some(mesh), Some(runtime)) = (&settings.cluster, &settings.mesh, others)
+    else {
+        return Ok(None);
+    };
+    // Before anybody hears of this agent: whoever does may ask it at once.
+    let listener = http::listen(cluster.listen).await?;
+    let cluster = join(cluster).await?;
+    host.meet(Arc::new(Mesh::new(cluster.clone(), mesh, runtime.handle().clone())));
+    let plain = if mesh.tls.is_none() { ", in plain text (insecure)" } else { "" };
+    tracing::info!("other agents reach this one at {}/tcp{plain}", listener_at(&listener));
+    let (host, tls) = (host.clone(), mesh.tls.clone());
+    let listener = listener.into_std().and_then(|listener| {
+        let _inside = runtime.enter();
+        TcpListener::from_std(listener)
+    });
+    let listener = listener
+        .map_err(|source| Error::Io { what: "hand a socket over".into(), source })?;
+    let serving = runtime.spawn(mesh::serve(host, listener, tls, ending));
+    Ok(Some((cluster, serving)))
+}
+
+fn listener_at(listener: &TcpListener) -> String {
+    listener.local_addr().map_or_else(|e| e.to_string(), |at| at.to_string())
+}
+
+async fn join(settings: &cluster::Settings) -> Result<Arc<Cluster>, Failure> {
     let (listen, name) = (settings.listen, settings.name.clone());
     let joined = Cluster::join(settings.clone()).await.map_err(|e| Error::Io {
         what: format!("find other agents by gossip at {listen}/udp"),
@@ -138,7 +189,7 @@ async fn join(settings: &Settings) -> Result<Option<Arc<Cluster>>, Failure> {
         "this is {name} among the agents of {}, by gossip at {listen}",
         settings.cluster
     );
-    Ok(Some(Arc::new(joined)))
+    Ok(Arc::new(joined))
 }
 
 /// Ready when the agent ends.

@@ -19,18 +19,19 @@ use tierkeep::{
     host::{self, UID},
 };
 
-use super::peers;
+use super::{peers, transport};
 use crate::{
     cli::AgentArgs,
     cluster,
     fail::{Failure, USAGE},
+    mesh,
 };
 
 /// The file that is read where none is named and there is one.
 const FILE: &str = "/etc/tierkeep/agent.toml";
 
 /// Which keys there are, the variable of each, and what it means.
-const KEYS: [(&str, &str); 15] = [
+const KEYS: [(&str, &str); 22] = [
     ("socket", "TIERKEEP_AGENT"),
     ("ram_dir", "TIERKEEP_RAM_DIR"),
     ("ram_bytes_max", "TIERKEEP_RAM_BYTES_MAX"),
@@ -46,6 +47,13 @@ const KEYS: [(&str, &str); 15] = [
     ("labels", "TIERKEEP_LABELS"),
     ("cluster", "TIERKEEP_CLUSTER"),
     ("cluster_key", "TIERKEEP_CLUSTER_KEY"),
+    ("tls_cert", "TIERKEEP_TLS_CERT"),
+    ("tls_key", "TIERKEEP_TLS_KEY"),
+    ("tls_ca", "TIERKEEP_TLS_CA"),
+    ("tls_name", "TIERKEEP_TLS_NAME"),
+    ("insecure", "TIERKEEP_INSECURE"),
+    ("peer_rate", "TIERKEEP_PEER_RATE"),
+    ("peer_connections", "TIERKEEP_PEER_CONNECTIONS"),
 ];
 
 /// The settings in force.
@@ -61,6 +69,8 @@ pub(crate) struct Settings {
     pub(crate) drain_on_sigterm: Duration,
     /// Where it is told to gossip.
     pub(crate) cluster: Option<cluster::Settings>,
+    /// How it then talks to the others.
+    pub(crate) mesh: Option<mesh::Settings>,
     /// The file that has the cluster's key.
     key_file: Option<PathBuf>,
     /// Where each key was given.
@@ -162,6 +172,7 @@ impl Settings {
         let from = KEYS.iter().map(|(key, _)| {
             (*key, last(key).map_or_else(|| "default".into(), |given| given.from.clone()))
         });
+        let cluster = peers::settings(&last)?;
         Ok(Self {
             socket: path("socket", socket)?,
             ram_bytes_max: size("ram_bytes_max")?,
@@ -170,7 +181,8 @@ impl Settings {
             trainers_max,
             idle: duration("idle", Duration::from_secs(3600))?,
             drain_on_sigterm: duration("drain_on_sigterm", Duration::ZERO)?,
-            cluster: peers::settings(&last)?,
+            mesh: cluster.is_some().then(|| transport::settings(&last)).transpose()?,
+            cluster,
             key_file: last("cluster_key").map(|given| given.text.clone().into()),
             from: from.collect(),
             ram_dir,
@@ -207,6 +219,7 @@ impl Settings {
         ];
         let values =
             values.into_iter().chain(peers::words(self.cluster.as_ref(), self.key_file.as_deref()));
+        let values = values.chain(transport::words(self.mesh.as_ref()));
         let rows = self.from.iter().zip(values);
         if json {
             let row = |((key, from), value): (&(&str, String), String)| {
@@ -264,6 +277,7 @@ fn words(value: &toml::Value) -> Option<String> {
     match value {
         toml::Value::String(text) => Some(text.clone()),
         toml::Value::Integer(number) => Some(number.to_string()),
+        toml::Value::Boolean(yes) => Some(yes.to_string()),
         toml::Value::Array(list) => {
             let texts: Option<Vec<_>> = list.iter().map(toml::Value::as_str).collect();
             Some(texts?.join(","))
@@ -317,7 +331,7 @@ mod tests {
         );
         assert!(refused("ram_byte_max = 1").ends_with("(--config): there is no key ram_byte_max"));
         assert!(refused("idle = \"soon\"").starts_with("idle = \"soon\""));
-        assert!(refused("idle = true").contains("neither text nor a whole number"));
+        assert!(refused("idle = 1.5").contains("neither text nor a whole number"));
         assert!(refused("socket = \"here\"").contains("not an absolute path"));
         assert!(refused("http = \"9177\"").contains("not an address and a port"));
         assert!(refused("x = [").contains("line 1"));
