@@ -5,6 +5,7 @@
 ##   make demo     train a small GPT, kill it four times and its agent once, compare every loss
 ##   make test     everything: check, Rust tests, doctests, Python tests
 ##   make check    formatting, lints, types, stubs and tidiness; no behaviour
+##   make lab      start a cluster of agents on this machine to play with, in network namespaces
 ##   make bench    measure against the bars in benches/RESULTS.md; minutes, wants a quiet machine
 ##   make clean    remove what was built (target, build); .venv stays: remove it by hand
 ##
@@ -15,6 +16,9 @@
 ##                          20, enough for each push; 1000 before a release
 ##   TIERKEEP_AGENT_KILLS   test: how many agents are killed under saving trainers; default 15; 300
 ##                          before a release
+##   TIERKEEP_NODE_KILLS    test: how many times nodes of a lab are killed and wiped; default 4; 200
+##                          before a release
+##   NODES                  lab: how many nodes; default 4
 ##   PYTEST_ARGS            test: more arguments for pytest, as in PYTEST_ARGS="-k restore -x"
 ##   CARGO_TEST_ARGS        test: more arguments for the Rust test runner
 ##
@@ -54,7 +58,7 @@ WHEEL_SOURCES := Cargo.toml $(wildcard Cargo.lock) rust-toolchain.toml \
 
 PYTHON_PATHS := python examples $(wildcard benches)
 
-.PHONY: help setup wheel demo test check test-rust test-python bench clean
+.PHONY: help setup wheel demo test check test-rust test-python lab lab-tools bench clean
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -118,8 +122,24 @@ test-rust: $(SETUP)
 	fi
 	cargo test --quiet --doc $(RUST_TESTED)
 
-test-python: wheel
+test-python: wheel lab-tools
 	$(BIN)/pytest python/tests $(PYTEST_ARGS)
+
+lab: wheel lab-tools
+	$(BIN)/python python/tests/lab.py --nodes $(or $(NODES),4)
+
+# Without them, or the rights to use them, what is between nodes is not tested: that is said.
+lab-tools:
+	@for tool in ip:iproute2 iperf3:iperf3 nsenter:util-linux; do \
+		command -v $${tool%%:*} >/dev/null && continue; \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			echo "installing $${tool##*:}, for a lab of several nodes" >&2; \
+			{ apt-get install -qq -y $${tool##*:} || { apt-get update -qq && \
+				apt-get install -qq -y $${tool##*:}; }; } >/dev/null; \
+		else \
+			echo "note: no lab of several nodes without $${tool##*:}: install it" >&2; \
+		fi; \
+	done
 
 bench: wheel
 	@command -v fio >/dev/null || { echo "error: fio is needed; on Debian: apt-get install fio" >&2; exit 1; }

@@ -69,7 +69,7 @@ impl Own {
 }
 
 /// Between a rank and the leader: nobody else listens to that.
-const OWN: [&str; 4] = ["inram-", "ondisk-", "held-", "alike-"];
+const OWN: [&str; 5] = ["inram-", "ondisk-", "held-", "alike-", "bye-"];
 
 /// Whether a due step is saved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -147,6 +147,28 @@ impl Agreements {
         let said: std::collections::HashSet<u32> =
             names.iter().filter_map(|n| n.strip_prefix(&prefix)?.parse().ok()).collect();
         Ok(ranks.iter().copied().filter(|rank| !said.contains(rank)).collect())
+    }
+
+    /// `rank` has closed: it asks the leader nothing any more.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub(crate) fn say_bye(&self, rank: u32) -> Result<()> {
+        let name = format!("bye-{rank}");
+        match &self.at {
+            // Nobody waits for a home that is gone to hear it.
+            At::Home(home) => home.tell(&name, WHOLE),
+            _ => self.record(&name, WHOLE).map(drop),
+        }
+    }
+
+    /// The leader: all of `ranks` have said so.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub(crate) fn all_said_bye(&self, mut ranks: impl Iterator<Item = u32>) -> Result<bool> {
+        let names: std::collections::HashSet<String> = self.names()?.into_iter().collect();
+        Ok(ranks.all(|rank| names.contains(&format!("bye-{rank}"))))
     }
 
     /// The leader: every rank's shard of `step` is on disk.

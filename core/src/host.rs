@@ -16,6 +16,7 @@
 //! - A slot that a living trainer may be copying into is given to nobody else.
 
 mod calls;
+mod chair;
 mod connection;
 mod drain;
 mod hands;
@@ -41,6 +42,7 @@ use std::{
 };
 
 use self::{
+    chair::Chair,
     connection::Connection,
     peer::{Peer, Who},
     peers::Transfers,
@@ -81,16 +83,13 @@ pub struct Settings {
     pub idle: Duration,
 }
 
-/// One rank of one run: whoever opens it holds its lock meanwhile.
-type Chair = Arc<Mutex<Option<Arc<Seat>>>>;
-
 /// The ranks that an agent owns.
 #[derive(Debug)]
 pub struct Host {
     settings: Settings,
     users: Users,
     clock: SystemClock,
-    chairs: Mutex<HashMap<(PathBuf, u32), Chair>>,
+    chairs: Mutex<HashMap<(PathBuf, u32), Arc<Chair>>>,
     connected: AtomicUsize,
     connections: AtomicU64,
     ending: AtomicBool,
@@ -225,12 +224,12 @@ impl Host {
         }
     }
 
-    fn chairs(&self) -> Vec<((PathBuf, u32), Chair)> {
+    fn chairs(&self) -> Vec<((PathBuf, u32), Arc<Chair>)> {
         locked(&self.chairs).iter().map(|(place, chair)| (place.clone(), chair.clone())).collect()
     }
 
     /// The chair of a rank.
-    fn chair(&self, config: &Config) -> Chair {
+    fn chair(&self, config: &Config) -> Arc<Chair> {
         let real = crate::config::real(&config.destination);
         locked(&self.chairs).entry((real, config.rank)).or_default().clone()
     }
@@ -272,7 +271,7 @@ impl Host {
     /// Every rank that is not being opened or closed at this moment.
     fn seats(&self) -> Vec<Arc<Seat>> {
         let seats = self.chairs().into_iter().filter_map(|(_, chair)| {
-            let taken = chair.try_lock().ok()?;
+            let taken = chair.try_lock()?;
             taken.clone()
         });
         seats.collect()

@@ -325,6 +325,7 @@ impl Keeper {
         };
         if node == peers.network.me() {
             let board = peers.commons.board(&Board::dir(shared, &record.attempt));
+            board.tells(&place.signal);
             return Ok(Agreements::spread_from(board));
         }
         let (clock, signal) = (place.clock.clone(), place.signal.clone());

@@ -11,10 +11,10 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use common::{Model, SIZES, read_whole, settings, wait};
+use common::{Model, SIZES, SMALL, read_whole, settings, wait};
 use tierkeep::{
     Error, Result,
     begin::Begin,
@@ -218,14 +218,6 @@ impl World {
     }
 }
 
-fn until(what: &str, mut there: impl FnMut() -> bool) {
-    let begun = Instant::now();
-    while !there() {
-        assert!(begun.elapsed() < PATIENCE, "{what}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
 /// Trains to `step` and saves it.
 fn train(ckpt: &Checkpointer, model: &mut Model, step: u64) -> tierkeep::save::Save {
     model.train_to(step);
@@ -330,4 +322,160 @@ fn a_job_over_four_nodes_loses_one_and_loses_nothing() {
     let job = Job::start(&world, &["c", "d", "e", "f"], 8, 1);
     assert_eq!(job.resume(), 7);
     job.train([8], Level::Disk);
+    // Faster than anything is carried anywhere.
+    job.each(|ckpt| {
+        for step in 9..30 {
+            Model::at(ckpt.config().rank, &SMALL, step).save(ckpt, step).unwrap();
+        }
+    });
+    drop(job);
+    let job = Job::start(&world, &["c", "d", "e", "f"], 8, 1);
+    let step = job.each(|ckpt| common::resume(ckpt, &SMALL).unwrap())[0];
+    assert!(step > 8, "{step}");
+    job.each(|ckpt| {
+        for step in step + 1..step + 20 {
+            Model::at(ckpt.config().rank, &SMALL, step).save(ckpt, step).unwrap();
+        }
+        common::close(ckpt);
+    });
+}
+
+#[test]
+fn a_bit_that_flips_on_the_wire_is_found_and_sent_or_fetched_again() {
+    let world = World::new(&["a", "b", "c"]);
+    let mut model = Model::new(0, &SIZES);
+    let ckpt = world.open("a", 1);
+    ckpt.begin(&Begin::default()).unwrap();
+    world.flips.store(3, Ordering::Relaxed);
+    wait(&train(&ckpt, &mut model, 1), Level::Peer);
+    assert_eq!(world.flips.load(Ordering::Relaxed), 0, "bits were flipped");
+    world.lose("a");
+    drop(ckpt);
+    world.begin("d");
+    world.flips.store(2, Ordering::Relaxed);
+    let ckpt = world.open("d", 1);
+    assert_eq!(common::resume(&ckpt, &SIZES).unwrap(), 1);
+    assert_eq!(world.flips.load(Ordering::Relaxed), 0, "bits were flipped");
+}
+
+#[test]
+fn a_bit_that_flips_in_one_holders_ram_is_fetched_from_another() {
+    let world = World::new(&["a", "b", "c"]);
+    let mut model = Model::new(0, &SIZES);
+    let ckpt = world.open("a", 2);
+    ckpt.begin(&Begin::default()).unwrap();
+    wait(&train(&ckpt, &mut model, 1), Level::Peer);
+    world.lose("a");
+    drop(ckpt);
+    let spoil = |node: &str, byte: u64| {
+        let machine = world.machine(node);
+        let held = common::files(machine.ram.path());
+        let is_payload = |f: &&PathBuf| f.extension().is_some_and(|e| e == "safetensors");
+        common::flip(&machine.ram.path().join(held.iter().find(is_payload).unwrap()), 8 * byte);
+    };
+    // Each of them has one good chunk, and each chunk is good somewhere.
+    spoil("b", 100);
+    spoil("c", (4 << 20) + 100);
+    world.begin("d");
+    let ckpt = world.open("d", 2);
+    assert_eq!(common::resume(&ckpt, &SIZES).unwrap(), 1);
+    // And with both bad there is none.
+    world.lose("d");
+    drop(ckpt);
+    spoil("c", 100);
+    world.begin("e");
+    let ckpt = world.open("e", 2);
+    let error = ckpt.begin(&Begin::default()).unwrap_err().chain();
+    assert!(error.contains("could not be had"), "{error}");
+}
+
+#[test]
+fn too_few_nodes_are_named_after_the_deadline_and_none_at_once() {
+    let world = World::new(&["a", "b", "c"]);
+    let mut model = Model::new(0, &SIZES);
+    let ckpt = world.open("a", 2);
+    ckpt.begin(&Begin::default()).unwrap();
+    wait(&train(&ckpt, &mut model, 1), Level::Peer);
+    world.lose("c");
+    let save = train(&ckpt, &mut model, 2);
+    let error = save.poll(Level::Peer, false, PATIENCE).unwrap_err().chain();
+    assert!(error.contains("1 of 2 copies are held, other agents alive: b, lost: c"), "{error}");
+    wait(&save, Level::Ram);
+    // One more comes, and the next step has both.
+    world.begin("d");
+    wait(&train(&ckpt, &mut model, 3), Level::Peer);
+    drop(ckpt);
+    let ckpt = world.open("b", 0);
+    ckpt.begin(&Begin::default()).unwrap();
+    let save = train(&ckpt, &mut model, 4);
+    let error = save.poll(Level::Peer, false, Duration::ZERO).unwrap_err().chain();
+    assert!(error.contains("replicas = 0"), "{error}");
+    assert_eq!(save.progress().error, None, "what was not asked for has not failed");
+}
+
+#[test]
+fn what_a_liar_offers_is_refused() {
+    let world = World::new(&["a", "b"]);
+    let mut model = Model::new(0, &SIZES);
+    let ckpt = world.open("a", 1);
+    ckpt.begin(&Begin::default()).unwrap();
+    wait(&train(&ckpt, &mut model, 1), Level::Peer);
+    let (a, b) = (world.machine("a"), world.machine("b"));
+    let file = common::files(a.ram.path());
+    let manifest = file.iter().find(|f| f.ends_with("rank-000000.json")).unwrap();
+    let attempt = manifest.parent().unwrap().file_name().unwrap().to_str().unwrap().to_owned();
+    let manifest = std::fs::read(a.ram.path().join(manifest)).unwrap();
+    let site = || wire::Site {
+        destination: b.destination().to_str().unwrap().into(),
+        uid: rustix::process::geteuid().as_raw(),
+        gid: 0,
+        groups: vec![],
+    };
+    let ask = |site: wire::Site, ask: wire::request::Ask| {
+        let request = wire::Request { from: "liar".into(), site: Some(site), ask: Some(ask) };
+        let host = b.host.clone();
+        std::thread::spawn(move || host.answer(request)).join().unwrap().answer.unwrap()
+    };
+    let refused = |site: wire::Site, asked: wire::request::Ask, why: &str| {
+        let wire::reply::Answer::Failure(failure) = ask(site, asked) else { panic!("{why}") };
+        assert!(failure.message.contains(why), "{:?} is not: {why}", failure.message);
+    };
+    let offer = |step: u64, attempt: &str, rank: u32, manifest: Vec<u8>| {
+        let key = Some(wire::Key { step, attempt: attempt.into() });
+        wire::request::Ask::Offer(wire::Offer { key, rank, manifest, keep: vec![], attempt: 1 })
+    };
+    let mut flipped = manifest.clone();
+    flipped[300] ^= 1;
+    refused(site(), offer(1, &attempt, 0, flipped), "its checksum is");
+    refused(site(), offer(2, &attempt, 0, manifest.clone()), "it is of step 1");
+    refused(site(), offer(1, "00000002-aaaaaaaa", 0, manifest.clone()), "it is of attempt");
+    refused(site(), offer(1, &attempt, 1, manifest.clone()), "it is of rank 0");
+    refused(site(), offer(1, "../../etc", 0, manifest.clone()), "without the name of an attempt");
+    for path in ["/tmp/../etc/run", "relative/run", "/tmp/x/..", "/tmp/_run"] {
+        let site = wire::Site { destination: path.into(), ..site() };
+        let asked = offer(1, &attempt, 0, manifest.clone());
+        let wire::reply::Answer::Failure(_) = ask(site, asked) else { panic!("{path}") };
+    }
+    let open = |name: &str, chunk_bytes: u64| {
+        wire::request::Ask::Open(wire::Open { tier: 1, name: name.into(), chunk_bytes })
+    };
+    refused(site(), open("../../../etc/passwd", 4096), "is not a name in a tier");
+    refused(site(), open("attempts/00000001.json", 1), "chunks of 1 bytes");
+    // Chunks that nobody offered, and those past the end.
+    assert!(b.host.incoming(&[7; 16]).is_err());
+    let wire::reply::Answer::Opened(opened) = ask(site(), open("attempts/00000001.json", 4096))
+    else {
+        panic!("it is there")
+    };
+    let ticket: Ticket = opened.ticket.try_into().unwrap();
+    assert!(b.host.outgoing(&ticket).unwrap().chunk(9).is_err());
+    assert!(b.host.outgoing(&ticket).unwrap().chunk(u64::MAX).is_err());
+    assert!(b.host.incoming(&ticket).is_err(), "a ticket for reading");
+    let decide = |name: &str| {
+        let (attempt, name) = (attempt.clone(), name.into());
+        let text = Some("x".into());
+        wire::request::Ask::Decide(wire::Decide { attempt, name, text, remove: false })
+    };
+    refused(site(), decide("../x"), "is no decision");
+    refused(site(), decide("save-1"), "was not found");
 }

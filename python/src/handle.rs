@@ -155,6 +155,8 @@ fn configure(config: &mut Config, settings: &Bound<'_, PyDict>) -> PyResult<Opti
             "attempt_wait_s" => config.attempt_wait = seconds()?,
             "slot_wait_s" => config.slot_wait = seconds()?,
             "disk_wait_s" => config.disk_wait = seconds()?,
+            "replicas" => config.replicas = Some(value.extract()?),
+            "peer_wait_s" => config.peer_wait = seconds()?,
             _ => return Err(invalid(py, format!("unknown setting {name}"))),
         }
     }
@@ -204,6 +206,7 @@ impl Handle {
         settings.set_item("disk_every", config.disk_every)?;
         settings.set_item("keep_last", config.keep_last)?;
         settings.set_item("keep_every", config.keep_every)?;
+        settings.set_item("replicas", config.replicas)?;
         settings.set_item("threads", config.threads)?;
         settings.set_item("agent", config.agent.as_ref().map(|socket| socket.as_os_str()))?;
         settings.set_item("attempt_id", self.core.start_id().to_string())?;
@@ -403,6 +406,8 @@ impl Handle {
             ("saves_failed", &now.saves_failed),
             ("saves_skipped", &now.saves_skipped),
             ("captured_bytes", &now.captured_bytes),
+            ("peer_bytes", &now.peer_bytes),
+            ("peer_whole", &now.peer_whole),
             ("disk_bytes", &now.disk_bytes),
             ("disk_sealed", &now.disk_sealed),
             ("disk_passed_over", &now.disk_passed_over),
@@ -411,7 +416,11 @@ impl Handle {
         ] {
             sums.set_item(name, counter.load(Ordering::Relaxed))?;
         }
-        for (name, counter) in [("stall_seconds", &now.stall_ns), ("disk_seconds", &now.disk_ns)] {
+        for (name, counter) in [
+            ("stall_seconds", &now.stall_ns),
+            ("peer_seconds", &now.peer_ns),
+            ("disk_seconds", &now.disk_ns),
+        ] {
             let time = Duration::from_nanos(counter.load(Ordering::Relaxed));
             sums.set_item(name, time.as_secs_f64())?;
         }

@@ -24,12 +24,16 @@ pub(crate) struct Progress {
     rank: u32,
     /// Bytes of this rank's shard.
     bytes: u64,
+    /// Sent to other nodes so far, all copies together.
+    peer_bytes: u64,
     /// Of them, written to disk so far.
     disk_bytes: u64,
     /// The state may be changed again.
     staged: bool,
     /// The whole checkpoint survives the process.
     ram: bool,
+    /// The whole checkpoint survives the loss of nodes: other nodes hold copies of every rank's shard.
+    peer: bool,
     /// The whole checkpoint survives a reboot.
     disk: bool,
     /// Why nothing was saved, where the step was passed over.
@@ -44,12 +48,14 @@ pub(crate) struct Progress {
 impl Progress {
     fn __repr__(&self) -> String {
         format!(
-            "Progress(step={}, bytes={}, disk_bytes={}, staged={}, ram={}, disk={})",
+            "Progress(step={}, bytes={}, peer_bytes={}, disk_bytes={}, staged={}, ram={}, peer={}, disk={})",
             self.step,
             self.bytes,
+            self.peer_bytes,
             self.disk_bytes,
             python_bool(self.staged),
             python_bool(self.ram),
+            python_bool(self.peer),
             python_bool(self.disk)
         )
     }
@@ -94,6 +100,7 @@ impl Save {
         let error = Error::Deadline {
             what: match level {
                 Level::Staged => format!("the copy of step {}", self.core.step()),
+                Level::Peer => format!("copies of step {} on other nodes", self.core.step()),
                 _ => format!("step {} in the {} tier", self.core.step(), level.name()),
             },
             seconds: timeout.as_secs_f64(),
@@ -177,19 +184,23 @@ impl Save {
         self.check_pid(py)?;
         let now = self.core.progress();
         let disk_is_open = self.is_due_for_disk() && matches!(self.now(Level::Disk), Ok(false));
+        let peer_is_open =
+            self.core.is_due_for_peers() && matches!(self.now(Level::Peer), Ok(false));
         let ram_is_open = matches!(self.now(Level::Ram), Ok(false));
         Ok(Progress {
             step: self.core.step(),
             rank: self.rank,
             bytes: now.bytes,
+            peer_bytes: now.peer_bytes,
             // The last block is padded.
             disk_bytes: now.disk_bytes.min(now.bytes),
             staged: now.staged,
             ram: now.ram,
+            peer: now.peer,
             disk: now.disk,
             skipped: now.skipped,
             error: now.error,
-            done: !disk_is_open && !ram_is_open,
+            done: !disk_is_open && !peer_is_open && !ram_is_open,
         })
     }
 
@@ -203,12 +214,15 @@ impl Save {
         if let Some(why) = now.skipped {
             return format!("Save(step={step}, skipped: {why})");
         }
-        let durable = match (now.disk, now.ram) {
-            (true, _) => {
-                return format!("Save(step={step}, durable=\"disk\", {:.1} MiB)", mib(now.bytes));
+        let durable = match (now.disk, now.peer, now.ram) {
+            (true, peer, _) => {
+                let also = if peer { " and \"peer\"" } else { "" };
+                let size = mib(now.bytes);
+                return format!("Save(step={step}, durable=\"disk\"{also}, {size:.1} MiB)");
             }
-            (false, true) => "\"ram\"",
-            (false, false) => "None",
+            (false, true, _) => "\"peer\"",
+            (false, false, true) => "\"ram\"",
+            (false, false, false) => "None",
         };
         match now.error {
             Some(error) => format!("Save(step={step}, durable={durable}, failed: {error})"),
@@ -230,9 +244,13 @@ fn parse_level(py: Python<'_>, level: &str) -> PyResult<Level> {
         "staged" => Ok(Level::Staged),
         "ram" => Ok(Level::Ram),
         "disk" => Ok(Level::Disk),
-        "peer" | "object" => {
-            Err(invalid(py, format!("there is no {level} tier here: this run has ram and disk")))
+        "peer" => Ok(Level::Peer),
+        "object" => {
+            let why = "there is no object tier here: this run has ram, disk and, with agents, peer";
+            Err(invalid(py, why))
         }
-        other => Err(invalid(py, format!("level = {other:?}: it is \"ram\" or \"disk\""))),
+        other => {
+            Err(invalid(py, format!("level = {other:?}: it is \"ram\", \"peer\" or \"disk\"")))
+        }
     }
 }

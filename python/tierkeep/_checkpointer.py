@@ -37,7 +37,7 @@ _CLOSE_SECONDS = 1800.0
 # After an exception, the process wants to end.
 _HURRY_SECONDS = 5.0
 
-Level = Literal["ram", "disk"]
+Level = Literal["ram", "peer", "disk"]
 
 
 class Checkpointer:
@@ -60,7 +60,8 @@ class Checkpointer:
     there is a default.
 
     Args:
-        destination: the run, `<root>/<run>`: a directory that all ranks share.
+        destination: the run, `<root>/<run>`: a directory that all ranks share, or one of the same name
+            on each node where the nodes' agents know of each other.
         every: `step` saves steps that are divisible by it; default: 1.
         rank, world_size: this process among those of the job. Default: torch.distributed if it is
             initialised, then torchrun's environment, then Slurm's under srun, else alone.
@@ -84,6 +85,8 @@ class Checkpointer:
         ram_dir: where the ram tier keeps its files; a directory on tmpfs that jobs may share.
             Default: /dev/shm/tierkeep-<uid>. With an agent it is the agent's to say.
         ram_bytes_max: limit of all files below `ram_dir`. Default: a share of what is free.
+        replicas: copies of every rank's shard that other nodes hold in RAM, so that as many nodes can
+            be lost at once; 16 at most. Default: 1 where the agent has others (`gossip`), else none.
         slots: snapshots that RAM holds for this rank, 2 or more.
         disk_every: steps that are divisible by it go to disk.
         keep_last: newest checkpoints that stay on disk.
@@ -100,7 +103,7 @@ class Checkpointer:
         threads: of a copy. Default: as many as help.
         allow_pickle: `module:Name` of types whose instances may be pickled, and unpickled again.
         timeouts_s: seconds by name, over the defaults: `lock_wait_s`, `attempt_wait_s`,
-            `slot_wait_s`, `disk_wait_s`.
+            `slot_wait_s`, `peer_wait_s`, `disk_wait_s`.
 
     Raises:
         InvalidError: an argument is not what it must be, or the destination cannot be used.
@@ -120,6 +123,7 @@ class Checkpointer:
         agent: _agent.Wish = None,
         ram_dir: str | os.PathLike[str] | None = None,
         ram_bytes_max: int | None = None,
+        replicas: int | None = None,
         slots: int | None = None,
         disk_every: int | None = None,
         keep_last: int | None = None,
@@ -157,6 +161,7 @@ class Checkpointer:
             "agent": _agent.wish(agent, ram_dir, ram_bytes_max),
             "ram_dir": self._ram_dir,
             "ram_bytes_max": ram_bytes_max,
+            "replicas": replicas,
             "slots": slots,
             "disk_every": disk_every,
             "keep_last": keep_last,
@@ -467,7 +472,7 @@ class Checkpointer:
             DeadlineError: not within `timeout_s` seconds.
             TierkeepError: the newest save failed.
         """
-        self._saves.wait_all(one_of("level", level, ("ram", "disk")), timeout_s)
+        self._saves.wait_all(one_of("level", level, ("ram", "peer", "disk")), timeout_s)
 
     def stop_requested(self) -> bool:
         """Whether to leave the loop now, because the job was asked to stop (SIGTERM).

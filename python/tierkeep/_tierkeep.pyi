@@ -31,9 +31,11 @@ class Progress:
         step: completed training steps.
         rank: this process.
         bytes: bytes of this rank's shard.
+        peer_bytes: sent to other nodes so far, all copies together.
         disk_bytes: of them, written to disk so far.
         staged: the state may be changed again.
         ram: the whole checkpoint survives the process.
+        peer: the whole checkpoint survives the loss of nodes: others hold copies of every shard.
         disk: the whole checkpoint survives a reboot.
         skipped: why nothing was saved, where the step was passed over.
         error: the first failure, with its causes.
@@ -47,11 +49,15 @@ class Progress:
     @property
     def bytes(self) -> int: ...
     @property
+    def peer_bytes(self) -> int: ...
+    @property
     def disk_bytes(self) -> int: ...
     @property
     def staged(self) -> bool: ...
     @property
     def ram(self) -> bool: ...
+    @property
+    def peer(self) -> bool: ...
     @property
     def disk(self) -> bool: ...
     @property
@@ -88,7 +94,7 @@ class Save:
 
     def wait(
         self,
-        level: Literal["staged", "ram", "disk"] | str,
+        level: Literal["staged", "ram", "peer", "disk"] | str,
         timeout_s: float | None = None,
         scope: Literal["checkpoint", "shard"] | str = "checkpoint",
     ) -> Self:
@@ -99,7 +105,8 @@ class Save:
         Raises:
             DeadlineError: not within `timeout_s` seconds (None: an hour); it names the ranks that
                 were missing.
-            UnavailableError: the step was passed over or given up.
+            UnavailableError: the step was passed over or given up. For `"peer"` at once where there
+                are no other nodes, or `replicas=0`; where too few are alive, after `peer_wait_s`.
             InvalidError: there is no such tier, or the step does not go to disk.
             TierkeepError: the save failed.
         """

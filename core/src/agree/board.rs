@@ -12,7 +12,7 @@ use std::{
     fs, io,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
-    sync::Mutex,
+    sync::{Arc, Mutex, Weak},
     time::Duration,
 };
 
@@ -40,6 +40,8 @@ pub(crate) struct Board {
     life: Id,
     news: Mutex<News>,
     changed: Signal,
+    /// Of ranks on this node: told of every change.
+    ranks: Mutex<Vec<Weak<Signal>>>,
 }
 
 #[derive(Debug, Default)]
@@ -69,7 +71,15 @@ impl Board {
     pub(crate) fn new(dir: PathBuf) -> Self {
         // It tells one life from another: without randomness all are one, and hear the less.
         let life = Id::random().unwrap_or(Id([0; 16]));
-        Self { dir, life, news: Mutex::default(), changed: Signal::default() }
+        let (news, ranks) = (Mutex::default(), Mutex::default());
+        Self { dir, life, news, changed: Signal::default(), ranks }
+    }
+
+    /// Tells `signal` of every change from here on.
+    pub(crate) fn tells(&self, signal: &Arc<Signal>) {
+        let mut ranks = locked(&self.ranks);
+        ranks.retain(|rank| rank.strong_count() > 0);
+        ranks.push(Arc::downgrade(signal));
     }
 
     pub(crate) fn names(&self) -> Result<Vec<String>> {
@@ -116,6 +126,8 @@ impl Board {
     }
 
     fn tell(&self, name: &str, text: Option<&str>) {
+        let ranks = locked(&self.ranks).clone();
+        ranks.iter().filter_map(Weak::upgrade).for_each(|rank| rank.notify());
         if OWN.iter().any(|own| name.starts_with(own)) {
             return;
         }

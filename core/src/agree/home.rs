@@ -107,6 +107,11 @@ impl Home {
         said.ok_or_else(|| odd(&self.line.node))
     }
 
+    /// Records it, if its home answers now.
+    pub(crate) fn tell(&self, name: &str, text: &str) -> Result<()> {
+        self.line.try_decide(name, Some(text), false).map(drop)
+    }
+
     pub(crate) fn remove(&self, name: &str) -> Result<()> {
         self.line.decide(name, None, true).map(drop)
     }
@@ -136,17 +141,20 @@ impl Line {
     }
 
     fn decide(&self, name: &str, text: Option<&str>, remove: bool) -> Result<Option<String>> {
+        self.retried(|| self.try_decide(name, text, remove))
+    }
+
+    fn try_decide(&self, name: &str, text: Option<&str>, remove: bool) -> Result<Option<String>> {
         let decide = wire::Decide {
             attempt: self.attempt.clone(),
             name: name.into(),
             text: text.map(Into::into),
             remove,
         };
-        let said =
-            self.retried(|| match self.peers.ask(&self.node, Ask::Decide(decide.clone()))? {
-                Answer::Decided(decided) => Ok(decided.text),
-                _ => Err(odd(&self.node)),
-            })?;
+        let Answer::Decided(decided) = self.peers.ask(&self.node, Ask::Decide(decide))? else {
+            return Err(odd(&self.node));
+        };
+        let said = decided.text;
         let mut heard = locked(&self.heard);
         match &said {
             Some(said) => heard.insert(name.into(), said.clone()),

@@ -18,8 +18,12 @@ impl Cascade {
         if work.fenced {
             return false;
         }
-        let waits = |s: &Shard| !s.complete || self.may_be_chosen(&work, s.key.step.0);
+        let waits = |s: &Shard| {
+            let for_peers = s.save.is_due_for_peers() && s.save.is_pending(Level::Peer);
+            !s.complete || for_peers || self.may_be_chosen(&work, s.key.step.0)
+        };
         work.carry.is_some()
+            || work.copies.now.is_some()
             || work.shards.values().any(waits)
             || work.watched.values().any(Save::is_open)
     }

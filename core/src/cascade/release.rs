@@ -4,6 +4,8 @@
 //!
 //! - A slot is never taken from the newest complete checkpoint, nor from one that is on its way to
 //!   disk or to other nodes, nor from one that the leader is about to choose.
+//! - The newest step that other nodes hold stays here too until they hold a newer one: what they hold is
+//!   one copy fewer each time that a node is lost. Where there are too few nodes, nothing is kept for them.
 //! - No directory is asked with the cascade locked.
 
 use super::{Cascade, Shard, Work, standing::Standing, whom};
@@ -56,8 +58,7 @@ impl Cascade {
 
     fn is_needed(&self, work: &Work, key: &CheckpointKey) -> bool {
         let on_its_way = work.carry.as_ref().is_some_and(|c| self.key_of(c.step) == *key);
-        let copied = work.copies.now.as_ref().is_some_and(|now| self.key_of(now.step) == *key);
-        work.newest.as_ref() == Some(key) || on_its_way || copied
+        work.newest.as_ref() == Some(key) || on_its_way || self.is_kept_for_peers(work, key)
     }
 
     pub(super) fn may_be_chosen(&self, work: &Work, step: u64) -> bool {

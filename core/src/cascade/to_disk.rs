@@ -360,7 +360,7 @@ impl Cascade {
         let disk = &*self.parts.disk;
         if !Listing::of(disk, key)?.sealed {
             return Ok(self.parts.agreements.is_spread()
-                && self.is_own(key)
+                && self.key_of(key.step.0) == *key
                 && self.parts.agreements.was_sealed(key.step.0)?);
         }
         disk.confirm(&key.dir())?;

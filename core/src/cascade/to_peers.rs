@@ -22,7 +22,7 @@ use std::{
 
 use tierkeep_proto::peer::{self as wire, reply::Answer, request::Ask};
 
-use super::{Cascade, IDLE, POLL, Shard};
+use super::{Cascade, IDLE, POLL, Shard, Work};
 use crate::{
     agree::{InRam, Own},
     attempt::Attempts,
@@ -45,6 +45,9 @@ use crate::{
 /// How long it is waited for another node, where there are too few.
 const AGAIN: Duration = Duration::from_millis(250);
 
+/// How long saves may wait for a slot that is kept for nodes which are not there.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// The step that goes to other nodes.
 #[derive(Debug)]
 pub(super) struct Copying {
@@ -62,6 +65,8 @@ pub(super) struct Copies {
     /// The newest step that is held elsewhere, of all ranks; and who holds this rank's shard of it.
     pub(super) whole: Option<CheckpointKey>,
     receipts: Vec<PeerReceipt>,
+    /// There are too few nodes, or they do not answer: nothing is kept for them.
+    trouble: bool,
     /// Nodes that may hold something of this rank.
     holders: BTreeSet<String>,
     /// Where the ranks are, as far as the leader knew when it was asked.
@@ -223,6 +228,7 @@ impl Cascade {
         let mut receipts: Vec<PeerReceipt> = Vec::new();
         let mut refused: BTreeSet<String> = BTreeSet::new();
         let mut trouble: Vec<String> = Vec::new();
+        let patience = Deadline::after(&*self.parts.clock, PATIENCE);
         loop {
             let held: Vec<String> = receipts.iter().map(|r| r.node.clone()).collect();
             let wanted = self.parts.replicas - held.len();
@@ -250,6 +256,9 @@ impl Cascade {
             }
             let newly = self.next_holders(peers, &held, &refused, 1).is_empty();
             if newly {
+                if patience.left(&*self.parts.clock).is_none() {
+                    self.set_trouble(true);
+                }
                 // Everybody was asked: those that had trouble may be better by now.
                 refused.clear();
                 if deadline.left(&*self.parts.clock).is_none() {
@@ -335,7 +344,7 @@ impl Cascade {
         shard: &Shard,
         manifest: &ShardManifest,
     ) -> Vec<Result<PeerReceipt>> {
-        let keep = self.needed();
+        let keep = self.needed(&locked(&self.work));
         let source = Watched { payload: &shard.payload, cascade: self, shard };
         let one = |node: &str| {
             self.inform(peers, node)?;
@@ -367,15 +376,21 @@ impl Cascade {
 
     /// What holders are to keep: the newest step that is held, and what this attempt resumed from until
     /// there is one.
-    fn needed(&self) -> Vec<CheckpointKey> {
-        let whole = locked(&self.work).copies.whole.clone();
-        match whole {
-            Some(key) => vec![key],
+    fn needed(&self, work: &Work) -> Vec<CheckpointKey> {
+        match &work.copies.whole {
+            Some(key) => vec![key.clone()],
             None => {
                 let parent = self.parts.record.parent.map(|parent| parent.key());
                 parent.into_iter().chain(self.parts.fallback.clone()).collect()
             }
         }
+    }
+
+    /// Whether this rank's slot of a step stays for the sake of its copies.
+    pub(super) fn is_kept_for_peers(&self, work: &Work, key: &CheckpointKey) -> bool {
+        let on_its_way = work.copies.now.as_ref().is_some_and(|now| self.key_of(now.step) == *key);
+        let kept = self.parts.replicas > 0 && !work.copies.trouble;
+        on_its_way || (kept && self.needed(work).contains(key))
     }
 
     /// Gives a holder the run's records, once an attempt.
@@ -455,8 +470,10 @@ impl Cascade {
         }
         work.copies.now.take_if(|now| now.step == step);
         work.copies.whole = Some(key.clone());
-        let now: BTreeSet<String> =
+        work.copies.trouble = false;
+        let mut now: BTreeSet<String> =
             work.copies.receipts.iter().map(|receipt| receipt.node.clone()).collect();
+        now.insert(peers.network.me()); // What is here are its own slots.
         let before: Vec<String> = work.copies.holders.difference(&now).cloned().collect();
         drop(work);
         add(&self.parts.observer.counters.peer_whole, 1);
@@ -477,7 +494,15 @@ impl Cascade {
         }
     }
 
+    fn set_trouble(&self, trouble: bool) {
+        let before = std::mem::replace(&mut locked(&self.work).copies.trouble, trouble);
+        if before != trouble {
+            self.parts.signal.notify();
+        }
+    }
+
     fn fail_copies(&self, step: u64, why: &str) {
+        self.set_trouble(true);
         let mut work = locked(&self.work);
         work.copies.now.take_if(|now| now.step == step);
         let shard = work.shards.get(&step).cloned();

@@ -126,7 +126,7 @@ impl Connection {
         let config = convert::config(open, host.users.root_of(self.peer.who.uid))?;
         let (start, nonce) = (convert::id(&open.start)?, convert::id(&open.nonce)?);
         let chair = host.chair(&config);
-        let mut taken = crate::observe::locked(&chair);
+        let mut taken = chair.lock();
         if self.is_over() {
             // Its trainer has lost patience, and perhaps the rank by another connection by now.
             return Err(Error::Fenced { why: "its trainer has hung up".into() });
@@ -330,10 +330,12 @@ impl Connection {
     fn close(&self, seat: &Arc<Seat>, close: &wire::Close) -> Answered {
         let config = seat.keeper.place.config.clone();
         seat.died(&self.host.clock);
+        seat.say_bye();
         // What is in RAM alone stays somebody's: in time it goes to disk, and then the memory goes back.
-        if close.clean && seat.has_begun() && seat.is_durable() {
+        // So does a leader's seat while ranks on other nodes still ask it.
+        if close.clean && seat.has_begun() && seat.is_durable() && !seat.is_asked() {
             let chair = self.host.chair(&config);
-            let mut taken = crate::observe::locked(&chair);
+            let mut taken = chair.lock();
             if taken.as_ref().is_some_and(|there| Arc::ptr_eq(there, seat)) {
                 seat.end(Ending::Clean);
                 *taken = None;

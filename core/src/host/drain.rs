@@ -75,7 +75,7 @@ impl Host {
         let (mut seats, mut unseen) = (Vec::new(), Vec::new());
         for ((destination, rank), chair) in self.chairs() {
             loop {
-                if let Ok(taken) = chair.try_lock() {
+                if let Some(taken) = chair.try_lock() {
                     seats.extend(taken.clone());
                     break;
                 }

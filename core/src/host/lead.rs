@@ -63,7 +63,7 @@ impl Host {
         let real = crate::config::real(&site.destination);
         let of_it = self.chairs().into_iter().filter(|((destination, _), _)| *destination == real);
         let chairs = of_it.map(|(_, chair)| chair);
-        chairs.filter_map(|chair| chair.try_lock().ok()?.clone()).collect()
+        chairs.filter_map(|chair| chair.seen()).collect()
     }
 
     /// The leader, where it is here and has begun this attempt.
@@ -140,10 +140,6 @@ impl Host {
             (Some(text), false) => Some(board.record(name, &text)?),
             (None, false) => board.said(name)?,
         };
-        // The leader looks what this means for the step.
-        if let Ok((seat, _)) = self.leader(site, &decide.attempt) {
-            seat.keeper.place.signal.notify();
-        }
         Ok(Answer::Decided(wire::Decided { text }))
     }
 

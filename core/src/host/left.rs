@@ -31,7 +31,6 @@ use crate::{
     attempt::{self, Attempts},
     error::{Doing, Error, Result},
     names::Rank,
-    observe::locked,
     wire::convert,
 };
 
@@ -105,7 +104,7 @@ impl Host {
         let (start, nonce) = (convert::id(&open.start)?, convert::id(&open.nonce)?);
         let (rank, leads) = (Rank(config.rank), config.leads());
         let chair = self.chair(&config);
-        let mut taken = locked(&chair);
+        let mut taken = chair.lock();
         if taken.is_some() {
             return Ok(()); // Its trainer was quicker.
         }

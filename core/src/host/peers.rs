@@ -188,7 +188,7 @@ impl Host {
     fn owns(&self, place: &(PathBuf, u32)) -> bool {
         let chair = locked(&self.chairs).get(place).cloned();
         // One that somebody opens or closes at this moment counts.
-        chair.is_some_and(|chair| chair.try_lock().map_or(true, |taken| taken.is_some()))
+        chair.is_some_and(|chair| chair.try_lock().is_none_or(|taken| taken.is_some()))
     }
 
     /// The slots for a rank of another node.

@@ -8,7 +8,7 @@
 
 use std::{path::PathBuf, sync::Arc};
 
-use super::{Chair, Host, LEFT_AFTER, ROUND, seat::Seat};
+use super::{Host, LEFT_AFTER, ROUND, chair::Chair, seat::Seat};
 use crate::{clock::Deadline, keeper::Ending, observe::locked};
 
 impl Host {
@@ -30,7 +30,7 @@ impl Host {
             worked = works;
             for (place, chair) in self.chairs() {
                 // Somebody is opening it: then it has somebody.
-                let Ok(taken) = chair.try_lock() else { continue };
+                let Some(taken) = chair.try_lock() else { continue };
                 let Some(seat) = taken.clone() else { continue };
                 drop(taken);
                 let idle = self.settings.idle;
@@ -49,13 +49,13 @@ impl Host {
 
     /// Looks after a rank whose trainer is gone: on a thread of its own, which acts as its user and may
     /// meet a disk that hangs.
-    fn care_for(self: &Arc<Self>, place: &(PathBuf, u32), chair: &Chair, seat: &Arc<Seat>) {
+    fn care_for(self: &Arc<Self>, place: &(PathBuf, u32), chair: &Arc<Chair>, seat: &Arc<Seat>) {
         if let Err(e) = self.users.act_as(&seat.who) {
             tracing::error!("{}: {}", seat.name(), e.chain());
             return;
         }
         // Somebody else is at it: then it has somebody.
-        let Ok(mut taken) = chair.try_lock() else { return };
+        let Some(mut taken) = chair.try_lock() else { return };
         if !taken.as_ref().is_some_and(|there| Arc::ptr_eq(there, seat)) {
             return;
         }
@@ -83,10 +83,10 @@ impl Host {
     }
 
     /// Removes an empty chair, unless somebody is at it.
-    pub(super) fn forget(&self, place: &(PathBuf, u32), chair: &Chair) {
+    pub(super) fn forget(&self, place: &(PathBuf, u32), chair: &Arc<Chair>) {
         let mut chairs = locked(&self.chairs);
         // One in the table, one in the caller's hands.
-        if Arc::strong_count(chair) <= 2 && chair.try_lock().is_ok_and(|taken| taken.is_none()) {
+        if Arc::strong_count(chair) <= 2 && chair.try_lock().is_some_and(|taken| taken.is_none()) {
             chairs.remove(place);
         }
     }

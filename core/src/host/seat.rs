@@ -251,6 +251,31 @@ impl Seat {
         );
     }
 
+    /// It asks the leader nothing any more.
+    pub(super) fn say_bye(&self) {
+        let Some((_, cascade)) = self.keeper.running() else { return };
+        if cascade.agreements().is_spread()
+            && let Err(e) = cascade.agreements().say_bye(self.keeper.place.config.rank)
+        {
+            tracing::debug!("{}: {}", self.name(), e.chain());
+        }
+    }
+
+    /// It leads ranks on other nodes that have not closed.
+    pub(super) fn is_asked(&self) -> bool {
+        let Some((_, cascade)) = self.keeper.running() else { return false };
+        let leads = self.keeper.place.config.leads() && cascade.agreements().is_spread();
+        let ranks = self.keeper.roster().into_iter().map(|(rank, _)| rank);
+        leads && !cascade.agreements().all_said_bye(ranks).unwrap_or(false)
+    }
+
+    /// It led ranks on other nodes, and all of them have closed.
+    fn is_left(&self) -> bool {
+        let Some((_, cascade)) = self.keeper.running() else { return false };
+        let leads = self.keeper.place.config.leads() && cascade.agreements().is_spread();
+        leads && !self.is_asked()
+    }
+
     /// An attempt has begun.
     pub(super) fn has_begun(&self) -> bool {
         self.keeper.running().is_some()
@@ -270,7 +295,7 @@ impl Seat {
     pub(super) fn is_done(&self, clock: &dyn Clock, idle: Duration) -> bool {
         let Some(gone) = self.gone_for(clock) else { return false };
         let Some((_, cascade)) = self.keeper.running() else { return true };
-        if gone < idle {
+        if gone < idle && !self.is_left() {
             return false;
         }
         // What never became due for disk goes there now: nobody will save anything newer.

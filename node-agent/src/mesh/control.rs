@@ -95,11 +95,17 @@ impl Control {
 }
 
 /// A stream of either kind.
-pub(super) trait Stream: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin {}
+pub(super) trait Stream:
+    tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin
+{
+}
 
 impl<T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Send + Unpin> Stream for T {}
 
-async fn connected(address: SocketAddr, tls: Option<Arc<Tls>>) -> io::Result<TokioIo<Box<dyn Stream>>> {
+async fn connected(
+    address: SocketAddr,
+    tls: Option<Arc<Tls>>,
+) -> io::Result<TokioIo<Box<dyn Stream>>> {
     let stream = connect(address).await?;
     Ok(TokioIo::new(match tls {
         None => Box::new(stream) as Box<dyn Stream>,

@@ -28,8 +28,8 @@ use self::settings::Settings;
 use crate::{
     cli::AgentArgs,
     cluster::{self, Cluster},
-    mesh::{self, Mesh},
     fail::{Failure, OK},
+    mesh::{self, Mesh},
 };
 
 /// Runs the agent, or checks what it is told.
@@ -76,7 +76,8 @@ fn serve(settings: &Settings) -> Result<i32, Failure> {
         .name("tierkeep-accept".into())
         .spawn(move || serving.serve(&listener))
         .map_err(failed("start a thread"))?;
-    let others = settings.mesh.is_some().then(others).transpose().map_err(failed("start threads"))?;
+    let others =
+        settings.mesh.is_some().then(others).transpose().map_err(failed("start threads"))?;
     let ended = runtime.block_on(attend(&host, settings, others.as_ref()));
     // What is in RAM stays for the next agent.
     host.end();
@@ -169,8 +170,8 @@ async fn meet(
         let _inside = runtime.enter();
         TcpListener::from_std(listener)
     });
-    let listener = listener
-        .map_err(|source| Error::Io { what: "hand a socket over".into(), source })?;
+    let listener =
+        listener.map_err(|source| Error::Io { what: "hand a socket over".into(), source })?;
     let serving = runtime.spawn(mesh::serve(host, listener, tls, ending));
     Ok(Some((cluster, serving)))
 }

@@ -27,8 +27,19 @@ pub(super) fn settings<'a>(
 ) -> Result<Option<cluster::Settings>, Failure> {
     let Some(gossip) = last("gossip") else {
         for key in [
-            "advertise", "seeds", "labels", "cluster", "cluster_key", "node", "tls_cert", "tls_key",
-            "tls_ca", "tls_name", "insecure", "peer_rate", "peer_connections",
+            "advertise",
+            "seeds",
+            "labels",
+            "cluster",
+            "cluster_key",
+            "node",
+            "tls_cert",
+            "tls_key",
+            "tls_ca",
+            "tls_name",
+            "insecure",
+            "peer_rate",
+            "peer_connections",
         ] {
             if let Some(given) = last(key) {
                 let hint = "give gossip as well, as in [::]:9178, or leave this out";

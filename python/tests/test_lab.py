@@ -1,0 +1,94 @@
+"""Real jobs on several nodes, with what happens to nodes. Each node is a namespace (`lab`).
+
+`TIERKEEP_NODE_KILLS` says how often nodes are killed: a few times for each push, 200 before a release.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from lab import Lab, LabUnavailableError, Node, check, lab
+from lab_job import expected
+from lab_jobs import Job, copies
+
+KILLS = int(os.environ.get("TIERKEEP_NODE_KILLS", "4"))
+SEED = int(os.environ.get("TIERKEEP_KILL_SEED") or time.time_ns() % 1_000_000)
+SMALL = 150_000  # Numbers of a rank in trials that run often: 1.2 MB.
+
+
+@pytest.fixture(autouse=True)
+def _here() -> None:
+    try:
+        check()
+    except LabUnavailableError as e:
+        if os.environ.get("TIERKEEP_LAB") == "require":
+            raise
+        pytest.skip(f"NO LAB, nothing between nodes is tested: {e}")
+
+
+class Truth:
+    """What every rank's state is after each step."""
+
+    def __init__(self, world: int, steps: int, numbers: int) -> None:
+        self._crcs = expected(world, steps, numbers)
+
+    def holds(self, said: dict[int, dict[str, Any]]) -> None:
+        for rank, words in said.items():
+            assert words["crc"] == self._crcs[words["step"]][rank], words
+
+
+def kill_and_resume(made: Lab, world: int, replicas: int, victims: int, trials: int) -> None:
+    """Kills `victims` nodes at once, wipes them, and resumes; again and again."""
+    rng = random.Random(SEED)
+    print(f"TIERKEEP_KILL_SEED={SEED}")
+    truth = Truth(world, 60 * (trials + 2), SMALL)
+    most = 60 * (trials + 2)
+    lost = 0
+    with Job(made, world, replicas, numbers=SMALL) as job:
+        job.start(made.nodes, most)
+        assert job.has_resumed() == 0
+        job.until(lambda: job.on_peers >= 2, 60, "a step on peers")
+        for trial in range(trials):
+            job.listen(rng.uniform(0, 1.5))
+            victim_nodes = rng.sample(made.nodes, victims)
+            for node in victim_nodes:
+                node.lose()
+            # The launcher kills what is left of the job, and starts it anew.
+            job.kill()
+            safe = job.on_peers
+            for node in victim_nodes:
+                node.replace()
+                node.start_agent()
+            job.start(made.nodes, most)
+            step = job.has_resumed()
+            names = [node.name for node in victim_nodes]
+            assert step >= safe, (trial, names, step, safe, job.logs())
+            truth.holds(job.resumed)
+            lost += step == safe
+            before = job.on_peers
+            job.until(lambda b=before: job.on_peers > b, 60, "a newer step on peers")  # type: ignore[misc]
+        print(f"{trials} kills, the newest step was what had been told in {lost} of them")
+        # The replacements have their copies, too.
+        job.kill()
+        job.start(made.nodes, job.has_resumed() + 3 if job.resumed else 3)
+        job.has_resumed()
+        job.has_ended()
+        truth.holds(job.ended)
+        step = job.ended[0]["step"]
+        held = copies(made, step, world)
+        assert all(count >= 1 + replicas for count in held), (step, held)
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Lab]:
+    with lab(4) as made:
+        yield made
+
+
+def test_any_node_is_killed_and_wiped(four: Lab) -> None:
+    kill_and_resume(four, world=8, replicas=1, victims=1, trials=KILLS)
