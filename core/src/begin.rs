@@ -15,10 +15,11 @@
 
 mod fetched;
 mod joined;
+pub(crate) mod roster;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use self::{fetched::fetch_shard, joined::join_elsewhere};
+use self::{fetched::fetch_shard, joined::join_elsewhere, roster::Roster};
 use crate::{
     attempt::{self, AttemptRecord, Attempts},
     clock::Deadline,
@@ -26,7 +27,10 @@ use crate::{
     error::{Error, Hint, Result},
     names::{AttemptDir, AttemptRef, CheckpointKey, Id, Rank, ranks},
     ownership::is_held,
-    peers::remote::{Remote, look_at_all},
+    peers::{
+        Peers,
+        remote::{Remote, look_at_all},
+    },
     place::{Place, start_lock_path},
     record,
     restore::{
@@ -226,7 +230,7 @@ fn holders(remotes: &[Arc<Remote>]) -> Result<BTreeMap<u32, Vec<String>>> {
 const AGAIN: Duration = Duration::from_millis(250);
 
 /// The tiers of all live agents. One that does not answer, and is not missed by the others either, may
-/// have a newer checkpoint.
+/// have a newer checkpoint; so may nodes of the last attempt that nobody sees.
 fn elsewhere(
     place: &Place,
     wish: &Wish,
@@ -235,20 +239,40 @@ fn elsewhere(
     let Some(peers) = &place.peers else { return Ok(Vec::new()) };
     let deadline = Deadline::after(&*place.clock, place.config.attempt_wait);
     loop {
+        let settled = peers.network.is_settled();
         let (found, silent) = look_at_all(peers);
-        let Some((node, e)) = silent.first() else { return Ok(found) };
+        let who = match silent.first() {
+            Some((node, e)) => format!("{node}: {}", e.chain()),
+            None => match missing_nodes(place, peers, &found)? {
+                Some(missing) => format!("{}, of the last attempt", missing.join(", ")),
+                None if settled => return Ok(found),
+                None => "agents that gossip has not found yet".into(),
+            },
+        };
         place.check_closed()?;
         if deadline.left(&*place.clock).is_none() {
-            let who = format!("{node}: {}", e.chain());
             if wish.accept_older {
-                passed_over.push(format!("another node does not answer: {who}"));
+                passed_over.push(format!("not all nodes answer: {who}"));
                 return Ok(found);
             }
-            let what = "an answer of every live agent; it may hold a newer checkpoint";
+            let what = "an answer of every node that may hold a newer checkpoint";
             return Err(deadline.passed(what, who).with_hint(Hint::AcceptOlder));
         }
         place.clock.pause(AGAIN);
     }
+}
+
+/// Nodes of the last attempt that are not seen, where they are too many.
+fn missing_nodes(
+    place: &Place,
+    peers: &Peers,
+    found: &[Arc<Remote>],
+) -> Result<Option<Vec<String>>> {
+    let far = found.iter().map(|remote| &**remote as &dyn Tier);
+    let tiers: Vec<&dyn Tier> = [&*place.ram, &*place.disk].into_iter().chain(far).collect();
+    let Some(roster) = Roster::newest(&tiers)? else { return Ok(None) };
+    let seen = found.iter().map(|remote| remote.node.clone());
+    Ok(roster.missing(&seen.chain([peers.network.me()]).collect()))
 }
 
 /// What other nodes know of the run's attempts is known here too, from now on.

@@ -159,6 +159,10 @@ impl Network for Sim {
         seen.map(|name| Node { domains: vec![name.clone()], name }).collect()
     }
 
+    fn is_settled(&self) -> bool {
+        true
+    }
+
     fn lost(&self) -> Vec<String> {
         self.world.lost.lock().unwrap().iter().cloned().collect()
     }
@@ -478,4 +482,39 @@ fn what_a_liar_offers_is_refused() {
     };
     refused(site(), decide("../x"), "is no decision");
     refused(site(), decide("save-1"), "was not found");
+}
+
+#[test]
+fn a_side_that_misses_more_nodes_than_may_be_lost_decides_nothing() {
+    let world = World::new(&["a", "b", "c", "d"]);
+    let job = Job::start(&world, &["a", "b", "c", "d"], 4, 1);
+    job.resume();
+    job.train(1..=2, Level::Peer);
+    drop(job);
+    for far in ["c", "d"] {
+        for near in ["a", "b"] {
+            world.cut.lock().unwrap().insert((near.into(), far.into()));
+        }
+    }
+    let open = |accept_older: bool| {
+        let start = tierkeep::names::Id::random().unwrap();
+        let mut config = world.config("a", 0, 4, 1);
+        config.attempt_id = Some(start);
+        config.attempt_wait = Duration::from_secs(2);
+        let ckpt = Checkpointer::open(config).unwrap();
+        let mut how = Begin::default();
+        how.wish.accept_older = accept_older;
+        let begun = ckpt.begin(&how).map(|found| found.map(|f| f.step().0));
+        (begun, common::events(&ckpt).join("\n"))
+    };
+    let error = open(false).0.unwrap_err();
+    assert_eq!(error.hint(), Some(tierkeep::Hint::AcceptOlder));
+    assert!(error.chain().contains("c, d, of the last attempt"), "{}", error.chain());
+    let (begun, events) = open(true);
+    // Half of the shards may be here: whatever it is, it was asked for.
+    assert!(begun.is_ok(), "{begun:?}");
+    assert!(events.contains("not all nodes answer: c, d"), "{events}");
+    world.cut.lock().unwrap().clear();
+    let job = Job::start(&world, &["a", "b", "c", "d"], 4, 1);
+    assert_eq!(job.resume(), 2);
 }

@@ -93,3 +93,14 @@ def four() -> Iterator[Lab]:
 
 def test_any_node_is_killed_and_wiped(four: Lab) -> None:
     kill_and_resume(four, world=8, replicas=1, victims=1, trials=KILLS)
+
+
+def test_with_two_copies_any_two_nodes_are_killed_and_wiped() -> None:
+    with lab(4) as made:
+        kill_and_resume(made, world=8, replicas=2, victims=2, trials=KILLS)
+
+
+@pytest.mark.parametrize("nodes", [2, 3, 5, 7])
+def test_other_numbers_of_nodes_work_as_well(nodes: int) -> None:
+    with lab(nodes) as made:
+        kill_and_resume(made, world=nodes, replicas=1, victims=1, trials=max(1, KILLS // 4))

@@ -1,10 +1,14 @@
 //! A shard that this node does not have comes from nodes that do, into a slot of its own: then it is
 //! restored as any other.
 
+use std::time::Duration;
+
+use super::AGAIN;
 use crate::{
     attempt::AttemptRecord,
+    clock::Deadline,
     commit::{Listing, publish_shard},
-    error::{Error, Result},
+    error::{Error, ErrorKind, Result},
     names::{CheckpointKey, Rank},
     peers::{Incoming, Peers, fetch::fetch, remote::look_at_all},
     place::Place,
@@ -12,6 +16,9 @@ use crate::{
     snapshot::slot::SlotPayload,
     tier::Tier,
 };
+
+/// How long it may take until this agent knows of all others.
+const SEEN_WITHIN: Duration = Duration::from_secs(20);
 
 /// Fetches the shard of `rank`; false: no other node has it.
 ///
@@ -27,6 +34,30 @@ pub(super) fn fetch_shard(
     if rank.0 != place.config.rank {
         return Ok(false); // Only its own node has slots for it.
     }
+    // The leader saw it whole: where this agent does not see it, gossip has not told it of all nodes yet.
+    let deadline = Deadline::after(&*place.clock, SEEN_WITHIN.min(place.config.attempt_wait));
+    loop {
+        match fetch_now(place, peers, record, key, rank) {
+            Ok(false) if deadline.left(&*place.clock).is_some() => {}
+            Err(e)
+                if e.kind() == ErrorKind::Unavailable && deadline.left(&*place.clock).is_some() =>
+            {
+                tracing::debug!("{key}: {}; trying again", e.chain());
+            }
+            other => return other,
+        }
+        place.check_closed()?;
+        place.clock.pause(AGAIN);
+    }
+}
+
+fn fetch_now(
+    place: &Place,
+    peers: &Peers,
+    record: &AttemptRecord,
+    key: &CheckpointKey,
+    rank: Rank,
+) -> Result<bool> {
     let (remotes, silent) = look_at_all(peers);
     let tiers: Vec<&dyn Tier> = remotes.iter().map(|remote| &**remote as &dyn Tier).collect();
     let listings = tiers.iter().map(|tier| Listing::of(*tier, key)).collect::<Result<_>>()?;

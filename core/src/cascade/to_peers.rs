@@ -26,6 +26,7 @@ use super::{Cascade, IDLE, POLL, Shard, Work};
 use crate::{
     agree::{InRam, Own},
     attempt::Attempts,
+    begin::roster::Roster,
     clock::Deadline,
     error::{Error, Result},
     manifest::{ShardManifest, decode},
@@ -334,6 +335,16 @@ impl Cascade {
         let at = said.ranks.into_iter().filter(|at| savers.binary_search(&at.rank).is_ok());
         let roster: BTreeMap<u32, String> = at.map(|at| (at.rank, at.node)).collect();
         locked(&self.work).copies.roster = roster.clone();
+        if roster.len() >= savers.len() {
+            let number = self.parts.record.attempt.number;
+            let nodes = roster.values().cloned().collect();
+            let kept = Roster::new(number, nodes, self.parts.replicas);
+            for tier in [&self.parts.ram, &self.parts.disk] {
+                if let Err(e) = kept.keep(&**tier) {
+                    tracing::warn!("the nodes of this attempt are not written down: {}", e.chain());
+                }
+            }
+        }
         roster
     }
 

@@ -13,6 +13,7 @@ use tierkeep_proto::peer::{self as wire, reply::Answer, request::Ask};
 use super::{Host, peer::Who};
 use crate::{
     attempt,
+    begin::roster::ROSTER,
     chunk::{CHUNK_BYTES_MAX, CHUNK_BYTES_MIN},
     clock::Clock,
     error::{Error, Result},
@@ -306,7 +307,7 @@ impl Host {
             return Ok(Answer::Seen(wire::Seen::default()));
         };
         let mut seen = Looking { tier: &*tier, files: Vec::new(), left: SEEN_BYTES_MAX };
-        for dir in [ATTEMPTS, BAD] {
+        for dir in [ATTEMPTS, BAD, ROSTER] {
             seen.dir(dir)?;
         }
         let steps = tier.list("")?.into_iter().filter(|e| parse_step_dir(&e.name).is_some());

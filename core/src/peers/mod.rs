@@ -65,6 +65,8 @@ pub trait Network: Send + Sync + std::fmt::Debug {
     fn me(&self) -> String;
     /// The nodes whose agents are alive, this one among them, by name.
     fn nodes(&self) -> Vec<Node>;
+    /// Whether that can be relied upon: an agent that has just begun does not know the others yet.
+    fn is_settled(&self) -> bool;
     /// Nodes whose agents were alive and are not any more, by name.
     fn lost(&self) -> Vec<String>;
     /// Asks another agent.

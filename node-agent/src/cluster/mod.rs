@@ -18,7 +18,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -39,6 +39,12 @@ const INTERVAL: Duration = Duration::from_millis(250);
 
 /// So many usual intervals without news of an agent: it is dead.
 const PHI: f64 = 10.0;
+
+/// So long after its start an agent knows the others, if nothing has changed for a while; one that was
+/// given others to begin with and hears of none waits longer before it believes that it is alone.
+const KNOWN_AFTER: Duration = Duration::from_secs(3);
+const QUIET_FOR: Duration = Duration::from_secs(1);
+const ALONE_AFTER: Duration = Duration::from_secs(15);
 
 /// A dead agent is forgotten after that; one that comes back later is a new one.
 const FORGET: Duration = Duration::from_secs(24 * 3600);
@@ -89,6 +95,11 @@ pub struct Cluster {
     refused: Refused,
     /// The gossip has ended.
     over: Arc<AtomicBool>,
+    began: Duration,
+    /// When somebody came or went last.
+    changed: Arc<Mutex<Duration>>,
+    /// It was given others to begin with.
+    has_seeds: bool,
 }
 
 impl Cluster {
@@ -117,13 +128,17 @@ impl Cluster {
             catchup_callback: None,
             extra_liveness_predicate: None,
         };
+        let own_seed = settings.advertise.to_string();
+        let has_seeds = config.seed_nodes.iter().any(|seed| *seed != own_seed);
         let labels =
             settings.labels.into_iter().map(|(key, value)| (format!("{LABEL}{key}"), value));
         let refused = Refused::default();
         let transport = Keyed { key: settings.key, refused: refused.clone() };
         let handle = spawn_chitchat(config, labels.collect(), &transport).await?;
         let live = handle.chitchat().lock().await.live_nodes_watcher();
-        tokio::spawn(tell(live.clone(), own.clone()));
+        let began = SystemClock.monotonic();
+        let changed = Arc::new(Mutex::new(began));
+        tokio::spawn(tell(live.clone(), own.clone(), changed.clone()));
         let over = Arc::new(AtomicBool::new(false));
         let (ended, flag) = (handle.termination_watcher(), over.clone());
         tokio::spawn(async move {
@@ -133,7 +148,8 @@ impl Cluster {
                 tracing::error!("the gossip ended, other agents are out of reach: {e:#}");
             }
         });
-        Ok(Self { handle, live, own, cluster: settings.cluster, refused, over })
+        let cluster = settings.cluster;
+        Ok(Self { handle, live, own, cluster, refused, over, began, changed, has_seeds })
     }
 
     /// The live agents by name, this one among them.
@@ -144,6 +160,19 @@ impl Cluster {
             members.retain(|member| member.name == *self.own.node_id);
         }
         members
+    }
+
+    /// Whether the members are all that there are, as far as can be told.
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        let now = SystemClock.monotonic();
+        let up = now.saturating_sub(self.began);
+        let changed = *self.changed.lock().unwrap_or_else(PoisonError::into_inner);
+        let enough = match self.has_seeds && self.members().len() < 2 {
+            true => ALONE_AFTER,
+            false => KNOWN_AFTER,
+        };
+        up >= enough && now.saturating_sub(changed) >= QUIET_FOR
     }
 
     /// Whether an agent that began later has this one's name.
@@ -177,7 +206,11 @@ impl Cluster {
 }
 
 /// Tells the log who comes and who goes.
-async fn tell(mut live: watch::Receiver<BTreeMap<ChitchatId, NodeState>>, own: ChitchatId) {
+async fn tell(
+    mut live: watch::Receiver<BTreeMap<ChitchatId, NodeState>>,
+    own: ChitchatId,
+    changed: Arc<Mutex<Duration>>,
+) {
     let mut before = BTreeSet::new();
     let mut replaced = false;
     while live.changed().await.is_ok() {
@@ -186,6 +219,9 @@ async fn tell(mut live: watch::Receiver<BTreeMap<ChitchatId, NodeState>>, own: C
             let others = live.keys().filter(|id| id.node_id != own.node_id).cloned();
             (others.collect(), live.keys().any(|id| is_later(id, &own)))
         };
+        if now != before {
+            *changed.lock().unwrap_or_else(PoisonError::into_inner) = SystemClock.monotonic();
+        }
         for id in now.difference(&before) {
             tracing::info!("{} is here, at {}", id.node_id, id.gossip_advertise_addr);
         }

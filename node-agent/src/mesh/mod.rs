@@ -121,6 +121,10 @@ impl Network for Mesh {
         nodes(&members)
     }
 
+    fn is_settled(&self) -> bool {
+        self.cluster.is_settled()
+    }
+
     fn lost(&self) -> Vec<String> {
         let members = self.cluster.members();
         let alive: BTreeSet<&str> = members.iter().map(|member| member.name.as_str()).collect();
