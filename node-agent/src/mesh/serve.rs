@@ -2,11 +2,17 @@
 //!
 //! # Invariants
 //!
-//! - A connection that does not get on with TLS, or with its headers, ends in seconds; a chunk has its time.
+//! - A connection that says nothing ends in seconds, and at once where there is no room for one that may
+//!   say something; a chunk has its time.
 //! - Questions are answered on threads of their own, so many at once: a disk that hangs keeps no chunk
 //!   waiting.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use ::bytes::Bytes;
 use axum::{
@@ -36,6 +42,7 @@ use tierkeep_proto::{
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore, oneshot},
+    task::AbortHandle,
     time::{sleep, timeout},
 };
 use tokio_rustls::TlsAcceptor;
@@ -46,11 +53,14 @@ use super::{
     control::MESSAGE_BYTES_MAX,
 };
 
-/// Connections at once; others wait in the kernel's queue.
-const CONNECTIONS_MAX: usize = 1024;
+/// Connections at once. Of more, those that have said nothing for longest are let go.
+const CONNECTIONS_MAX: usize = 512;
 
-/// How long TLS may take to be agreed on, and the headers of a request.
+/// How long a first word may take, or TLS to be agreed on.
 const GREETING_WITHIN: Duration = Duration::from_secs(10);
+
+/// A connection that is kept for the next transfer is let go after that.
+const IDLE: Duration = Duration::from_secs(90);
 
 /// How long one chunk may take to arrive.
 const CHUNK_WITHIN: Duration = Duration::from_secs(30);
@@ -73,13 +83,17 @@ pub async fn serve(
 ) {
     let doors = doors(host);
     let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let silent = Silent::default();
     let accepting = async {
         loop {
-            let Ok(place) = room.clone().acquire_owned().await else { return };
             match listener.accept().await {
                 Ok((stream, from)) => {
+                    if room.available_permits() == 0 {
+                        silent.end_the_oldest();
+                    }
+                    let Ok(place) = room.clone().acquire_owned().await else { return };
                     let (doors, tls) = (doors.clone(), tls.clone());
-                    tokio::spawn(let_in(stream, from, tls, doors, place));
+                    silent.let_in(|said| let_in(stream, from, tls, doors, said, place));
                 }
                 Err(e) => {
                     // Out of descriptors, say: those that are here go on.
@@ -95,11 +109,47 @@ pub async fn serve(
     }
 }
 
+/// Connections that have said nothing yet, oldest first.
+#[derive(Clone, Default)]
+struct Silent(Arc<Mutex<(u64, BTreeMap<u64, AbortHandle>)>>);
+
+impl Silent {
+    fn let_in<F>(&self, serve: impl FnOnce(Said) -> F)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let id = all.0;
+        all.0 += 1;
+        let serving = tokio::spawn(serve(Said { silent: self.clone(), id }));
+        all.1.insert(id, serving.abort_handle());
+    }
+
+    fn end_the_oldest(&self) {
+        let oldest = self.0.lock().unwrap_or_else(PoisonError::into_inner).1.pop_first();
+        oldest.into_iter().for_each(|(_, serving)| serving.abort());
+    }
+}
+
+/// Dropped when a connection has said something, or is over.
+struct Said {
+    silent: Silent,
+    id: u64,
+}
+
+impl Drop for Said {
+    fn drop(&mut self) {
+        let mut all = self.silent.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.1.remove(&self.id);
+    }
+}
+
 async fn let_in(
     stream: TcpStream,
     from: SocketAddr,
     tls: Option<Arc<Tls>>,
     doors: Router,
+    said: Said,
     _place: OwnedSemaphorePermit,
 ) {
     // tonic leaves this to whoever accepts; without it every answer waits for an acknowledgement.
@@ -111,20 +161,31 @@ async fn let_in(
     server
         .http1()
         .timer(TokioTimer::new())
-        .header_read_timeout(None)
+        .header_read_timeout(IDLE)
         .max_buf_size(READ_BYTES)
         .http2()
         .timer(TokioTimer::new())
+        .keep_alive_interval(IDLE / 3)
+        .keep_alive_timeout(GREETING_WITHIN)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(2 * STREAM_WINDOW)
         .max_concurrent_streams(256);
     let service = TowerToHyperService::new(doors);
     let served = match tls {
-        None => server.serve_connection(TokioIo::new(stream), service).await,
+        None => {
+            if !matches!(timeout(GREETING_WITHIN, stream.peek(&mut [0])).await, Ok(Ok(1))) {
+                return;
+            }
+            drop(said);
+            server.serve_connection(TokioIo::new(stream), service).await
+        }
         Some(tls) => {
             let acceptor = TlsAcceptor::from(tls.server());
             match timeout(GREETING_WITHIN, acceptor.accept(stream)).await {
-                Ok(Ok(stream)) => server.serve_connection(TokioIo::new(stream), service).await,
+                Ok(Ok(stream)) => {
+                    drop(said);
+                    server.serve_connection(TokioIo::new(stream), service).await
+                }
                 Ok(Err(e)) => {
                     tracing::warn!("{from} is no agent of this cluster: {e}");
                     return;

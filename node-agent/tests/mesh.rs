@@ -1,0 +1,358 @@
+//! Agents that carry shards to each other over real sockets of this machine: with certificates and
+//! without, and what strangers do to the port.
+#![allow(clippy::unwrap_used, clippy::disallowed_methods)] // Tests: real sockets, real time.
+
+use std::{
+    collections::BTreeMap,
+    io::{Read, Write},
+    net::{SocketAddr, TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use tempfile::TempDir;
+use tierkeep::{
+    begin::Begin,
+    checkpointer::{Checkpointer, SaveRequest},
+    config::Config,
+    host::{Host, Settings},
+    manifest::Meta,
+    peers::Network,
+    save::{Level, Save},
+    snapshot::strided::Address,
+    state::{
+        Memory, State, Tensor, TensorSpec,
+        dtype::Dtype,
+        value::{Lib, TensorRef, Value},
+    },
+};
+use tierkeep_agent::{
+    cluster::{self, Cluster, Key},
+    mesh::{self, Mesh, Tls, TlsFiles},
+};
+use tierkeep_proto::peer as wire;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// An authority, and certificates of it.
+struct Authority(CertifiedIssuer<'static, KeyPair>);
+
+impl Authority {
+    fn new() -> Self {
+        let mut params = CertificateParams::new(Vec::<String>::new()).unwrap();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        Self(CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap())
+    }
+
+    /// Writes a certificate for `name`, its key, and the authority's.
+    fn sign(&self, dir: &Path, name: &str) -> TlsFiles {
+        let key = KeyPair::generate().unwrap();
+        let params = CertificateParams::new(vec![name.to_owned()]).unwrap();
+        let cert = params.signed_by(&key, &self.0).unwrap();
+        let write = |file: &str, text: String| {
+            let path = dir.join(file);
+            std::fs::File::create(&path).unwrap().write_all(text.as_bytes()).unwrap();
+            path
+        };
+        TlsFiles {
+            cert: write("cert.pem", cert.pem()),
+            key: write("key.pem", key.serialize_pem()),
+            ca: write("ca.pem", self.0.pem()),
+            name: "tierkeep".into(),
+        }
+    }
+}
+
+/// One agent, in this process.
+struct Agent {
+    ram: TempDir,
+    host: Arc<Host>,
+    mesh: Arc<Mesh>,
+    at: SocketAddr,
+    cluster: Arc<Cluster>,
+    runtime: Option<tokio::runtime::Runtime>,
+}
+
+impl Agent {
+    fn start(name: &str, seeds: &[SocketAddr], tls: Option<Arc<Tls>>) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
+        let ram = tempfile::Builder::new().prefix("tierkeep-test-").tempdir_in("/dev/shm").unwrap();
+        let (host, trainers) = Host::open(Settings {
+            socket: ram.path().join("agent.sock"),
+            ram_root: ram.path().into(),
+            ram_bytes_max: None,
+            run_bytes_max: None,
+            trainers_max: 64,
+            idle: Duration::from_secs(3600),
+        })
+        .unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let at = listener.local_addr().unwrap();
+        let settings = cluster::Settings {
+            name: name.into(),
+            cluster: "test".into(),
+            key: Key::new(b"key"),
+            listen: at,
+            advertise: at,
+            seeds: seeds.iter().map(ToString::to_string).collect(),
+            labels: BTreeMap::new(),
+        };
+        let cluster = Arc::new(runtime.block_on(Cluster::join(settings)).unwrap());
+        let how = mesh::Settings { tls: tls.clone(), connections: 2, rate: None };
+        let mesh = Arc::new(Mesh::new(cluster.clone(), &how, runtime.handle().clone()));
+        host.meet(mesh.clone());
+        let listener = {
+            let _inside = runtime.enter();
+            tokio::net::TcpListener::from_std(listener).unwrap()
+        };
+        runtime.spawn(mesh::serve(host.clone(), listener, tls, std::future::pending()));
+        let serving = host.clone();
+        std::thread::spawn(move || serving.serve(&trainers).unwrap());
+        Self { ram, host, mesh, at, cluster, runtime: Some(runtime) }
+    }
+
+    fn sees(&self, names: &[&str]) {
+        let begun = Instant::now();
+        loop {
+            let seen: Vec<_> = self.cluster.members().into_iter().map(|m| m.name).collect();
+            if seen == names {
+                return;
+            }
+            assert!(begun.elapsed() < PATIENCE, "{seen:?}, not {names:?}");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn open(&self, destination: &Path) -> Checkpointer {
+        let mut config = Config::new(destination).unwrap();
+        config.ram_root = self.ram.path().into();
+        config.agent = Some(self.ram.path().join("agent.sock"));
+        config.attempt_wait = Duration::from_secs(8);
+        Checkpointer::open(config).unwrap()
+    }
+
+    /// A question that this agent asks another.
+    fn ask(&self, node: &str, destination: &Path) -> tierkeep::Result<wire::Reply> {
+        let site = wire::Site {
+            destination: destination.to_str().unwrap().into(),
+            uid: rustix::process::geteuid().as_raw(),
+            gid: 0,
+            groups: vec![],
+        };
+        let ask = Some(wire::request::Ask::Look(wire::Look { tier: 1 }));
+        let request = wire::Request { from: "a test".into(), site: Some(site), ask };
+        self.mesh.ask(node, request, Duration::from_secs(5))
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        self.host.end();
+        self.cluster.leave();
+        self.runtime.take().into_iter().for_each(tokio::runtime::Runtime::shutdown_background);
+    }
+}
+
+/// A state of 10 MB that `seed` determines.
+fn bytes(seed: u8) -> Vec<u8> {
+    (0..10_000_000_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8 ^ seed).collect()
+}
+
+fn save(ckpt: &Checkpointer, step: u64, data: &[u8]) -> Save {
+    let name: Arc<str> = "w".into();
+    let leaf = TensorRef { name: name.clone(), lib: Lib::Numpy, param: false };
+    let spec = Arc::new(TensorSpec {
+        name,
+        dtype: Dtype::U8,
+        shape: vec![data.len() as u64],
+        part_of: None,
+    });
+    let memory = Memory::Contiguous(Address::read_only(data.as_ptr()));
+    let state = State {
+        tree: Value::Dict(vec![(Value::Str("w".into()), Value::Tensor(leaf))]),
+        tensors: vec![Tensor { spec, memory, late: false }],
+    };
+    let request = SaveRequest {
+        step,
+        state,
+        meta: Meta::default(),
+        bring: None,
+        overlap: false,
+        skip_if_busy: false,
+        keep_alive: Box::new(()),
+        interrupted: None,
+    };
+    // SAFETY: "now": the memory is read only during the call.
+    unsafe { ckpt.save(request) }.unwrap()
+}
+
+/// The state comes back on `agent`, which had nothing of it.
+fn comes_back(agent: &Agent, destination: &Path, step: u64, data: &[u8]) {
+    let ckpt = agent.open(destination);
+    let found = ckpt.begin(&Begin::default()).unwrap().expect("a checkpoint");
+    assert_eq!(found.step().0, step);
+    let mut into = vec![0; data.len()];
+    let address = tierkeep::snapshot::copy::Memory::Bytes(Address::new(into.as_mut_ptr()));
+    // SAFETY: the target is this vector, which has the tensor's bytes.
+    unsafe { found.read(&[("w".to_owned(), address)].into(), None) }.unwrap();
+    assert!(into == data, "restored bits differ");
+}
+
+fn run_in(dir: &TempDir) -> PathBuf {
+    dir.path().join("run")
+}
+
+#[test]
+fn a_shard_goes_to_another_agent_and_comes_back_under_certificates() {
+    let (authority, dir) = (Authority::new(), tempfile::tempdir().unwrap());
+    let tls = |name: &str| {
+        let place = dir.path().join(name);
+        std::fs::create_dir(&place).unwrap();
+        Some(Arc::new(Tls::load(authority.sign(&place, "tierkeep")).unwrap()))
+    };
+    let disk = tempfile::tempdir().unwrap();
+    let a = Agent::start("a", &[], tls("a"));
+    let b = Agent::start("b", &[a.at], tls("b"));
+    a.sees(&["a", "b"]);
+    let ckpt = a.open(&run_in(&disk));
+    ckpt.begin(&Begin::default()).unwrap();
+    let data = bytes(1);
+    let saved = save(&ckpt, 7, &data);
+    assert!(saved.poll(Level::Peer, false, PATIENCE).unwrap(), "{:?}", saved.progress());
+    drop(ckpt);
+    drop(a);
+    std::fs::remove_dir_all(run_in(&disk)).unwrap();
+    // On a third node: it comes from `b`.
+    let c = Agent::start("c", &[b.at], tls("c"));
+    c.sees(&["b", "c"]);
+    comes_back(&c, &run_in(&disk), 7, &data);
+}
+
+#[test]
+fn a_certificate_of_another_cluster_or_none_opens_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let signed = |authority: &Authority, name: &str, subject: &str| {
+        let place = dir.path().join(name);
+        std::fs::create_dir(&place).unwrap();
+        Some(Arc::new(Tls::load(authority.sign(&place, subject)).unwrap()))
+    };
+    let (ours, theirs) = (Authority::new(), Authority::new());
+    let a = Agent::start("a", &[], signed(&ours, "a", "tierkeep"));
+    let other = Agent::start("other", &[a.at], signed(&theirs, "other", "tierkeep"));
+    let named = Agent::start("named", &[a.at], signed(&ours, "named", "another-name"));
+    let plain = Agent::start("plain", &[a.at], None);
+    let all = ["a", "named", "other", "plain"];
+    [&a, &other, &named, &plain].iter().for_each(|agent| agent.sees(&all));
+    let run = dir.path().join("run");
+    for (asks, whom) in [(&other, "a"), (&a, "other"), (&plain, "a"), (&a, "plain"), (&a, "named")]
+    {
+        let refused = asks.ask(whom, &run).unwrap_err().chain();
+        assert!(refused.starts_with(&format!("could not ask {whom} at 127.0.0.1:")), "{refused}");
+    }
+    // Who sees others and is answered by none decides nothing.
+    let disk = tempfile::tempdir().unwrap();
+    let ckpt = other.open(&run_in(&disk));
+    let error = ckpt.begin(&Begin::default()).unwrap_err().chain();
+    assert!(error.contains("could not ask a at"), "{error}");
+}
+
+#[test]
+fn certificates_are_read_again_when_their_files_change() {
+    let (authority, dir) = (Authority::new(), tempfile::tempdir().unwrap());
+    let place = |name: &str| {
+        let place = dir.path().join(name);
+        std::fs::create_dir_all(&place).unwrap();
+        place
+    };
+    let load = |name: &str| Arc::new(Tls::load(authority.sign(&place(name), "tierkeep")).unwrap());
+    let (of_a, of_b) = (load("a"), load("b"));
+    let a = Agent::start("a", &[], Some(of_a));
+    let b = Agent::start("b", &[a.at], Some(of_b));
+    a.sees(&["a", "b"]);
+    b.sees(&["a", "b"]);
+    let run = dir.path().join("run");
+    b.ask("a", &run).unwrap();
+    // Another authority signs from now on: first half of the cluster has it, then all.
+    let next = Authority::new();
+    next.sign(&place("a"), "tierkeep");
+    std::thread::sleep(Duration::from_millis(1_200));
+    let c = Agent::start("c", &[a.at], Some(load("c")));
+    c.sees(&["a", "b", "c"]);
+    assert!(c.ask("a", &run).is_err(), "the authority before is not trusted any more");
+    next.sign(&place("c"), "tierkeep");
+    let begun = Instant::now();
+    while c.ask("a", &run).is_err() {
+        assert!(begun.elapsed() < PATIENCE);
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    // Half-written files change nothing that works.
+    std::fs::File::create(place("c").join("cert.pem")).unwrap().write_all(b"-----BEGIN").unwrap();
+    std::thread::sleep(Duration::from_millis(1_200));
+    c.ask("a", &run).unwrap();
+}
+
+#[test]
+fn strangers_at_the_port_keep_nobody_from_it() {
+    let a = Agent::start("a", &[], None);
+    let b = Agent::start("b", &[a.at], None);
+    b.sees(&["a", "b"]);
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().join("run");
+    b.ask("a", &run).unwrap();
+    // So many that say nothing; the limit of open files is this process's for both ends.
+    let count = std::env::var("TIERKEEP_STRANGERS").map_or(1_500, |n| n.parse().unwrap());
+    let (_, most) = rustix_limit();
+    let count = count.min(usize::try_from(most / 2).unwrap_or(count).saturating_sub(200));
+    let held: Vec<TcpStream> = (0..count).filter_map(|_| TcpStream::connect(a.at).ok()).collect();
+    assert!(held.len() > 600, "{}", held.len());
+    let begun = Instant::now();
+    let fresh = Agent::start("c", &[a.at], None);
+    fresh.sees(&["a", "b", "c"]);
+    fresh.ask("a", &run).unwrap();
+    println!("{} silent connections; answered after {:?}", held.len(), begun.elapsed());
+    drop(held);
+    // Words that mean nothing, cut anywhere.
+    let good = format!(
+        "PUT /chunks/{}/0 HTTP/1.1\r\nhost: x\r\ncontent-length: 4096\r\n\r\n",
+        "a".repeat(32)
+    );
+    for cut in (0..good.len()).step_by(7) {
+        let mut stranger = TcpStream::connect(a.at).unwrap();
+        stranger.write_all(&good.as_bytes()[..cut]).unwrap();
+    }
+    for noise in
+        [&b"\0\0\0\0\0\0\0"[..], b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\xff\xff\xff\xff\xff", b"GET"]
+    {
+        let mut stranger = TcpStream::connect(a.at).unwrap();
+        stranger.write_all(noise).unwrap();
+        stranger.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut said = Vec::new();
+        let _ = stranger.read_to_end(&mut said); // Whatever it is, it ends.
+    }
+    for (path, status) in [
+        (format!("/chunks/{}/0", "a".repeat(32)), "404"),
+        ("/chunks/../0".into(), "404"),
+        ("/chunks/x/0".into(), "404"),
+        (format!("/chunks/{}/-1", "a".repeat(32)), "400"),
+        ("/".into(), "404"),
+    ] {
+        let mut stranger = TcpStream::connect(a.at).unwrap();
+        let text = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+        stranger.write_all(text.as_bytes()).unwrap();
+        let mut said = String::new();
+        stranger.read_to_string(&mut said).unwrap();
+        assert!(said.starts_with(&format!("HTTP/1.1 {status}")), "{path}: {said}");
+    }
+    b.ask("a", &run).unwrap();
+}
+
+fn rustix_limit() -> (u64, u64) {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let most = limit.maximum.unwrap_or(1 << 20);
+    let wanted = rustix::process::Rlimit { current: limit.maximum, maximum: limit.maximum };
+    let _ = rustix::process::setrlimit(rustix::process::Resource::Nofile, wanted);
+    (limit.current.unwrap_or(0), most)
+}
