@@ -15,6 +15,7 @@
 //! - No memory that a trainer can cut short is ever loaded from.
 //! - A slot that a living trainer may be copying into is given to nobody else.
 
+mod across;
 mod calls;
 mod chair;
 mod connection;
@@ -41,6 +42,13 @@ use std::{
     time::Duration,
 };
 
+pub use self::{
+    across::{Held, RunAcross},
+    drain::Drained,
+    peers::Outgoing,
+    users::UID,
+    view::RankView,
+};
 use self::{
     chair::Chair,
     connection::Connection,
@@ -49,7 +57,6 @@ use self::{
     seat::Seat,
     users::Users,
 };
-pub use self::{drain::Drained, peers::Outgoing, users::UID, view::RankView};
 use crate::{
     clock::{Clock, Deadline, SystemClock},
     config::Config,
@@ -83,6 +90,9 @@ pub struct Settings {
     pub idle: Duration,
 }
 
+/// What is held for a rank of another node, and of whose run it is.
+type Stand = (Site, Arc<Shelf>);
+
 /// The ranks that an agent owns.
 #[derive(Debug)]
 pub struct Host {
@@ -97,7 +107,7 @@ pub struct Host {
     /// What other agents send here, and read from here.
     transfers: Mutex<Transfers>,
     /// What is held for ranks of other nodes.
-    shelves: Mutex<HashMap<(PathBuf, u32), Arc<Shelf>>>,
+    shelves: Mutex<HashMap<(PathBuf, u32), Stand>>,
     commons: Arc<Commons>,
     /// The other agents, where there are any.
     network: OnceLock<Arc<dyn Network>>,

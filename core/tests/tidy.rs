@@ -42,7 +42,7 @@ fn sources_are_tidy() {
 #[test]
 fn every_guarantee_is_a_test() {
     let page = root().join("core/GUARANTEES.md");
-    let tests: Vec<String> = ["core/tests", "core/src", "python/tests"]
+    let tests: Vec<String> = ["core/tests", "core/src", "node-agent/tests", "python/tests"]
         .iter()
         .flat_map(|folder| sources(&root().join(folder), &["rs", "py"]))
         .map(|path| read(&path))

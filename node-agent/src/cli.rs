@@ -232,7 +232,8 @@ pub(crate) struct Drain {
 pub(crate) struct Status {
     #[command(flatten)]
     pub(crate) node: Node,
-    /// The agents that this one sees alive, instead of its ranks
+    /// The agents that this one sees alive, who of them holds what of its runs, and which node must not
+    /// be lost now; instead of its ranks
     #[arg(long)]
     pub(crate) cluster: bool,
 }

@@ -1,8 +1,8 @@
 """Ranks of a real torch.distributed (gloo) job, on one node of a lab.
 
-One process a node imports torch once and forks a rank whenever a line of JSON on its input asks for
-one: a job that is started hundreds of times would else spend its time on imports. What a rank has to
-say is a line of JSON on the output.
+One process a node imports torch once and forks a rank whenever a line of JSON on its input asks
+for one: a job that is started hundreds of times would else spend its time on imports. What a rank
+has to say is a line of JSON on the output.
 
 The training is exact: integers are summed over the ranks, so that the state after each step is a
 function of the step, the rank and the world, whoever computes it (`expected`).
@@ -126,7 +126,7 @@ def main() -> None:
             sys.stdin.close()
             try:
                 train(wish)
-            except BaseException as e:  # noqa: BLE001  (told, whatever it is)
+            except BaseException as e:
                 say(event="failed", rank=wish["rank"], why=f"{type(e).__name__}: {e}")
                 os._exit(1)
             os._exit(0)

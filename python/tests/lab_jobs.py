@@ -1,4 +1,4 @@
-"""Jobs over the nodes of a lab, as a launcher runs them: ranks that start, are killed, start again."""
+"""Jobs over the nodes of a lab, as a launcher runs them: ranks start, are killed, start again."""
 
 from __future__ import annotations
 

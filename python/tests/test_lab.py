@@ -1,6 +1,7 @@
 """Real jobs on several nodes, with what happens to nodes. Each node is a namespace (`lab`).
 
-`TIERKEEP_NODE_KILLS` says how often nodes are killed: a few times for each push, 200 before a release.
+`TIERKEEP_NODE_KILLS` says how often nodes are killed: a few times for each push, 200 before a
+release.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from lab import Lab, LabUnavailableError, Node, check, lab
+from lab import Lab, LabUnavailableError, check, lab
 from lab_job import expected
 from lab_jobs import Job, copies
 

@@ -60,8 +60,8 @@ class Checkpointer:
     there is a default.
 
     Args:
-        destination: the run, `<root>/<run>`: a directory that all ranks share, or one of the same name
-            on each node where the nodes' agents know of each other.
+        destination: the run, `<root>/<run>`: a directory that all ranks share, or one of the same
+            name on each node, where the nodes' agents know of each other.
         every: `step` saves steps that are divisible by it; default: 1.
         rank, world_size: this process among those of the job. Default: torch.distributed if it is
             initialised, then torchrun's environment, then Slurm's under srun, else alone.
@@ -85,8 +85,9 @@ class Checkpointer:
         ram_dir: where the ram tier keeps its files; a directory on tmpfs that jobs may share.
             Default: /dev/shm/tierkeep-<uid>. With an agent it is the agent's to say.
         ram_bytes_max: limit of all files below `ram_dir`. Default: a share of what is free.
-        replicas: copies of every rank's shard that other nodes hold in RAM, so that as many nodes can
-            be lost at once; 16 at most. Default: 1 where the agent has others (`gossip`), else none.
+        replicas: copies of every rank's shard that other nodes hold in RAM, so that as many nodes
+            can be lost at once; 16 at most. Default: 1 where the agent has others (`gossip`), else
+            none.
         slots: snapshots that RAM holds for this rank, 2 or more.
         disk_every: steps that are divisible by it go to disk.
         keep_last: newest checkpoints that stay on disk.

@@ -1,7 +1,7 @@
 //! A shard that this node does not have comes from nodes that do, into a slot of its own: then it is
 //! restored as any other.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use super::AGAIN;
 use crate::{
@@ -10,9 +10,16 @@ use crate::{
     commit::{Listing, publish_shard},
     error::{Error, ErrorKind, Result},
     names::{CheckpointKey, Rank},
-    peers::{Incoming, Peers, fetch::fetch, remote::look_at_all},
+    peers::{
+        Incoming, Peers,
+        fetch::fetch,
+        remote::{Remote, look_at_all},
+    },
     place::Place,
-    restore::survey::{Found, copies},
+    restore::{
+        read::Restorable,
+        survey::{Found, ShardCopy, copies},
+    },
     snapshot::slot::SlotPayload,
     tier::Tier,
 };
@@ -31,9 +38,6 @@ pub(super) fn fetch_shard(
     key: &CheckpointKey,
     rank: Rank,
 ) -> Result<bool> {
-    if rank.0 != place.config.rank {
-        return Ok(false); // Only its own node has slots for it.
-    }
     // The leader saw it whole: where this agent does not see it, gossip has not told it of all nodes yet.
     let deadline = Deadline::after(&*place.clock, SEEN_WITHIN.min(place.config.attempt_wait));
     loop {
@@ -49,6 +53,33 @@ pub(super) fn fetch_shard(
         place.check_closed()?;
         place.clock.pause(AGAIN);
     }
+}
+
+/// The shard of another rank, which this one reads only: a file of its own in the run's ram tier. Its rank
+/// lets it go with the next attempt.
+fn copy_here(
+    place: &Place,
+    key: &CheckpointKey,
+    rank: Rank,
+    (remotes, copies): (&[Arc<Remote>], Vec<ShardCopy>),
+) -> Result<()> {
+    let there = Restorable {
+        key: key.clone(),
+        rank,
+        tiers: remotes.iter().map(|remote| remote.clone() as Arc<dyn Tier>).collect(),
+        copies,
+        bad: Vec::new(),
+        slot: None,
+        observer: place.observer.clone(),
+        mends: false,
+        marks: false,
+        care: None,
+        others: Vec::new(),
+    };
+    let manifest = there.manifest();
+    let name = key.file(&manifest.payload.file);
+    let receipt = place.ram.put(&name, &there.payload())?;
+    publish_shard(&*place.ram, &manifest.identity, there.manifest_bytes(), receipt)
 }
 
 fn fetch_now(
@@ -82,6 +113,9 @@ fn fetch_now(
     let holders: Vec<_> = good.iter().map(|copy| remotes[copy.tier].clone()).collect();
     // What else lies in this rank's slots here is older, or of no lineage: the decision is recorded.
     let may_go = |held: &CheckpointKey| held != key;
+    if rank.0 != place.config.rank {
+        return copy_here(place, key, rank, (&remotes, good)).map(|()| true);
+    }
     let filling = place.arena.acquire(payload.length, &may_go)?;
     let filling = filling.ok_or_else(|| Error::Bug("no slot is free before a restore".into()))?;
     let incoming = Incoming::new(filling, manifest, first.bytes.to_vec());

@@ -104,8 +104,7 @@ impl Host {
     fn answer_peer(&self, request: wire::Request) -> Result<Answer> {
         let site = request.site.ok_or_else(|| Error::invalid("a question about no run"))?;
         let site = Site::of(site)?;
-        let (uid, gid, groups) = (site.uid, site.gid, site.groups.clone());
-        self.users.act_as(&Who { uid, gid, groups })?;
+        self.act_as(&site)?;
         match request.ask {
             Some(Ask::Look(look)) => self.look(&site, convert::tier_kind(look.tier)?),
             Some(Ask::Offer(offer)) => self.offer(&site, offer),
@@ -122,6 +121,12 @@ impl Host {
             Some(Ask::News(news)) => self.news(&site, &news),
             None => Err(Error::invalid("it does not know this question: it is older")),
         }
+    }
+
+    /// This thread acts for a run's user from here on.
+    pub(super) fn act_as(&self, site: &Site) -> Result<()> {
+        let (uid, gid, groups) = (site.uid, site.gid, site.groups.clone());
+        self.users.act_as(&Who { uid, gid, groups })
     }
 
     /// Where a chunk that comes under this ticket lands.
@@ -199,20 +204,20 @@ impl Host {
         if self.owns(&place) {
             return Err(Error::Fenced { why: format!("{rank} is here itself") });
         }
-        if let Some(shelf) = shelves.get(&place) {
+        if let Some((_, shelf)) = shelves.get(&place) {
             return Ok((place, shelf.clone()));
         }
         let ram_dir = self.ram_dir(site);
         let budget = self.users.budget(site.uid, &self.settings, &ram_dir)?;
         let shelf = Arc::new(Shelf::open(ram_dir, rank, budget)?);
-        shelves.insert(place.clone(), shelf.clone());
+        shelves.insert(place.clone(), (site.clone(), shelf.clone()));
         Ok((place, shelf))
     }
 
     /// The rank itself comes to this node: what was held for it is its own now.
     pub(super) fn give_up_shelf(&self, place: &(PathBuf, u32)) {
         let shelf = locked(&self.shelves).remove(place);
-        shelf.iter().for_each(|shelf| shelf.end());
+        shelf.iter().for_each(|(_, shelf)| shelf.end());
         let theirs = |t: &Transfer| matches!(t, Transfer::In { place: p, .. } if p == place);
         let ended: Vec<_> = {
             let open = &mut locked(&self.transfers).open;
@@ -248,7 +253,7 @@ impl Host {
         let ticket = match shelf.offer(&key, offer.manifest, offer.attempt, &keep)? {
             Offered::Held => Vec::new(),
             Offered::Wanted(incoming) => {
-                let incoming = Arc::new(incoming);
+                let incoming = Arc::from(incoming);
                 self.ticket_for(Transfer::In { place, incoming })?.to_vec()
             }
         };
@@ -260,7 +265,7 @@ impl Host {
         let Transfer::In { place, incoming } = self.transfer(&ticket)? else {
             return Err(Error::invalid("this ticket is for reading"));
         };
-        let shelf = locked(&self.shelves).get(&place).cloned();
+        let shelf = locked(&self.shelves).get(&place).map(|(_, shelf)| shelf.clone());
         let shelf = shelf.ok_or_else(|| Error::Fenced { why: "the rank is here itself".into() })?;
         let store = shelf.store().0.to_vec();
         let missing: Vec<u64> = incoming.missing().iter().map(|chunk| *chunk as u64).collect();

@@ -4,24 +4,29 @@
 //!
 //! - What arrives is checked against the manifest; a chunk that is bad at one holder comes from another.
 //! - Each byte comes once, unless it was bad.
+//! - It ends: a holder is asked for a chunk twice at most, and given up after two failures.
 
-use std::sync::{
-    Arc, Mutex,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, Mutex},
 };
 
-use super::{Chunks, Incoming, Peers, remote::Remote};
+use super::{Arriving, Chunks, Incoming, Landing, Peers, remote::Remote};
 use crate::{
     error::{Error, Result},
     names::CheckpointKey,
     observe::locked,
 };
 
+/// A connection may break, an agent may be restarted: a holder is given up when it fails more often.
+const FAILURES_MAX: usize = 2;
+
 /// One holder, while it is of use.
 struct Holder<'a> {
     remote: &'a Remote,
-    trouble: Mutex<Option<Error>>,
-    refused: AtomicBool,
+    failures: usize,
+    /// Chunks that were not what they should be, as they came from it.
+    bad: Mutex<BTreeSet<usize>>,
 }
 
 /// What a fetch found on its way.
@@ -41,86 +46,128 @@ pub(crate) fn fetch(
     holders: &[Arc<Remote>],
     into: &Incoming,
 ) -> Result<Fetched> {
-    let payload = &into.manifest.payload;
-    let name = key.file(&payload.file);
+    let name = key.file(&into.manifest.payload.file);
+    let chunk_bytes = into.manifest.payload.chunk_bytes;
+    let mut holders: Vec<Holder<'_>> = holders.iter().map(|remote| Holder::new(remote)).collect();
     let mut told = Fetched::default();
-    let mut left = all(holders);
-    // Bytes that were bad once may have been so on their way: a last round asks everybody again.
-    let mut again = true;
+    // Bad from everybody: it may have been so on its way, and is asked for once more.
+    let mut again = BTreeSet::new();
+    // Whoever is quick takes more, at first. What was bad somewhere is then given out by name.
+    let mut shared = true;
     loop {
         let missing = into.missing();
         if missing.is_empty() {
             return Ok(told);
         }
-        if left.is_empty() {
-            let why =
-                format!("{} chunks could not be had: {}", missing.len(), told.trouble.join("; "));
-            return Err(Error::damaged(format!("{key} on other nodes"), why));
-        }
-        let chunks = Chunks::new(missing.iter().copied(), payload.chunk_bytes);
-        std::thread::scope(|scope| {
-            for holder in &left {
-                let (chunks, name) = (&chunks, &name);
-                scope.spawn(move || {
-                    let ticket = holder.remote.ticket(name, payload.chunk_bytes);
-                    let pulled = ticket.and_then(|(ticket, length)| {
-                        if length != payload.length {
-                            return Err(Error::damaged(name, format!("it has {length} bytes")));
-                        }
-                        let own = Counting { inner: into, holder };
-                        peers.network.pull(&holder.remote.node, &ticket, &own, chunks)
-                    });
-                    if let Err(e) = pulled {
-                        *locked(&holder.trouble) = Some(e);
-                    }
-                });
-            }
-        });
-        let progress = into.missing().len() < missing.len();
-        let mut good = Vec::new();
-        for holder in left {
+        let parts: Vec<Arc<Chunks>> = if shared {
+            let all = Arc::new(Chunks::new(missing.iter().copied(), chunk_bytes));
+            holders.iter().map(|_| all.clone()).collect()
+        } else {
+            let parts = give_out(&holders, &missing, &mut again);
+            let parts = parts.ok_or_else(|| {
+                let why = format!(
+                    "{} chunks could not be had: {}",
+                    missing.len(),
+                    told.trouble.join("; ")
+                );
+                Error::damaged(format!("{key} on other nodes"), why)
+            })?;
+            parts.into_iter().map(|part| Arc::new(Chunks::new(part, chunk_bytes))).collect()
+        };
+        shared = false;
+        let pulled = pull(peers, &name, &holders, &parts, into);
+        for (holder, pulled) in holders.iter_mut().zip(pulled) {
             let node = &holder.remote.node;
-            let trouble = locked(&holder.trouble).take();
-            let refused = holder.refused.load(Ordering::Acquire);
-            match trouble {
-                Some(e) => told.trouble.push(format!("{node}: {}", e.chain())),
-                None if refused => told.trouble.push(format!("{node}: a chunk was damaged")),
-                None => good.push(holder),
+            if let Err(e) = pulled {
+                holder.failures += 1;
+                told.trouble.push(format!("{node}: {}", e.chain()));
+            } else if !locked(&holder.bad).is_empty() {
+                told.trouble.push(format!("{node}: a chunk was damaged"));
             }
         }
-        left = good;
-        if left.is_empty() && (progress || again) {
-            again = progress;
-            left = all(holders);
+        told.trouble.dedup();
+        holders.retain(|holder| holder.failures < FAILURES_MAX);
+    }
+}
+
+impl<'a> Holder<'a> {
+    fn new(remote: &'a Remote) -> Self {
+        Self { remote, failures: 0, bad: Mutex::default() }
+    }
+}
+
+/// Which holder is asked for which chunk; `None`: one of them can be had from nobody.
+fn give_out(
+    holders: &[Holder<'_>],
+    missing: &[usize],
+    again: &mut BTreeSet<usize>,
+) -> Option<Vec<Vec<usize>>> {
+    let mut parts: Vec<Vec<usize>> = vec![Vec::new(); holders.len()];
+    for chunk in missing {
+        let good = |index: &usize| !locked(&holders[*index].bad).contains(chunk);
+        let least = |parts: &[Vec<usize>], all: &mut dyn Iterator<Item = usize>| {
+            all.min_by_key(|index| parts[*index].len())
+        };
+        let chosen = match least(&parts, &mut (0..holders.len()).filter(good)) {
+            None if again.insert(*chunk) => least(&parts, &mut (0..holders.len())),
+            other => other,
+        };
+        parts[chosen?].push(*chunk);
+    }
+    Some(parts)
+}
+
+/// Pulls from all holders at once; how that went with each.
+fn pull(
+    peers: &Peers,
+    name: &str,
+    holders: &[Holder<'_>],
+    parts: &[Arc<Chunks>],
+    into: &Incoming,
+) -> Vec<Result<()>> {
+    let payload = &into.manifest.payload;
+    let one = |holder: &Holder<'_>, chunks: &Chunks| {
+        let (ticket, length) = holder.remote.ticket(name, payload.chunk_bytes)?;
+        if length != payload.length {
+            return Err(Error::damaged(name, format!("it has {length} bytes")));
         }
-    }
+        let landing = Watching { inner: into, bad: &holder.bad };
+        peers.network.pull(&holder.remote.node, &ticket, &landing, chunks)
+    };
+    std::thread::scope(|scope| {
+        let one = &one;
+        let pulling: Vec<_> = holders
+            .iter()
+            .zip(parts)
+            .map(|(holder, chunks)| scope.spawn(move || one(holder, chunks)))
+            .collect();
+        let ended = pulling.into_iter().map(|pulling| {
+            pulling.join().unwrap_or_else(|_| Err(Error::Bug("a fetch panicked".into())))
+        });
+        ended.collect()
+    })
 }
 
-fn all(holders: &[Arc<Remote>]) -> Vec<Holder<'_>> {
-    let refused = || AtomicBool::new(false);
-    let holder = |remote| Holder { remote, trouble: Mutex::default(), refused: refused() };
-    holders.iter().map(|remote| holder(&**remote)).collect()
-}
-
-/// Remembers that a holder's bytes were bad.
-struct Counting<'a> {
+/// Remembers which chunks of a holder were bad.
+struct Watching<'a> {
     inner: &'a Incoming,
-    holder: &'a Holder<'a>,
+    bad: &'a Mutex<BTreeSet<usize>>,
 }
 
-impl super::Landing for Counting<'_> {
-    fn chunk(&self, index: usize) -> Result<Box<dyn super::Arriving + '_>> {
-        let chunk = self.inner.chunk(index)?;
-        Ok(Box::new(Counted { inner: Some(chunk), holder: self.holder }))
+impl Landing for Watching<'_> {
+    fn chunk(&self, index: usize) -> Result<Box<dyn Arriving + '_>> {
+        let inner = Some(self.inner.chunk(index)?);
+        Ok(Box::new(Watched { inner, index, bad: self.bad }))
     }
 }
 
-struct Counted<'a> {
-    inner: Option<Box<dyn super::Arriving + 'a>>,
-    holder: &'a Holder<'a>,
+struct Watched<'a> {
+    inner: Option<Box<dyn Arriving + 'a>>,
+    index: usize,
+    bad: &'a Mutex<BTreeSet<usize>>,
 }
 
-impl super::Arriving for Counted<'_> {
+impl Arriving for Watched<'_> {
     fn write(&mut self, bytes: &[u8]) -> Result<()> {
         match &mut self.inner {
             Some(inner) => inner.write(bytes),
@@ -129,9 +176,9 @@ impl super::Arriving for Counted<'_> {
     }
 
     fn finish(mut self: Box<Self>) -> bool {
-        let good = self.inner.take().is_some_and(super::Arriving::finish);
+        let good = self.inner.take().is_some_and(Arriving::finish);
         if !good {
-            self.holder.refused.store(true, Ordering::Release);
+            locked(self.bad).insert(self.index);
         }
         good
     }

@@ -46,7 +46,7 @@ pub(crate) struct Shelf {
 /// What became of an offer.
 pub(crate) enum Offered {
     /// Its bytes may come.
-    Wanted(Incoming),
+    Wanted(Box<Incoming>),
     /// It is here.
     Held,
 }
@@ -107,7 +107,7 @@ impl Shelf {
             let why = format!("both slots for {} are in use", self.rank);
             return Err(Error::Skipped { step: key.step, why });
         };
-        Ok(Offered::Wanted(Incoming::new(filling, described, manifest)))
+        Ok(Offered::Wanted(Box::new(Incoming::new(filling, described, manifest))))
     }
 
     /// Every chunk of it is there: it is held from here on.

@@ -67,8 +67,9 @@ impl Reached {
     /// The agents that it sees alive.
     pub(super) fn cluster(&mut self) -> Result<ClusterReply, Failure> {
         let Self { runtime, client, socket } = self;
-        let answer = runtime.block_on(client.cluster(within(ClusterRequest {}, ANSWER_WITHIN)));
-        answered(answer, socket)
+        // It asks all the others.
+        let request = within(ClusterRequest { runs: true }, 3 * ANSWER_WITHIN);
+        answered(runtime.block_on(client.cluster(request)), socket)
     }
 
     /// Carries what is only in RAM to disk.

@@ -36,16 +36,13 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use super::{
     Settings, Tls,
-    body::{BLOCK_BYTES, Blocks},
+    body::{BLOCK_BYTES, BUFFER_BYTES, Blocks},
     control::{Stream, connect},
     pace::Pace,
 };
 
 /// How long one chunk may take: a peer that sends a byte a second is given up.
 const CHUNK_WITHIN: Duration = Duration::from_secs(30);
-
-/// What the connection reads at a time at most.
-const READ_BYTES: usize = 512 << 10;
 
 /// Idle connections that are kept to one agent.
 const IDLE_MAX: usize = 16;
@@ -208,7 +205,7 @@ impl Carrier {
                 }
             };
             let (sender, connection) = http1::Builder::new()
-                .max_buf_size(READ_BYTES)
+                .max_buf_size(BUFFER_BYTES)
                 .handshake(TokioIo::new(stream))
                 .await
                 .map_err(io::Error::other)?;

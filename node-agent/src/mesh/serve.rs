@@ -49,7 +49,7 @@ use tokio_rustls::TlsAcceptor;
 
 use super::{
     Tls,
-    body::{BLOCK_BYTES, Blocks},
+    body::{BLOCK_BYTES, BUFFER_BYTES, Blocks},
     control::MESSAGE_BYTES_MAX,
 };
 
@@ -67,9 +67,6 @@ const CHUNK_WITHIN: Duration = Duration::from_secs(30);
 
 /// Questions that are answered at once.
 const QUESTIONS_MAX: usize = 1024;
-
-/// What a connection reads at a time at most.
-const READ_BYTES: usize = 512 << 10;
 
 /// The same default as for those who ask.
 const STREAM_WINDOW: u32 = 4 << 20;
@@ -162,7 +159,7 @@ async fn let_in(
         .http1()
         .timer(TokioTimer::new())
         .header_read_timeout(IDLE)
-        .max_buf_size(READ_BYTES)
+        .max_buf_size(BUFFER_BYTES)
         .http2()
         .timer(TokioTimer::new())
         .keep_alive_interval(IDLE / 3)

@@ -20,7 +20,8 @@ use std::{
 use tierkeep::{
     Error, ErrorKind, Result,
     clock::{Clock, SystemClock},
-    host::{Drained, Host, RankView},
+    host::{Drained, Held, Host, RankView, RunAcross},
+    tier::TierKind,
 };
 use tierkeep_proto::control::{
     self as wire,
@@ -56,6 +57,9 @@ const DRAINS_MAX: usize = 4;
 
 /// How long a question may take that nobody gave a deadline.
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
+
+/// The same where it has to ask all other agents.
+const ACROSS_WITHIN: Duration = Duration::from_secs(25);
 
 /// A drain may be given this much: more is a slip of the pen.
 const DRAIN_MAX: Duration = Duration::from_secs(24 * 3600);
@@ -207,10 +211,33 @@ impl Agent for Service {
 
     async fn cluster(
         &self,
-        _: Request<wire::ClusterRequest>,
+        request: Request<wire::ClusterRequest>,
     ) -> std::result::Result<Response<wire::ClusterReply>, Status> {
-        let cluster = self.cluster.as_ref();
-        Ok(Response::new(cluster.map_or_else(wire::ClusterReply::default, |c| seen(c))))
+        let Some(cluster) = &self.cluster else {
+            return Ok(Response::new(wire::ClusterReply::default()));
+        };
+        let mut reply = seen(cluster);
+        if request.get_ref().runs {
+            let runs = self.statuses.ask(ACROSS_WITHIN, Host::across).await;
+            reply.runs = runs.map_err(|e| refused(&e))?.into_iter().map(across).collect();
+        }
+        Ok(Response::new(reply))
+    }
+}
+
+fn across(run: RunAcross) -> wire::RunAcross {
+    let held = |held: Held| wire::Holding {
+        rank: held.rank,
+        node: held.node,
+        on_disk: held.tier == TierKind::Disk,
+        step: held.step,
+    };
+    wire::RunAcross {
+        destination: run.destination.as_os_str().as_bytes().to_vec(),
+        newest: run.newest,
+        held: run.held.into_iter().map(held).collect(),
+        without: run.without.into_iter().map(|(node, step)| wire::Without { node, step }).collect(),
+        trouble: run.trouble,
     }
 }
 
@@ -227,6 +254,7 @@ fn seen(cluster: &Cluster) -> wire::ClusterReply {
         members: cluster.members().into_iter().map(member).collect(),
         replaced: cluster.is_replaced(),
         refused: cluster.refused(),
+        runs: Vec::new(),
     }
 }
 
