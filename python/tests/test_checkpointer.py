@@ -145,7 +145,9 @@ def test_a_level_or_scope_that_is_not_there_is_told(run: Path) -> None:
     with tierkeep.Checkpointer(run, disk_every=2) as ckpt:
         ckpt.restore(STATE)
         save = ckpt.save(1, STATE)
-        for level, message in [("peer", "no peer tier"), ("object", "no object"), ("x", "level")]:
+        with pytest.raises(tierkeep.UnavailableError, match="no agent here that has others"):
+            save.wait("peer")
+        for level, message in [("object", "no object"), ("x", "level")]:
             with pytest.raises(tierkeep.InvalidError, match=message):
                 save.wait(level)
         with pytest.raises(tierkeep.InvalidError, match="scope"):
@@ -348,7 +350,7 @@ def test_wait_all_waits_for_the_newest(run: Path) -> None:
         ckpt.wait_all("disk", 30)
         assert ckpt.steps()[-1].sealed
         with pytest.raises(tierkeep.InvalidError, match="level"):
-            ckpt.wait_all("peer")  # type: ignore[arg-type]
+            ckpt.wait_all("object")  # type: ignore[arg-type]
 
 
 def test_a_thread_that_replaces_tensors_during_a_save_does_no_harm(run: Path) -> None:
