@@ -226,6 +226,9 @@ fn holders(remotes: &[Arc<Remote>]) -> Result<BTreeMap<u32, Vec<String>>> {
     Ok(holders)
 }
 
+/// A wait that takes longer is told.
+const TELL_AFTER: Duration = Duration::from_secs(5);
+
 /// How often agents that are alive and do not answer are asked again.
 const AGAIN: Duration = Duration::from_millis(250);
 
@@ -238,6 +241,7 @@ fn elsewhere(
 ) -> Result<Vec<Arc<Remote>>> {
     let Some(peers) = &place.peers else { return Ok(Vec::new()) };
     let deadline = Deadline::after(&*place.clock, place.config.attempt_wait);
+    let (patience, mut told) = (Deadline::after(&*place.clock, TELL_AFTER), false);
     loop {
         let settled = peers.network.is_settled();
         let (found, silent) = look_at_all(peers);
@@ -250,6 +254,10 @@ fn elsewhere(
             },
         };
         place.check_closed()?;
+        if !told && patience.left(&*place.clock).is_none() {
+            told = true;
+            place.observer.warn("waiting", None, format!("the restore waits for {who}"));
+        }
         if deadline.left(&*place.clock).is_none() {
             if wish.accept_older {
                 passed_over.push(format!("not all nodes answer: {who}"));

@@ -58,6 +58,9 @@ const AWAY_MAX: Duration = Duration::from_secs(30);
 /// How long a short question may take.
 const SHORT: Duration = Duration::from_secs(30);
 
+/// How long a shard may take to come from other nodes: a hundred gigabytes over a slow network.
+const FETCH: Duration = Duration::from_secs(3600);
+
 /// What is filled and not known to be published.
 struct Unpublished {
     publish: wire::Publish,
@@ -261,7 +264,8 @@ impl Owner for Far {
     ) -> Result<Option<Restorable>> {
         self.check_open(true)?;
         quiet()?;
-        let within = self.shared.desk.config.attempt_wait + SHORT;
+        // The agent's own deadlines are shorter, but where it fetches the shard from other nodes.
+        let within = self.shared.desk.config.attempt_wait + FETCH;
         let answer = self.dial.ask(Call::Begin(convert::begin(how)), within)?;
         let (Answer::Begun(begun), _) = answer else { return Err(dial::odd("Begin")) };
         let record = convert::record_of(&begun.record)?;

@@ -76,7 +76,7 @@ def train(wish: dict[str, Any]) -> None:
         init_method=f"tcp://{wish['master']}",
         rank=rank,
         world_size=world,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(seconds=300),
     )
     state = State(rank, wish.get("numbers", NUMBERS))
     tensors = {

@@ -50,7 +50,10 @@ class Launcher:
 class Job:
     """One run of some ranks, started as often as a test likes."""
 
-    def __init__(self, lab: Lab, world: int, replicas: int = 1, **wishes: Any) -> None:
+    def __init__(
+        self, lab: Lab, world: int, replicas: int = 1, run: str = "run", **wishes: Any
+    ) -> None:
+        self._run = run
         self.lab = lab
         self.world = world
         self.replicas = replicas
@@ -93,7 +96,7 @@ class Job:
                 rank=rank,
                 world=self.world,
                 master=f"{nodes[0].address}:{self._port}",
-                destination=f"{self.lab.here}/disk/run",
+                destination=f"{self.lab.here}/disk/{self._run}",
                 agent=nodes[0].socket,
                 replicas=self.replicas,
                 steps=steps,

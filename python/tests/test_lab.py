@@ -18,6 +18,7 @@ from lab_job import expected
 from lab_jobs import Job, copies
 
 KILLS = int(os.environ.get("TIERKEEP_NODE_KILLS", "4"))
+PARTITION_SECONDS = float(os.environ.get("TIERKEEP_PARTITION_SECONDS", "5"))
 SEED = int(os.environ.get("TIERKEEP_KILL_SEED") or time.time_ns() % 1_000_000)
 SMALL = 150_000  # Numbers of a rank in trials that run often: 1.2 MB.
 
@@ -99,6 +100,28 @@ def test_any_node_is_killed_and_wiped(four: Lab) -> None:
 def test_with_two_copies_any_two_nodes_are_killed_and_wiped() -> None:
     with lab(4) as made:
         kill_and_resume(made, world=8, replicas=2, victims=2, trials=KILLS)
+
+
+def test_a_partition_in_the_middle_of_saves_costs_nothing_that_was_told(four: Lab) -> None:
+    """Half of the nodes do not hear the other half, for `TIERKEEP_PARTITION_SECONDS`."""
+    truth = Truth(8, 400, SMALL)
+    with Job(four, 8, numbers=SMALL, run="parted") as job:
+        job.start(four.nodes, 400)
+        job.has_resumed()
+        job.until(lambda: job.on_peers >= 3, 60, "steps on peers")
+        for node in four.nodes[2:]:
+            node.cut()
+        job.listen(PARTITION_SECONDS)
+        for node in four.nodes[2:]:
+            node.mend()
+        four.gathered(four.nodes)
+        before = job.on_peers
+        job.until(lambda: job.on_peers > before, 90, "the same job goes on")
+        job.kill()
+        safe = job.on_peers
+        job.start(four.nodes, 400)
+        assert job.has_resumed() >= safe
+        truth.holds(job.resumed)
 
 
 @pytest.mark.parametrize("nodes", [2, 3, 5, 7])
