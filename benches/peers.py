@@ -1,6 +1,6 @@
 """Between nodes: replication and restore against iperf3, over the same links of a lab, in one run.
 
-    python benches/peers.py [--gib 1] [--rounds 5] [--mbit N] [--write]
+    python benches/peers.py [--gib 1] [--rounds 5] [--mbit N]
 
 Nodes are network namespaces of this machine, so both ends of a transfer share its cores: rates are
 compared with iperf3's between the same two nodes, and CPU seconds are those of both ends together.

@@ -12,7 +12,7 @@ use std::collections::BTreeSet;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    error::Result,
+    error::{Error, Result},
     record,
     tier::{Tier, label, read_record},
 };
@@ -40,7 +40,7 @@ impl Roster {
     /// # Errors
     /// The tier did not answer.
     pub(crate) fn keep(&self, tier: &dyn Tier) -> Result<()> {
-        let body = serde_json::to_vec(self).unwrap_or_default();
+        let body = serde_json::to_vec(self).map_err(|e| Error::Bug(format!("roster: {e}")))?;
         let name = format!("{ROSTER}/{:08}.json", self.attempt);
         tier.create(&name, &record::seal(&body))?;
         // Those of older attempts say nothing more.

@@ -10,7 +10,8 @@
 //! - A step is told as being on other nodes only when every rank has the receipts of all its copies.
 //! - Holders are told to keep the newest such step, and what this attempt resumed from until there is one:
 //!   they let go of nothing else that might be needed.
-//! - Before an older step may go, the holders of the newer one have confirmed that they still have it.
+//! - Before the next step goes out, the holders of the one before are asked whether they still have it; where
+//!   one has not, that is told, and the next step is what mends it. Nothing older is kept for that case.
 //! - A holder that is lost, full or refuses is replaced by the next node of the placement, until the
 //!   deadline says who was missing.
 

@@ -33,23 +33,18 @@ impl Host {
     pub(super) fn is_led(&self, site: &Site, from: String, lead: wire::Lead) -> Result<Answer> {
         let record = convert::record_of(&lead.record)?;
         record.check_itself()?;
-        // Who writes here for an older attempt learns that it is over by this file.
-        let ram_dir = self.ram_dir(site);
-        if ram_dir.is_dir() || site.destination.is_dir() {
-            self.keep_everywhere(site, &record, &lead.record)?;
-        }
-        self.commons.lead(site, Led { node: from, record, bytes: lead.record });
-        Ok(Answer::Done(wire::Done {}))
-    }
-
-    fn keep_everywhere(&self, site: &Site, record: &AttemptRecord, bytes: &[u8]) -> Result<()> {
+        let bytes = lead.record;
+        // First: ranks that wait for it wait for no disk.
+        let led = Led { node: from, record: record.clone(), bytes: bytes.clone() };
+        self.commons.lead(site, led);
+        // Who writes here for an older attempt learns from these files that it is over.
         for seat in self.seats_of(site) {
             for tier in [&seat.keeper.place.ram, &seat.keeper.place.disk] {
-                attempt::keep(&**tier, record, bytes)?;
+                attempt::keep(&**tier, &record, &bytes)?;
             }
             seat.keeper.place.signal.notify();
         }
-        Ok(())
+        Ok(Answer::Done(wire::Done {}))
     }
 
     pub(super) fn who_leads(&self, site: &Site) -> Result<Answer> {
