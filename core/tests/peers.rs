@@ -20,7 +20,7 @@ use tierkeep::{
     begin::Begin,
     checkpointer::Checkpointer,
     host::Host,
-    peers::{Chunks, Landing, Network, Ticket},
+    peers::{Arriving, Broken, Chunks, Landing, Network, Ticket},
     placement::Node,
     save::Level,
     tier::Source,
@@ -183,11 +183,7 @@ impl Network for Sim {
             from.read_at(at, &mut bytes)?;
             self.world.on_its_way(&mut bytes);
             let incoming = machine.host.incoming(ticket)?;
-            let mut arriving = incoming.chunk(chunk)?;
-            bytes.chunks(100_000).try_for_each(|piece| arriving.write(piece))?;
-            if !arriving.finish() {
-                chunks.refuse(chunk);
-            }
+            take(incoming.chunk(chunk)?, &bytes, chunk, chunks)?;
         }
         Ok(())
     }
@@ -200,13 +196,22 @@ impl Network for Sim {
             let mut bytes = vec![0; usize::try_from(len).unwrap()];
             outgoing.read_at(at, &mut bytes)?;
             self.world.on_its_way(&mut bytes);
-            let mut arriving = into.chunk(chunk)?;
-            bytes.chunks(100_000).try_for_each(|piece| arriving.write(piece))?;
-            if !arriving.finish() {
-                chunks.refuse(chunk);
-            }
+            take(into.chunk(chunk)?, &bytes, chunk, chunks)?;
         }
         Ok(())
+    }
+}
+
+/// A chunk has come, as `bytes`.
+fn take(arriving: Box<dyn Arriving + '_>, bytes: &[u8], chunk: usize, all: &Chunks) -> Result<()> {
+    match arriving.take(&mut &*bytes) {
+        Ok(true) => Ok(()),
+        Ok(false) => {
+            all.refuse(chunk);
+            Ok(())
+        }
+        Err(Broken::Place(e)) => Err(e),
+        Err(Broken::Flow(e)) => Err(Error::Bug(e.to_string())),
     }
 }
 

@@ -118,7 +118,7 @@ fn fetch_now(
     }
     let filling = place.arena.acquire(payload.length, &may_go)?;
     let filling = filling.ok_or_else(|| Error::Bug("no slot is free before a restore".into()))?;
-    let incoming = Incoming::new(filling, manifest, first.bytes.to_vec());
+    let incoming = Incoming::new(filling, manifest, first.bytes.to_vec(), false);
     let told = fetch(peers, key, &holders, &incoming)?;
     for why in &told.trouble {
         place.observer.warn("damaged_copy", Some(key.step.0), format!("{key}: {why}"));

@@ -47,7 +47,7 @@ pub struct Outgoing {
     source: Box<dyn Source>,
     chunk_bytes: u64,
     /// It may wait for a disk.
-    pub waits: bool,
+    waits: bool,
 }
 
 impl std::fmt::Debug for Outgoing {
@@ -67,6 +67,12 @@ impl Outgoing {
             Error::invalid(format!("chunk {index} of a file of {} bytes", self.source.len()))
         })?;
         Ok((at, (self.source.len() - at).min(self.chunk_bytes)))
+    }
+
+    /// The file, where its bytes lie in memory.
+    #[must_use]
+    pub fn in_memory(&self) -> Option<&std::fs::File> {
+        self.source.file().filter(|_| !self.waits)
     }
 
     /// Reads.

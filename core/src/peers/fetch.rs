@@ -11,7 +11,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use super::{Arriving, Chunks, Incoming, Landing, Peers, remote::Remote};
+use super::{Arriving, Broken, Chunks, Flow, Incoming, Landing, Peers, remote::Remote};
 use crate::{
     error::{Error, Result},
     names::CheckpointKey,
@@ -156,30 +156,26 @@ struct Watching<'a> {
 
 impl Landing for Watching<'_> {
     fn chunk(&self, index: usize) -> Result<Box<dyn Arriving + '_>> {
-        let inner = Some(self.inner.chunk(index)?);
-        Ok(Box::new(Watched { inner, index, bad: self.bad }))
+        Ok(Box::new(Watched { inner: self.inner.chunk(index)?, index, bad: self.bad }))
     }
 }
 
 struct Watched<'a> {
-    inner: Option<Box<dyn Arriving + 'a>>,
+    inner: Box<dyn Arriving + 'a>,
     index: usize,
     bad: &'a Mutex<BTreeSet<usize>>,
 }
 
 impl Arriving for Watched<'_> {
-    fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        match &mut self.inner {
-            Some(inner) => inner.write(bytes),
-            None => Err(Error::Bug("a chunk that has ended".into())),
-        }
+    fn len(&self) -> u64 {
+        self.inner.len()
     }
 
-    fn finish(mut self: Box<Self>) -> bool {
-        let good = self.inner.take().is_some_and(Arriving::finish);
+    fn take(self: Box<Self>, from: &mut dyn Flow) -> Result<bool, Broken> {
+        let good = self.inner.take(from)?;
         if !good {
             locked(self.bad).insert(self.index);
         }
-        good
+        Ok(good)
     }
 }

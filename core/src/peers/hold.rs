@@ -107,7 +107,7 @@ impl Shelf {
             let why = format!("both slots for {} are in use", self.rank);
             return Err(Error::Skipped { step: key.step, why });
         };
-        Ok(Offered::Wanted(Box::new(Incoming::new(filling, described, manifest))))
+        Ok(Offered::Wanted(Box::new(Incoming::new(filling, described, manifest, true))))
     }
 
     /// Every chunk of it is there: it is held from here on.

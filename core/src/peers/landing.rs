@@ -9,6 +9,7 @@
 
 use std::{
     collections::{BTreeSet, VecDeque},
+    io,
     os::unix::fs::FileExt,
     sync::{
         Arc, Mutex, PoisonError, RwLock,
@@ -20,7 +21,11 @@ use crate::{
     error::{Doing, Error, Result},
     manifest::ShardManifest,
     observe::locked,
-    snapshot::{arena::Filling, slot::Slot},
+    snapshot::{
+        arena::Filling,
+        map::SlotMap,
+        slot::{Slot, SlotPayload},
+    },
 };
 
 /// Chunks that are still to be carried, handed out one at a time to whoever carries.
@@ -78,13 +83,83 @@ pub trait Landing: Send + Sync {
 
 /// One chunk on its way in. Dropped before its end, it never was.
 pub trait Arriving: Send {
-    /// Takes its next bytes.
+    /// Bytes that it has.
+    fn len(&self) -> u64;
+    /// True where it has none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+    /// Takes all of them; true where they are what they should be.
     ///
     /// # Errors
-    /// They are more than it has, or have no place.
-    fn write(&mut self, bytes: &[u8]) -> Result<()>;
-    /// It has ended: true where it is what it should be.
-    fn finish(self: Box<Self>) -> bool;
+    /// They did not come, or have no place.
+    fn take(self: Box<Self>, from: &mut dyn Flow) -> Result<bool, Broken>;
+}
+
+/// Bytes as they come over a network.
+pub trait Flow {
+    /// Returns when some have come.
+    ///
+    /// # Errors
+    /// The connection broke, or its time is over.
+    fn ready(&mut self) -> io::Result<()>;
+    /// Takes some; 0: there are no more.
+    ///
+    /// # Errors
+    /// The connection broke. `WouldBlock`: none have come yet.
+    fn receive(&mut self, into: &mut [u8]) -> io::Result<usize>;
+    /// Whether it is the kernel that writes to what [`Flow::receive`] is given, and it never waits: where
+    /// that has no memory behind it, the call fails, and a store would have been this process's end.
+    fn is_direct(&self) -> bool;
+}
+
+impl Flow for &[u8] {
+    fn ready(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn receive(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        io::Read::read(self, into)
+    }
+
+    fn is_direct(&self) -> bool {
+        false
+    }
+}
+
+/// Why a chunk did not arrive.
+#[derive(Debug)]
+pub enum Broken {
+    /// Its bytes did not come.
+    Flow(io::Error),
+    /// They have no place here.
+    Place(Error),
+}
+
+impl From<Error> for Broken {
+    fn from(e: Error) -> Self {
+        Self::Place(e)
+    }
+}
+
+/// Takes some bytes of `from`, waited for where none have come, into `into`.
+pub(super) fn some_of(from: &mut dyn Flow, into: &mut [u8]) -> Result<usize, Broken> {
+    loop {
+        match taken(from.receive(into))? {
+            Some(n) => return Ok(n),
+            None => from.ready().map_err(Broken::Flow)?,
+        }
+    }
+}
+
+/// `None`: nothing has come yet.
+fn taken(answer: io::Result<usize>) -> Result<Option<usize>, Broken> {
+    match answer {
+        Ok(0) => Err(Broken::Flow(io::ErrorKind::UnexpectedEof.into())),
+        Ok(n) => Ok(Some(n)),
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(None),
+        Err(e) => Err(Broken::Flow(e)),
+    }
 }
 
 const AWAY: u8 = 0;
@@ -95,6 +170,9 @@ const THERE: u8 = 2;
 #[derive(Debug)]
 pub struct Incoming {
     slot: Arc<Slot>,
+    /// Where the kernel puts what it has from a socket, without a copy on the way. Nothing else touches
+    /// it: the file is somebody's who may cut it short.
+    map: Option<Arc<SlotMap>>,
     filling: Mutex<Option<Filling>>,
     /// Held while something is written. True: it has ended.
     ended: RwLock<bool>,
@@ -104,12 +182,19 @@ pub struct Incoming {
 }
 
 impl Incoming {
-    /// Into `filling`, whose file has the payload's length.
-    pub(crate) fn new(filling: Filling, manifest: ShardManifest, bytes: Vec<u8>) -> Self {
+    /// Into `filling`, whose file has the payload's length; one that is filled `often` is mapped, which
+    /// costs as much as it saves the first time.
+    pub(crate) fn new(
+        filling: Filling,
+        manifest: ShardManifest,
+        bytes: Vec<u8>,
+        often: bool,
+    ) -> Self {
         let chunks = manifest.payload.chunks.iter().map(|_| AtomicU8::new(AWAY)).collect();
         let slot = filling.slot().clone();
+        let map = if often { slot.map_for_arrivals() } else { None };
         let (filling, ended) = (Mutex::new(Some(filling)), RwLock::new(false));
-        Self { slot, filling, ended, manifest, bytes, chunks }
+        Self { slot, map, filling, ended, manifest, bytes, chunks }
     }
 
     /// Chunks that are not there.
@@ -124,12 +209,14 @@ impl Incoming {
         locked(&self.filling).take()
     }
 
-    fn write_at(&self, bytes: &[u8], at: u64) -> Result<()> {
+    /// Does something to the slot's bytes, unless the transfer has ended.
+    fn writing<T>(&self, deed: impl FnOnce() -> Result<T, Broken>) -> Result<T, Broken> {
         let ended = self.ended.read().unwrap_or_else(PoisonError::into_inner);
         if *ended {
-            return Err(Error::Fenced { why: "this transfer has ended".into() });
+            let why = "this transfer has ended".into();
+            return Err(Broken::Place(Error::Fenced { why }));
         }
-        self.slot.file().write_all_at(bytes, at).at("write", &self.slot.path())
+        deed()
     }
 }
 
@@ -141,7 +228,7 @@ impl Landing for Incoming {
             .get(index)
             .ok_or_else(|| Error::invalid(format!("chunk {index} of a shard of {count}")))?;
         let crc = self.manifest.payload.chunks[index];
-        let left = self.manifest.payload.chunk_len(index);
+        let len = self.manifest.payload.chunk_len(index);
         let at = index as u64 * self.manifest.payload.chunk_bytes;
         let begun = state.compare_exchange(AWAY, ARRIVING, Ordering::AcqRel, Ordering::Acquire);
         let known = match begun {
@@ -149,8 +236,7 @@ impl Landing for Incoming {
             Err(THERE) => true, // What arrives now is looked at, and kept nowhere.
             Err(_) => return Err(Error::invalid(format!("chunk {index} is arriving already"))),
         };
-        let hasher = crc32fast::Hasher::new();
-        Ok(Box::new(Chunk { incoming: self, index, known, at, left, crc, hasher, done: false }))
+        Ok(Box::new(Chunk { incoming: self, index, known, at, len, crc, done: false }))
     }
 }
 
@@ -160,39 +246,67 @@ struct Chunk<'a> {
     /// It was there before.
     known: bool,
     at: u64,
-    left: u64,
+    len: u64,
     crc: u32,
-    hasher: crc32fast::Hasher,
     done: bool,
 }
 
-/// What is checksummed and written at a time: the second of the two finds it in the core's cache.
-const PIECE_BYTES: usize = 128 << 10;
+/// What is taken and checksummed at a time: the second of the two finds it in the core's cache.
+const PIECE_BYTES: usize = 256 << 10;
 
-impl Arriving for Chunk<'_> {
-    fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        if bytes.len() as u64 > self.left {
-            let more = "it has more bytes than its manifest says";
-            return Err(Error::damaged(format!("chunk {}", self.index), more));
-        }
-        for piece in bytes.chunks(PIECE_BYTES) {
-            self.hasher.update(piece);
-            if !self.known {
-                self.incoming.write_at(piece, self.at)?;
+impl Chunk<'_> {
+    /// The next bytes of it, also in `scratch`.
+    fn piece(&self, from: &mut dyn Flow, at: u64, scratch: &mut [u8]) -> Result<(), Broken> {
+        let direct = self.incoming.map.as_ref().filter(|_| from.is_direct() && !self.known);
+        let mut got = 0;
+        while got < scratch.len() {
+            let Some(map) = direct else {
+                got += some_of(from, &mut scratch[got..])?;
+                continue;
+            };
+            let here = at + got as u64;
+            let into = |bytes: &mut [u8]| taken(from.receive(bytes));
+            match self.incoming.writing(|| map.fill(here, scratch.len() - got, into))? {
+                Some(n) => got += n,
+                None => from.ready().map_err(Broken::Flow)?,
             }
-            self.at += piece.len() as u64;
-            self.left -= piece.len() as u64;
+        }
+        let slot = &self.incoming.slot;
+        if direct.is_some() {
+            // By a call, not by a load: see `map`.
+            let payload = SlotPayload { slot: slot.clone(), len: at + scratch.len() as u64 };
+            payload.read_into(at, scratch)?;
+        } else if !self.known {
+            self.incoming.writing(|| {
+                let written = slot.file().write_all_at(scratch, at);
+                written.at("write", &slot.path()).map_err(Broken::Place)
+            })?;
         }
         Ok(())
     }
+}
 
-    fn finish(mut self: Box<Self>) -> bool {
-        let good = self.left == 0 && self.hasher.clone().finalize() == self.crc;
+impl Arriving for Chunk<'_> {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn take(mut self: Box<Self>, from: &mut dyn Flow) -> Result<bool, Broken> {
+        let mut scratch = vec![0; PIECE_BYTES];
+        let mut hasher = crc32fast::Hasher::new();
+        let mut done = 0;
+        while done < self.len {
+            let piece = usize::try_from(self.len - done).unwrap_or(usize::MAX).min(PIECE_BYTES);
+            self.piece(from, self.at + done, &mut scratch[..piece])?;
+            hasher.update(&scratch[..piece]);
+            done += piece as u64;
+        }
+        let good = hasher.finalize() == self.crc;
         if good && !self.known {
             self.incoming.chunks[self.index].store(THERE, Ordering::Release);
             self.done = true;
         }
-        good
+        Ok(good)
     }
 }
 

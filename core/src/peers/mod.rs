@@ -38,7 +38,7 @@ use std::{
 use tierkeep_proto::peer::{self as wire, reply::Answer, request::Ask};
 
 use self::commons::Commons;
-pub use self::landing::{Arriving, Chunks, Incoming, Landing};
+pub use self::landing::{Arriving, Broken, Chunks, Flow, Incoming, Landing};
 use crate::{
     error::{Error, Result},
     names::{AttemptDir, CheckpointKey, Step},

@@ -8,7 +8,7 @@ use std::{
 
 use tierkeep_proto::peer::{self as wire, reply::Answer, request::Ask};
 
-use super::{Arriving, Chunks, Landing, Peers, odd, ticket};
+use super::{Arriving, Broken, Chunks, Flow, Landing, Peers, landing::some_of, odd, ticket};
 use crate::{
     chunk::{CHUNK_BYTES, chunk_len},
     error::{Error, Result},
@@ -218,9 +218,9 @@ struct Memory {
 
 impl Landing for Memory {
     fn chunk(&self, index: usize) -> Result<Box<dyn Arriving + '_>> {
-        let left = chunk_len(self.length, CHUNK_BYTES, index);
+        let len = chunk_len(self.length, CHUNK_BYTES, index);
         let at = index as u64 * CHUNK_BYTES;
-        Ok(Box::new(Part { memory: self, index, at, left }))
+        Ok(Box::new(Part { memory: self, index, at, len }))
     }
 }
 
@@ -228,33 +228,43 @@ struct Part<'a> {
     memory: &'a Memory,
     index: usize,
     at: u64,
-    left: u64,
+    len: u64,
 }
 
+/// What is taken at a time.
+const PIECE_BYTES: usize = 256 << 10;
+
 impl Arriving for Part<'_> {
-    fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        if bytes.len() as u64 > self.left {
-            return Err(Error::damaged(format!("chunk {}", self.index), "it has too many bytes"));
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn take(self: Box<Self>, from: &mut dyn Flow) -> Result<bool, Broken> {
+        let mut piece = vec![0; usize::try_from(self.len).unwrap_or(usize::MAX).min(PIECE_BYTES)];
+        let mut done = 0;
+        while done < self.len {
+            let left = usize::try_from(self.len - done).unwrap_or(usize::MAX).min(piece.len());
+            let n = some_of(from, &mut piece[..left])?;
+            self.keep(self.at + done, &piece[..n]);
+            done += n as u64;
         }
+        locked(&self.memory.missing).retain(|chunk| *chunk != self.index);
+        Ok(true)
+    }
+}
+
+impl Part<'_> {
+    /// Of these bytes, those that are wanted.
+    fn keep(&self, at: u64, bytes: &[u8]) {
         let mut wanted = locked(&self.memory.bytes);
         let end = self.memory.offset + wanted.len() as u64;
-        let (from, to) = (self.at.max(self.memory.offset), (self.at + bytes.len() as u64).min(end));
+        let (from, to) = (at.max(self.memory.offset), (at + bytes.len() as u64).min(end));
         if from < to {
             let part = |at: u64, zero: u64| usize::try_from(at - zero).unwrap_or(usize::MAX);
             let (begin, len) = (part(from, self.memory.offset), part(to, from));
-            let source = part(from, self.at);
+            let source = part(from, at);
             wanted[begin..begin + len].copy_from_slice(&bytes[source..source + len]);
         }
-        self.at += bytes.len() as u64;
-        self.left -= bytes.len() as u64;
-        Ok(())
-    }
-
-    fn finish(self: Box<Self>) -> bool {
-        if self.left == 0 {
-            locked(&self.memory.missing).retain(|chunk| *chunk != self.index);
-        }
-        self.left == 0
     }
 }
 

@@ -134,6 +134,16 @@ impl SlotMap {
         self.capacity
     }
 
+    /// Lets a system call put bytes at `at`, `len` at most; `deed` itself neither loads nor stores them:
+    /// the file may have become shorter, and the call says so.
+    pub(crate) fn fill<T>(&self, at: u64, len: usize, deed: impl FnOnce(&mut [u8]) -> T) -> T {
+        let at = usize::try_from(at).unwrap_or(usize::MAX);
+        assert!(at.saturating_add(len) <= self.capacity, "{at}+{len} of {}", self.capacity);
+        // SAFETY: it lies in the map. Nobody else has it: one chunk of a slot arrives at a time, and what
+        // is being filled has no name that a reader knows.
+        deed(unsafe { std::slice::from_raw_parts_mut(self.map.as_mut_ptr().add(at), len) })
+    }
+
     /// The first `len` bytes, rounded up to pages.
     pub(crate) fn bytes(&self, len: usize) -> &[u8] {
         assert!(padded(len) <= self.capacity, "{len} bytes of {}", self.capacity);

@@ -4,14 +4,14 @@
 //!
 //! - A file shrinks only when nobody else has it open; else the slot is of no use for that length, and
 //!   the arena makes another.
-//! - A slot that another process fills is never mapped here: its bytes come by calls that fail where
-//!   the filler has cut the file short, and that a load from a map would not survive.
+//! - A slot that another process may cut short is never loaded from nor stored to through a map here: its
+//!   bytes come and go by calls that fail where the file has ended.
 
 use std::{
     fs::{File, OpenOptions},
     os::unix::fs::{FileExt, MetadataExt},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, OnceLock},
 };
 
 use super::{
@@ -39,6 +39,8 @@ pub struct Slot {
     file: Arc<File>,
     /// `None` where another process fills it.
     map: Option<Arc<SlotMap>>,
+    /// For the kernel alone: see [`Slot::map_for_arrivals`].
+    arrivals: OnceLock<Option<Arc<SlotMap>>>,
     /// Bytes that it has room for, rounded up to pages.
     capacity: usize,
     inode: u64,
@@ -77,13 +79,25 @@ impl Slot {
         let file = Arc::new(file);
         let map = mapped.then(|| SlotMap::new(file.clone(), len)).transpose()?.map(Arc::new);
         let capacity = padded(usize::try_from(len.max(1)).unwrap_or(usize::MAX));
-        Ok(Self { file, map, capacity, inode, path: Mutex::new(path.into()) })
+        let (arrivals, path) = (OnceLock::new(), Mutex::new(path.into()));
+        Ok(Self { file, map, arrivals, capacity, inode, path })
     }
 
     /// The map to fill it through; `None` where another process does.
     #[must_use]
     pub fn map(&self) -> Option<&Arc<SlotMap>> {
         self.map.as_ref()
+    }
+
+    /// A map that system calls put bytes into, never this process itself: they fail where the file was cut
+    /// short. `None`: it could not be mapped, and bytes come through a buffer.
+    pub(crate) fn map_for_arrivals(&self) -> Option<Arc<SlotMap>> {
+        let map = || {
+            let mapped = self.file_len().and_then(|len| SlotMap::new(self.file.clone(), len));
+            let told = mapped.inspect_err(|e| tracing::debug!("{}", e.chain()));
+            told.ok().map(Arc::new)
+        };
+        self.arrivals.get_or_init(map).clone()
     }
 
     /// Bytes that it has room for.

@@ -1,8 +1,7 @@
-//! Chunks of shards on their way between agents, over HTTP/1.1.
+//! Chunks of shards on their way to and from other agents.
 //!
 //! A transfer goes over several connections (networks give one flow a share of theirs), each on a thread
-//! of its own with a runtime of its own: what is read from a slot is written to the socket on the same
-//! core. Connections are kept for the next transfer.
+//! of its own. Connections are kept for the next transfer.
 //!
 //! # Invariants
 //!
@@ -11,33 +10,23 @@
 
 use std::{
     collections::HashMap,
-    io,
+    io::{self, Write},
     net::SocketAddr,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
-use ::bytes::Bytes;
-use http::{Method, Request, Response, StatusCode};
-use http_body_util::{BodyExt, StreamBody};
-use hyper::{
-    body::{Frame, Incoming},
-    client::conn::http1::{self, SendRequest},
-};
-use hyper_util::rt::TokioIo;
+use rustls::{ClientConnection, StreamOwned};
 use tierkeep::{
     Error, Result,
-    peers::{Chunks, Landing, Ticket},
+    peers::{Broken, Chunks, Landing, Ticket},
     tier::Source,
 };
-use tokio::{sync::mpsc, time::timeout};
-use tokio_rustls::TlsConnector;
-use tokio_stream::wrappers::ReceiverStream;
 
 use super::{
     Settings, Tls,
-    body::{BLOCK_BYTES, BUFFER_BYTES, Blocks},
-    control::{Stream, connect},
+    head::{Answer, Method, request},
+    line::{Line, Socket},
     pace::Pace,
 };
 
@@ -47,19 +36,10 @@ const CHUNK_WITHIN: Duration = Duration::from_secs(30);
 /// Idle connections that are kept to one agent.
 const IDLE_MAX: usize = 16;
 
-type Blocked = StreamBody<ReceiverStream<std::result::Result<Frame<Bytes>, io::Error>>>;
-
-/// One connection, with what drives it.
-struct Line {
-    runtime: tokio::runtime::Runtime,
-    sender: SendRequest<Blocked>,
-}
-
 pub(super) struct Carrier {
     tls: Option<Arc<Tls>>,
     connections: usize,
     pace: Pace,
-    blocks: Blocks,
     idle: Mutex<HashMap<SocketAddr, Vec<Line>>>,
 }
 
@@ -69,7 +49,6 @@ impl Carrier {
             tls: settings.tls.clone(),
             connections: settings.connections.max(1),
             pace: Pace::new(settings.rate),
-            blocks: Blocks::default(),
             idle: Mutex::default(),
         }
     }
@@ -86,16 +65,9 @@ impl Carrier {
             let at = chunk as u64 * chunks.chunk_bytes();
             let len = from.len().saturating_sub(at).min(chunks.chunk_bytes());
             self.pace.wait(len);
-            let status = line.runtime.block_on(within(self.put(
-                &mut line.sender,
-                ticket,
-                chunk,
-                from,
-                (at, len),
-            )))?;
-            match status {
-                StatusCode::NO_CONTENT => Ok(()),
-                StatusCode::UNPROCESSABLE_ENTITY => {
+            match put(line, ticket, chunk, from, (at, len))? {
+                204 => Ok(()),
+                422 => {
                     chunks.refuse(chunk);
                     Ok(())
                 }
@@ -112,9 +84,7 @@ impl Carrier {
         into: &dyn Landing,
         chunks: &Chunks,
     ) -> Result<()> {
-        self.on_lines(node, address, chunks, &|line, chunk| {
-            line.runtime.block_on(within(get(&mut line.sender, ticket, chunk, into, chunks)))
-        })
+        self.on_lines(node, address, chunks, &|line, chunk| get(line, ticket, chunk, into, chunks))
     }
 
     /// Carries all chunks over several connections at once.
@@ -174,7 +144,7 @@ impl Carrier {
                 Err(other) => return Err(other),
             }
         }
-        let mut fresh = self.connect(address).map_err(Failed::Connection)?;
+        let mut fresh = self.connect(address).map_err(Failed::of)?;
         carry(&mut fresh, chunk)?;
         *line = Some(fresh);
         Ok(())
@@ -187,132 +157,89 @@ impl Carrier {
     fn keep(&self, address: SocketAddr, line: Line) {
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         let lines = idle.entry(address).or_default();
-        if lines.len() < IDLE_MAX && !line.sender.is_closed() {
+        if lines.len() < IDLE_MAX {
             lines.push(line);
         }
     }
 
     fn connect(&self, address: SocketAddr) -> io::Result<Line> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let sender = runtime.block_on(async {
-            let stream = connect(address).await?;
-            let stream: Box<dyn Stream> = match &self.tls {
-                None => Box::new(stream),
-                Some(tls) => {
-                    let connector = TlsConnector::from(tls.client());
-                    let shaken = timeout(CHUNK_WITHIN, connector.connect(tls.name(), stream)).await;
-                    Box::new(shaken.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??)
-                }
-            };
-            let (sender, connection) = http1::Builder::new()
-                .max_buf_size(BUFFER_BYTES)
-                .handshake(TokioIo::new(stream))
-                .await
-                .map_err(io::Error::other)?;
-            tokio::spawn(async move {
-                if let Err(e) = connection.await {
-                    tracing::debug!("a connection to {address} ended: {e}");
-                }
-            });
-            Ok::<_, io::Error>(sender)
-        })?;
-        Ok(Line { runtime, sender })
-    }
-
-    async fn put(
-        &self,
-        sender: &mut SendRequest<Blocked>,
-        ticket: &Ticket,
-        chunk: usize,
-        from: &dyn Source,
-        (at, len): (u64, u64),
-    ) -> std::result::Result<StatusCode, Failed> {
-        sender.ready().await.map_err(Failed::hyper)?;
-        let (tx, rx) = mpsc::channel(2);
-        let request = request(Method::PUT, ticket, chunk)
-            .header(http::header::CONTENT_LENGTH, len)
-            .body(StreamBody::new(ReceiverStream::new(rx)))
-            .map_err(|e| Failed::Own(Error::Bug(e.to_string())))?;
-        let reading = async {
-            let mut done = 0;
-            while done < len {
-                let piece = usize::try_from(len - done).unwrap_or(usize::MAX).min(BLOCK_BYTES);
-                let block = self.blocks.filled(piece, |into| from.read_at(at + done, into))?;
-                if tx.send(Ok(Frame::data(block))).await.is_err() {
-                    break; // The other side has answered already.
-                }
-                done += piece as u64;
-            }
-            drop(tx);
-            Ok::<(), Error>(())
-        };
-        let (answered, read) = tokio::join!(sender.send_request(request), reading);
-        read.map_err(Failed::Own)?;
-        let answer = answered.map_err(Failed::hyper)?;
-        drained(answer).await
+        let mut socket = Socket::connect(address)?;
+        let Some(tls) = &self.tls else { return Ok(Line::Plain(socket)) };
+        socket.within(CHUNK_WITHIN);
+        let mut config = (*tls.client()).clone();
+        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        let client = ClientConnection::new(Arc::new(config), tls.name());
+        let mut stream = StreamOwned::new(client.map_err(io::Error::other)?, socket);
+        while stream.conn.is_handshaking() {
+            stream.conn.complete_io(&mut stream.sock)?;
+        }
+        Ok(Line::Client(Box::new(stream)))
     }
 }
 
-async fn get(
-    sender: &mut SendRequest<Blocked>,
+fn put(
+    line: &mut Line,
+    ticket: &Ticket,
+    chunk: usize,
+    from: &dyn Source,
+    (at, len): (u64, u64),
+) -> std::result::Result<u16, Failed> {
+    line.within(CHUNK_WITHIN);
+    let mut own = None;
+    let head = request(Method::Put, ticket, chunk, len);
+    let sent = line.write_all(head.as_bytes()).and_then(|()| {
+        line.send(from.file(), (at, len), &mut |at, into| {
+            from.read_at(at, into).map_err(|e| {
+                own = Some(e);
+                io::ErrorKind::Other.into()
+            })
+        })
+    });
+    if let Some(e) = own {
+        return Err(Failed::Own(e));
+    }
+    sent.map_err(Failed::of)?;
+    let answer = answer(line)?;
+    line.drain(answer.length).map_err(Failed::of)?;
+    Ok(answer.status)
+}
+
+fn get(
+    line: &mut Line,
     ticket: &Ticket,
     chunk: usize,
     into: &dyn Landing,
     chunks: &Chunks,
 ) -> std::result::Result<(), Failed> {
-    sender.ready().await.map_err(Failed::hyper)?;
-    let (_, rx) = mpsc::channel(1);
-    let request = request(Method::GET, ticket, chunk)
-        .header(http::header::CONTENT_LENGTH, 0)
-        .body(StreamBody::new(ReceiverStream::new(rx)))
-        .map_err(|e| Failed::Own(Error::Bug(e.to_string())))?;
-    let mut answer = sender.send_request(request).await.map_err(Failed::hyper)?;
-    if answer.status() != StatusCode::OK {
-        let status = answer.status();
-        drained(answer).await?;
-        return Err(Failed::Answer(status));
+    line.within(CHUNK_WITHIN);
+    let head = request(Method::Get, ticket, chunk, 0);
+    line.write_all(head.as_bytes()).map_err(Failed::of)?;
+    let answer = answer(line)?;
+    if answer.status != 200 {
+        line.drain(answer.length).map_err(Failed::of)?;
+        return Err(Failed::Answer(answer.status));
     }
-    let mut arriving = into.chunk(chunk).map_err(Failed::Own)?;
-    while let Some(frame) = answer.body_mut().frame().await {
-        let frame = frame.map_err(Failed::hyper)?;
-        if let Ok(data) = frame.into_data() {
-            // More than was asked for is a lie of theirs, as is a wrong byte.
-            if arriving.write(&data).is_err() {
-                chunks.refuse(chunk);
-                return Err(Failed::Connection(io::Error::other("it sends too many bytes")));
-            }
-        }
-    }
-    if !arriving.finish() {
+    let arriving = into.chunk(chunk).map_err(Failed::Own)?;
+    if answer.length != arriving.len() {
         chunks.refuse(chunk);
+        let why = format!("chunk {chunk} has {} bytes there", answer.length);
+        return Err(Failed::Connection(io::Error::other(why)));
     }
-    Ok(())
-}
-
-fn request(method: Method, ticket: &Ticket, chunk: usize) -> http::request::Builder {
-    let ticket: String = ticket.iter().map(|byte| format!("{byte:02x}")).collect();
-    Request::builder()
-        .method(method)
-        .uri(format!("/chunks/{ticket}/{chunk}"))
-        .header(http::header::HOST, "tierkeep")
-}
-
-/// The answer's end: only then can the connection be used again, and is a TLS session's last word read.
-async fn drained(mut answer: Response<Incoming>) -> std::result::Result<StatusCode, Failed> {
-    while let Some(frame) = answer.body_mut().frame().await {
-        frame.map_err(Failed::hyper)?;
+    match arriving.take(line) {
+        Ok(true) => Ok(()),
+        Ok(false) => {
+            chunks.refuse(chunk);
+            Ok(())
+        }
+        Err(Broken::Flow(e)) => Err(Failed::of(e)),
+        Err(Broken::Place(e)) => Err(Failed::Own(e)),
     }
-    Ok(answer.status())
 }
 
-async fn within<T>(
-    deed: impl Future<Output = std::result::Result<T, Failed>>,
-) -> std::result::Result<T, Failed> {
-    let slow = || {
-        let why = format!("a chunk did not get through within {} s", CHUNK_WITHIN.as_secs());
-        Failed::Slow(why)
-    };
-    timeout(CHUNK_WITHIN, deed).await.unwrap_or_else(|_| Err(slow()))
+fn answer(line: &mut Line) -> std::result::Result<Answer, Failed> {
+    let head = line.head().map_err(Failed::of)?;
+    let head = head.ok_or_else(|| Failed::Connection(io::Error::other("it hangs up")))?;
+    Answer::parse(&head).map_err(|why| Failed::Connection(io::Error::other(why)))
 }
 
 /// Why a chunk did not get through.
@@ -320,24 +247,21 @@ enum Failed {
     /// Our own file, or our own place for it.
     Own(Error),
     Connection(io::Error),
-    Slow(String),
-    Answer(StatusCode),
+    /// Its time is over: another connection would not be quicker.
+    Slow(io::Error),
+    Answer(u16),
 }
 
 impl Failed {
-    fn hyper(e: hyper::Error) -> Self {
-        Self::Connection(io::Error::other(e))
+    fn of(e: io::Error) -> Self {
+        if e.kind() == io::ErrorKind::TimedOut { Self::Slow(e) } else { Self::Connection(e) }
     }
 
     fn words(&self) -> String {
         match self {
             Self::Own(e) => e.chain(),
-            Self::Connection(e) => {
-                let cause = e.get_ref().and_then(|e| std::error::Error::source(e));
-                cause.map_or_else(|| e.to_string(), |cause| format!("{e}: {cause}"))
-            }
-            Self::Slow(why) => why.clone(),
-            Self::Answer(StatusCode::NOT_FOUND) => "the other side knows no such transfer".into(),
+            Self::Connection(e) | Self::Slow(e) => e.to_string(),
+            Self::Answer(404) => "the other side knows no such transfer".into(),
             Self::Answer(status) => format!("the other side answers {status}"),
         }
     }

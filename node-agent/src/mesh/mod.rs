@@ -13,9 +13,11 @@
 //! - Every call ends: connecting, answering and each chunk have their time.
 //! - Nobody without a certificate of the cluster's authority is answered.
 
-mod body;
 mod bytes;
+mod chunks;
 mod control;
+mod head;
+mod line;
 mod pace;
 mod serve;
 mod tls;

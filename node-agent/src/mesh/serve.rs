@@ -1,45 +1,32 @@
-//! The agent's side of other agents' questions and transfers.
+//! The agent's port: who comes is let in, and led to where questions or chunks are answered.
 //!
 //! # Invariants
 //!
 //! - A connection that says nothing ends in seconds, and at once where there is no room for one that may
-//!   say something; a chunk has its time.
+//!   say something.
 //! - Questions are answered on threads of their own, so many at once: a disk that hangs keeps no chunk
 //!   waiting.
 
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
+    os::fd::OwnedFd,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
-use ::bytes::Bytes;
-use axum::{
-    Router,
-    body::Body,
-    extract::{DefaultBodyLimit, Path, State},
-    http::StatusCode,
-    response::{IntoResponse, Response},
-    routing::get,
-};
-use http_body::{Frame, SizeHint};
-use http_body_util::BodyExt;
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::conn::auto,
     service::TowerToHyperService,
 };
-use tierkeep::{
-    Error,
-    host::{Host, Outgoing},
-    peers::{Landing, Ticket},
-};
+use tierkeep::host::Host;
 use tierkeep_proto::{
     peer as wire,
     peer_service::peer_server::{Peer, PeerServer},
 };
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore, oneshot},
     task::AbortHandle,
@@ -47,11 +34,7 @@ use tokio::{
 };
 use tokio_rustls::TlsAcceptor;
 
-use super::{
-    Tls,
-    body::{BLOCK_BYTES, BUFFER_BYTES, Blocks},
-    control::MESSAGE_BYTES_MAX,
-};
+use super::{Tls, chunks, control::MESSAGE_BYTES_MAX};
 
 /// Connections at once. Of more, those that have said nothing for longest are let go.
 const CONNECTIONS_MAX: usize = 512;
@@ -59,11 +42,8 @@ const CONNECTIONS_MAX: usize = 512;
 /// How long a first word may take, or TLS to be agreed on.
 const GREETING_WITHIN: Duration = Duration::from_secs(10);
 
-/// A connection that is kept for the next transfer is let go after that.
-const IDLE: Duration = Duration::from_secs(90);
-
-/// How long one chunk may take to arrive.
-const CHUNK_WITHIN: Duration = Duration::from_secs(30);
+/// How often a connection that has no question is asked whether it is there.
+const IDLE: Duration = Duration::from_secs(30);
 
 /// Questions that are answered at once.
 const QUESTIONS_MAX: usize = 1024;
@@ -78,7 +58,13 @@ pub async fn serve(
     tls: Option<Arc<Tls>>,
     ending: impl Future<Output = ()>,
 ) {
-    let doors = doors(host);
+    let house = match House::new(host, tls) {
+        Ok(house) => house,
+        Err(e) => {
+            tracing::error!("other agents cannot be answered: {e}");
+            return;
+        }
+    };
     let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let silent = Silent::default();
     let accepting = async {
@@ -89,8 +75,8 @@ pub async fn serve(
                         silent.end_the_oldest();
                     }
                     let Ok(place) = room.clone().acquire_owned().await else { return };
-                    let (doors, tls) = (doors.clone(), tls.clone());
-                    silent.let_in(|said| let_in(stream, from, tls, doors, said, place));
+                    let house = house.clone();
+                    silent.let_in(|said| house.let_in(stream, from, said, place));
                 }
                 Err(e) => {
                     // Out of descriptors, say: those that are here go on.
@@ -141,73 +127,121 @@ impl Drop for Said {
     }
 }
 
-async fn let_in(
-    stream: TcpStream,
-    from: SocketAddr,
+/// What is behind the door.
+#[derive(Clone)]
+struct House {
+    host: Arc<Host>,
     tls: Option<Arc<Tls>>,
-    doors: Router,
-    said: Said,
-    _place: OwnedSemaphorePermit,
-) {
-    // tonic leaves this to whoever accepts; without it every answer waits for an acknowledgement.
-    if let Err(e) = stream.set_nodelay(true) {
-        tracing::debug!("{from}: {e}");
-        return;
+    questions: PeerServer<Answering>,
+    /// Hung up with the last of these: connections with threads of their own end by it.
+    over: Arc<OwnedFd>,
+    _open: Arc<OwnedFd>,
+}
+
+impl House {
+    fn new(host: Arc<Host>, tls: Option<Arc<Tls>>) -> std::io::Result<Self> {
+        let room = Arc::new(Semaphore::new(QUESTIONS_MAX));
+        let questions = PeerServer::new(Answering { host: host.clone(), questions: room })
+            .max_decoding_message_size(MESSAGE_BYTES_MAX)
+            .max_encoding_message_size(MESSAGE_BYTES_MAX);
+        let (over, open) = std::io::pipe()?;
+        let (over, open) = (Arc::new(over.into()), Arc::new(open.into()));
+        Ok(Self { host, tls, questions, over, _open: open })
     }
-    let mut server = auto::Builder::new(TokioExecutor::new());
-    server
-        .http1()
-        .timer(TokioTimer::new())
-        .header_read_timeout(IDLE)
-        .max_buf_size(BUFFER_BYTES)
-        .http2()
-        .timer(TokioTimer::new())
-        .keep_alive_interval(IDLE / 3)
-        .keep_alive_timeout(GREETING_WITHIN)
-        .initial_stream_window_size(STREAM_WINDOW)
-        .initial_connection_window_size(2 * STREAM_WINDOW)
-        .max_concurrent_streams(256);
-    let service = TowerToHyperService::new(doors);
-    let served = match tls {
-        None => {
-            if !matches!(timeout(GREETING_WITHIN, stream.peek(&mut [0])).await, Ok(Ok(1))) {
-                return;
-            }
-            drop(said);
-            server.serve_connection(TokioIo::new(stream), service).await
+
+    async fn let_in(
+        self,
+        stream: TcpStream,
+        from: SocketAddr,
+        said: Said,
+        place: OwnedSemaphorePermit,
+    ) {
+        // tonic leaves this to whoever accepts; without it every answer waits for an acknowledgement.
+        if let Err(e) = stream.set_nodelay(true) {
+            tracing::debug!("{from}: {e}");
+            return;
         }
-        Some(tls) => {
-            let acceptor = TlsAcceptor::from(tls.server());
-            match timeout(GREETING_WITHIN, acceptor.accept(stream)).await {
-                Ok(Ok(stream)) => {
+        match self.tls.clone() {
+            None => match timeout(GREETING_WITHIN, asks_questions(&stream)).await {
+                Ok(Ok(true)) => {
                     drop(said);
-                    server.serve_connection(TokioIo::new(stream), service).await
+                    self.answer(stream, from).await;
                 }
-                Ok(Err(e)) => {
-                    tracing::warn!("{from} is no agent of this cluster: {e}");
-                    return;
+                Ok(Ok(false)) => {
+                    drop(said);
+                    self.give_and_take(stream, None, from, place);
                 }
-                Err(_) => return,
+                Ok(Err(e)) => tracing::debug!("{from}: {e}"),
+                Err(_) => {}
+            },
+            Some(tls) => {
+                let acceptor = TlsAcceptor::from(tls.server());
+                match timeout(GREETING_WITHIN, acceptor.accept(stream)).await {
+                    Ok(Ok(stream)) => {
+                        drop(said);
+                        if stream.get_ref().1.alpn_protocol() == Some(b"h2") {
+                            self.answer(stream, from).await;
+                        } else {
+                            let (stream, tls) = stream.into_inner();
+                            self.give_and_take(stream, Some(tls), from, place);
+                        }
+                    }
+                    Ok(Err(e)) => tracing::warn!("{from} is no agent of this cluster: {e}"),
+                    Err(_) => {}
+                }
             }
         }
-    };
-    if let Err(e) = served {
-        tracing::debug!("{from}: {e}");
+    }
+
+    /// Questions, over HTTP/2.
+    async fn answer(
+        self,
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        from: SocketAddr,
+    ) {
+        let mut server = auto::Builder::new(TokioExecutor::new()).http2_only();
+        server
+            .http2()
+            .timer(TokioTimer::new())
+            .keep_alive_interval(IDLE)
+            .keep_alive_timeout(GREETING_WITHIN)
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(2 * STREAM_WINDOW)
+            .max_concurrent_streams(256);
+        let service = TowerToHyperService::new(self.questions);
+        if let Err(e) = server.serve_connection(TokioIo::new(stream), service).await {
+            tracing::debug!("{from}: {e}");
+        }
+    }
+
+    /// Chunks, over HTTP/1.1.
+    fn give_and_take(
+        self,
+        stream: TcpStream,
+        tls: Option<rustls::ServerConnection>,
+        from: SocketAddr,
+        place: OwnedSemaphorePermit,
+    ) {
+        match stream.into_std() {
+            Ok(stream) => chunks::answer_on(self.host, stream, tls, from, self.over, place),
+            Err(e) => tracing::debug!("{from}: {e}"),
+        }
     }
 }
 
-fn doors(host: Arc<Host>) -> Router {
-    let questions = Arc::new(Semaphore::new(QUESTIONS_MAX));
-    let control = PeerServer::new(Answering { host: host.clone(), questions })
-        .max_decoding_message_size(MESSAGE_BYTES_MAX)
-        .max_encoding_message_size(MESSAGE_BYTES_MAX);
-    Router::new()
-        .route("/chunks/{ticket}/{chunk}", get(give).put(take))
-        .layer(DefaultBodyLimit::disable()) // A chunk's length is known, and held to.
-        .with_state(Bytesmith { host, blocks: Blocks::default() })
-        .route_service("/tierkeep.peer.Peer/{*method}", control)
+/// Whether it begins as HTTP/2 does, `PRI`: no method of a chunk has these letters first.
+async fn asks_questions(stream: &TcpStream) -> std::io::Result<bool> {
+    let mut seen = [0; 2];
+    loop {
+        match (stream.peek(&mut seen).await?, &seen) {
+            (0, _) => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+            (1, b"P\0") => sleep(Duration::from_millis(10)).await, // It could be a PUT yet.
+            (_, seen) => return Ok(seen == b"PR"),
+        }
+    }
 }
 
+#[derive(Clone)]
 struct Answering {
     host: Arc<Host>,
     questions: Arc<Semaphore>,
@@ -231,126 +265,5 @@ impl Peer for Answering {
         spawned.map_err(|e| tonic::Status::resource_exhausted(e.to_string()))?;
         let reply = answered.await.map_err(|_| tonic::Status::internal("the answer panicked"))?;
         Ok(tonic::Response::new(reply))
-    }
-}
-
-#[derive(Clone)]
-struct Bytesmith {
-    host: Arc<Host>,
-    blocks: Blocks,
-}
-
-fn ticket(text: &str) -> Option<Ticket> {
-    let mut ticket = [0; 16];
-    if text.len() != 32 || !text.is_ascii() {
-        return None;
-    }
-    for (index, byte) in ticket.iter_mut().enumerate() {
-        *byte = u8::from_str_radix(&text[2 * index..2 * index + 2], 16).ok()?;
-    }
-    Some(ticket)
-}
-
-fn refused(e: &Error) -> Response {
-    let status = if e.is_not_found() { StatusCode::NOT_FOUND } else { StatusCode::CONFLICT };
-    (status, format!("{}\n", e.chain())).into_response()
-}
-
-/// Takes a chunk of a shard that was offered.
-async fn take(
-    State(smith): State<Bytesmith>,
-    Path((text, chunk)): Path<(String, usize)>,
-    body: Body,
-) -> Response {
-    let Some(ticket) = ticket(&text) else { return StatusCode::NOT_FOUND.into_response() };
-    let incoming = match smith.host.incoming(&ticket) {
-        Ok(incoming) => incoming,
-        Err(e) => return refused(&e),
-    };
-    match timeout(CHUNK_WITHIN, arrive(&*incoming, chunk, body)).await {
-        Ok(response) => response,
-        Err(_) => StatusCode::REQUEST_TIMEOUT.into_response(),
-    }
-}
-
-async fn arrive(incoming: &dyn Landing, chunk: usize, mut body: Body) -> Response {
-    let mut arriving = match incoming.chunk(chunk) {
-        Ok(arriving) => arriving,
-        Err(e) => return refused(&e),
-    };
-    while let Some(frame) = body.frame().await {
-        let data = match frame.map(Frame::into_data) {
-            Ok(Ok(data)) => data,
-            Ok(Err(_)) => continue, // Trailers are nobody's of ours.
-            Err(_) => return StatusCode::BAD_REQUEST.into_response(),
-        };
-        match arriving.write(&data) {
-            Ok(()) => {}
-            Err(Error::Damaged { .. }) => return StatusCode::UNPROCESSABLE_ENTITY.into_response(),
-            Err(e) => return refused(&e),
-        }
-    }
-    match arriving.finish() {
-        true => StatusCode::NO_CONTENT.into_response(),
-        false => StatusCode::UNPROCESSABLE_ENTITY.into_response(),
-    }
-}
-
-/// Gives a chunk of a file that was opened.
-async fn give(
-    State(smith): State<Bytesmith>,
-    Path((text, chunk)): Path<(String, u64)>,
-) -> Response {
-    let Some(ticket) = ticket(&text) else { return StatusCode::NOT_FOUND.into_response() };
-    let found = smith.host.outgoing(&ticket).and_then(|out| Ok((out.chunk(chunk)?, out)));
-    let ((at, len), outgoing) = match found {
-        Ok(found) => found,
-        Err(e) => return refused(&e),
-    };
-    if !outgoing.waits {
-        let leaving = Leaving { outgoing, at, left: len, blocks: smith.blocks };
-        return Response::new(Body::new(leaving));
-    }
-    // A disk: nobody else waits for it.
-    let read = tokio::task::spawn_blocking(move || {
-        let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
-        outgoing.read_at(at, &mut bytes).map(|()| bytes)
-    });
-    match read.await {
-        Ok(Ok(bytes)) => Response::new(Body::from(bytes)),
-        Ok(Err(e)) => refused(&e),
-        Err(_) => StatusCode::INTERNAL_SERVER_ERROR.into_response(),
-    }
-}
-
-/// A chunk on its way out of RAM.
-struct Leaving {
-    outgoing: Arc<Outgoing>,
-    at: u64,
-    left: u64,
-    blocks: Blocks,
-}
-
-impl http_body::Body for Leaving {
-    type Data = Bytes;
-    type Error = Error;
-
-    fn poll_frame(
-        mut self: std::pin::Pin<&mut Self>,
-        _: &mut std::task::Context<'_>,
-    ) -> std::task::Poll<Option<Result<Frame<Bytes>, Error>>> {
-        if self.left == 0 {
-            return std::task::Poll::Ready(None);
-        }
-        let len = usize::try_from(self.left).unwrap_or(usize::MAX).min(BLOCK_BYTES);
-        let (outgoing, at) = (self.outgoing.clone(), self.at);
-        let block = self.blocks.filled(len, |into| outgoing.read_at(at, into));
-        self.at += len as u64;
-        self.left -= len as u64;
-        std::task::Poll::Ready(Some(block.map(Frame::data)))
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        SizeHint::with_exact(self.left)
     }
 }
