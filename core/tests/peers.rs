@@ -174,7 +174,13 @@ impl Network for Sim {
         Ok(std::thread::spawn(move || machine.host.answer(request)).join().unwrap())
     }
 
-    fn push(&self, node: &str, ticket: &Ticket, from: &dyn Source, chunks: &Chunks) -> Result<()> {
+    fn push(
+        &self,
+        node: &str,
+        ticket: &Ticket,
+        from: &dyn Source,
+        chunks: &Chunks<'_>,
+    ) -> Result<()> {
         while let Some(chunk) = chunks.next() {
             let machine = self.world.reach(&self.me, node).inspect_err(|_| chunks.again(chunk))?;
             let at = chunk as u64 * chunks.chunk_bytes();
@@ -188,7 +194,13 @@ impl Network for Sim {
         Ok(())
     }
 
-    fn pull(&self, node: &str, ticket: &Ticket, into: &dyn Landing, chunks: &Chunks) -> Result<()> {
+    fn pull(
+        &self,
+        node: &str,
+        ticket: &Ticket,
+        into: &dyn Landing,
+        chunks: &Chunks<'_>,
+    ) -> Result<()> {
         while let Some(chunk) = chunks.next() {
             let machine = self.world.reach(&self.me, node).inspect_err(|_| chunks.again(chunk))?;
             let outgoing = machine.host.outgoing(ticket)?;
@@ -203,9 +215,17 @@ impl Network for Sim {
 }
 
 /// A chunk has come, as `bytes`.
-fn take(arriving: Box<dyn Arriving + '_>, bytes: &[u8], chunk: usize, all: &Chunks) -> Result<()> {
+fn take(
+    arriving: Box<dyn Arriving + '_>,
+    bytes: &[u8],
+    chunk: usize,
+    all: &Chunks<'_>,
+) -> Result<()> {
     match arriving.take(&mut &*bytes) {
-        Ok(true) => Ok(()),
+        Ok(true) => {
+            all.carried(chunk);
+            Ok(())
+        }
         Ok(false) => {
             all.refuse(chunk);
             Ok(())

@@ -357,7 +357,11 @@ impl Cascade {
         manifest: &ShardManifest,
     ) -> Vec<Result<PeerReceipt>> {
         let keep = self.needed(&locked(&self.work));
-        let source = Watched { payload: &shard.payload, cascade: self, shard };
+        let source = Watched { payload: &shard.payload, cascade: self };
+        let arrived = |bytes| {
+            shard.save.add_peer_bytes(bytes);
+            add(&self.parts.observer.counters.peer_bytes, bytes);
+        };
         let one = |node: &str| {
             self.inform(peers, node)?;
             let outbound = Outbound {
@@ -366,6 +370,7 @@ impl Cascade {
                 manifest: &shard.manifest,
                 payload: &manifest.payload,
                 source: &source,
+                arrived: &arrived,
                 attempt: self.parts.record.attempt.number,
                 keep: &keep,
             };
@@ -529,11 +534,10 @@ impl Cascade {
     }
 }
 
-/// A slot's bytes on their way: counted, and no more of them once the attempt has ended here.
+/// A slot's bytes on their way: no more of them once the attempt has ended here.
 struct Watched<'a> {
     payload: &'a SlotPayload,
     cascade: &'a Cascade,
-    shard: &'a Shard,
 }
 
 impl Source for Watched<'_> {
@@ -541,14 +545,14 @@ impl Source for Watched<'_> {
         self.payload.len
     }
 
+    fn file(&self) -> Option<&std::fs::File> {
+        Some(self.payload.slot.file()).filter(|_| !locked(&self.cascade.work).stop)
+    }
+
     fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<()> {
         if locked(&self.cascade.work).stop {
             return Err(Error::Fenced { why: "the attempt ended in this process".into() });
         }
-        self.payload.read_into(offset, into)?;
-        let bytes = into.len() as u64;
-        self.shard.save.add_peer_bytes(bytes);
-        add(&self.cascade.parts.observer.counters.peer_bytes, bytes);
-        Ok(())
+        self.payload.read_into(offset, into)
     }
 }

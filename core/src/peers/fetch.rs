@@ -59,7 +59,7 @@ pub(crate) fn fetch(
         if missing.is_empty() {
             return Ok(told);
         }
-        let parts: Vec<Arc<Chunks>> = if shared {
+        let parts: Vec<Arc<Chunks<'_>>> = if shared {
             let all = Arc::new(Chunks::new(missing.iter().copied(), chunk_bytes));
             holders.iter().map(|_| all.clone()).collect()
         } else {
@@ -122,11 +122,11 @@ fn pull(
     peers: &Peers,
     name: &str,
     holders: &[Holder<'_>],
-    parts: &[Arc<Chunks>],
+    parts: &[Arc<Chunks<'_>>],
     into: &Incoming,
 ) -> Vec<Result<()>> {
     let payload = &into.manifest.payload;
-    let one = |holder: &Holder<'_>, chunks: &Chunks| {
+    let one = |holder: &Holder<'_>, chunks: &Chunks<'_>| {
         let (ticket, length) = holder.remote.ticket(name, payload.chunk_bytes)?;
         if length != payload.length {
             return Err(Error::damaged(name, format!("it has {length} bytes")));

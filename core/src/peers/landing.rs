@@ -26,22 +26,42 @@ use crate::{
         map::SlotMap,
         slot::{Slot, SlotPayload},
     },
+    tier::buffer::AlignedBuf,
 };
 
 /// Chunks that are still to be carried, handed out one at a time to whoever carries.
-#[derive(Debug)]
-pub struct Chunks {
+pub struct Chunks<'a> {
     todo: Mutex<VecDeque<usize>>,
     refused: Mutex<BTreeSet<usize>>,
     chunk_bytes: u64,
+    tell: Option<&'a (dyn Fn(usize) + Sync)>,
 }
 
-impl Chunks {
+impl std::fmt::Debug for Chunks<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Chunks").field("todo", &self.todo).finish_non_exhaustive()
+    }
+}
+
+impl<'a> Chunks<'a> {
     /// These, in this order.
     #[must_use]
     pub fn new(todo: impl IntoIterator<Item = usize>, chunk_bytes: u64) -> Self {
         let todo = Mutex::new(todo.into_iter().collect());
-        Self { todo, refused: Mutex::default(), chunk_bytes }
+        Self { todo, refused: Mutex::default(), chunk_bytes, tell: None }
+    }
+
+    /// Tells `tell` of each that got through.
+    #[must_use]
+    pub fn telling(self, tell: &'a (dyn Fn(usize) + Sync)) -> Self {
+        Self { tell: Some(tell), ..self }
+    }
+
+    /// It got through, and is what it should be.
+    pub fn carried(&self, chunk: usize) {
+        if let Some(tell) = self.tell {
+            tell(chunk);
+        }
     }
 
     /// The next one to carry.
@@ -251,8 +271,9 @@ struct Chunk<'a> {
     done: bool,
 }
 
-/// What is taken and checksummed at a time: the second of the two finds it in the core's cache.
-const PIECE_BYTES: usize = 256 << 10;
+/// What is taken and checksummed at a time: the second of the two finds it in the core's cache. It fits
+/// there twice, in the slot and in a buffer.
+const PIECE_BYTES: usize = 128 << 10;
 
 impl Chunk<'_> {
     /// The next bytes of it, also in `scratch`.
@@ -292,7 +313,7 @@ impl Arriving for Chunk<'_> {
     }
 
     fn take(mut self: Box<Self>, from: &mut dyn Flow) -> Result<bool, Broken> {
-        let mut scratch = vec![0; PIECE_BYTES];
+        let mut scratch = AlignedBuf::new(PIECE_BYTES);
         let mut hasher = crc32fast::Hasher::new();
         let mut done = 0;
         while done < self.len {

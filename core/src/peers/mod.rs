@@ -78,12 +78,24 @@ pub trait Network: Send + Sync + std::fmt::Debug {
     ///
     /// # Errors
     /// The other side is out of reach, or too slow; or `from` cannot be read.
-    fn push(&self, node: &str, ticket: &Ticket, from: &dyn Source, chunks: &Chunks) -> Result<()>;
+    fn push(
+        &self,
+        node: &str,
+        ticket: &Ticket,
+        from: &dyn Source,
+        chunks: &Chunks<'_>,
+    ) -> Result<()>;
     /// Reads chunks, as `chunks` hands them out, of a file that was opened.
     ///
     /// # Errors
     /// The other side is out of reach, or too slow; or `into` cannot take them.
-    fn pull(&self, node: &str, ticket: &Ticket, into: &dyn Landing, chunks: &Chunks) -> Result<()>;
+    fn pull(
+        &self,
+        node: &str,
+        ticket: &Ticket,
+        into: &dyn Landing,
+        chunks: &Chunks<'_>,
+    ) -> Result<()>;
 }
 
 /// A run as all nodes know it: whose, and where it lies on each of them.

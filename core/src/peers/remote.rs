@@ -14,7 +14,7 @@ use crate::{
     error::{Error, Result},
     names::parse_payload_name,
     observe::locked,
-    tier::{Created, Entry, Payload, Receipt, Source, Tier, TierKind},
+    tier::{Created, Entry, Payload, Receipt, Source, Tier, TierKind, buffer::AlignedBuf},
     wire::{FRAME_BYTES_MAX, convert},
 };
 
@@ -232,7 +232,7 @@ struct Part<'a> {
 }
 
 /// What is taken at a time.
-const PIECE_BYTES: usize = 256 << 10;
+const PIECE_BYTES: usize = 128 << 10;
 
 impl Arriving for Part<'_> {
     fn len(&self) -> u64 {
@@ -240,7 +240,7 @@ impl Arriving for Part<'_> {
     }
 
     fn take(self: Box<Self>, from: &mut dyn Flow) -> Result<bool, Broken> {
-        let mut piece = vec![0; usize::try_from(self.len).unwrap_or(usize::MAX).min(PIECE_BYTES)];
+        let mut piece = AlignedBuf::new(PIECE_BYTES);
         let mut done = 0;
         while done < self.len {
             let left = usize::try_from(self.len - done).unwrap_or(usize::MAX).min(piece.len());

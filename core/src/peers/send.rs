@@ -29,6 +29,8 @@ pub(crate) struct Outbound<'a> {
     pub(crate) source: &'a dyn Source,
     /// The attempt that offers it.
     pub(crate) attempt: u32,
+    /// Told of bytes that have arrived.
+    pub(crate) arrived: &'a (dyn Fn(u64) + Sync),
     /// What the holder is to keep meanwhile.
     pub(crate) keep: &'a [CheckpointKey],
 }
@@ -61,9 +63,10 @@ pub(crate) fn send(peers: &Peers, node: &str, shard: &Outbound<'_>) -> Result<Pe
     let ticket = ticket(node, &taken.ticket)?;
     let count = shard.payload.chunks.len();
     let mut missing: Vec<usize> = (0..count).collect();
+    let tell = |chunk| (shard.arrived)(shard.payload.chunk_len(chunk));
     let mut trouble = None;
     for _ in 0..TRIES {
-        let chunks = Chunks::new(missing.iter().copied(), shard.payload.chunk_bytes);
+        let chunks = Chunks::new(missing.iter().copied(), shard.payload.chunk_bytes).telling(&tell);
         let pushed = peers.network.push(node, &ticket, shard.source, &chunks);
         for chunk in chunks.take_refused() {
             check_own(shard, chunk)?;

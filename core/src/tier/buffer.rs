@@ -1,4 +1,8 @@
 //! Memory that O_DIRECT accepts: aligned and padded to 4096 bytes.
+//!
+//! It is also what the kernel copies to and from at full speed. A large `Vec` begins 16 bytes behind a page,
+//! where the allocator has its header, and a copy of a file's page to 16 bytes behind one took twice the
+//! time on an AMD EPYC (`rep movsb`, 2.9 against 1.6 GB/s through a socket; 64 bytes behind is as good as 0).
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 

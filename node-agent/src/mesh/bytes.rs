@@ -59,14 +59,17 @@ impl Carrier {
         address: SocketAddr,
         ticket: &Ticket,
         from: &dyn Source,
-        chunks: &Chunks,
+        chunks: &Chunks<'_>,
     ) -> Result<()> {
         self.on_lines(node, address, chunks, &|line, chunk| {
             let at = chunk as u64 * chunks.chunk_bytes();
             let len = from.len().saturating_sub(at).min(chunks.chunk_bytes());
             self.pace.wait(len);
             match put(line, ticket, chunk, from, (at, len))? {
-                204 => Ok(()),
+                204 => {
+                    chunks.carried(chunk);
+                    Ok(())
+                }
                 422 => {
                     chunks.refuse(chunk);
                     Ok(())
@@ -82,7 +85,7 @@ impl Carrier {
         address: SocketAddr,
         ticket: &Ticket,
         into: &dyn Landing,
-        chunks: &Chunks,
+        chunks: &Chunks<'_>,
     ) -> Result<()> {
         self.on_lines(node, address, chunks, &|line, chunk| get(line, ticket, chunk, into, chunks))
     }
@@ -92,7 +95,7 @@ impl Carrier {
         &self,
         node: &str,
         address: SocketAddr,
-        chunks: &Chunks,
+        chunks: &Chunks<'_>,
         carry: &(dyn Fn(&mut Line, usize) -> std::result::Result<(), Failed> + Sync),
     ) -> Result<()> {
         let trouble: Mutex<Option<Failed>> = Mutex::default();
@@ -209,7 +212,7 @@ fn get(
     ticket: &Ticket,
     chunk: usize,
     into: &dyn Landing,
-    chunks: &Chunks,
+    chunks: &Chunks<'_>,
 ) -> std::result::Result<(), Failed> {
     line.within(CHUNK_WITHIN);
     let head = request(Method::Get, ticket, chunk, 0);
@@ -226,7 +229,10 @@ fn get(
         return Err(Failed::Connection(io::Error::other(why)));
     }
     match arriving.take(line) {
-        Ok(true) => Ok(()),
+        Ok(true) => {
+            chunks.carried(chunk);
+            Ok(())
+        }
         Ok(false) => {
             chunks.refuse(chunk);
             Ok(())

@@ -25,6 +25,7 @@ use rustls::{ClientConnection, ServerConnection, StreamOwned};
 use tierkeep::{
     clock::{Deadline, SystemClock},
     peers::Flow,
+    tier::buffer::AlignedBuf,
 };
 
 /// How long another host may take to let us in.
@@ -225,7 +226,7 @@ impl Line {
         if let (Self::Plain(socket), Some(file)) = (&*self, file) {
             return socket.send_file(file, at, len);
         }
-        let mut block = vec![0; BLOCK_BYTES];
+        let mut block = AlignedBuf::new(BLOCK_BYTES);
         let mut done = 0;
         while done < len {
             let piece = usize::try_from(len - done).unwrap_or(usize::MAX).min(BLOCK_BYTES);

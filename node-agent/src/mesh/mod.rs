@@ -139,11 +139,23 @@ impl Network for Mesh {
         self.control.ask(&member, request, within)
     }
 
-    fn push(&self, node: &str, ticket: &Ticket, from: &dyn Source, chunks: &Chunks) -> Result<()> {
+    fn push(
+        &self,
+        node: &str,
+        ticket: &Ticket,
+        from: &dyn Source,
+        chunks: &Chunks<'_>,
+    ) -> Result<()> {
         self.carrier.push(node, self.address(node)?, ticket, from, chunks)
     }
 
-    fn pull(&self, node: &str, ticket: &Ticket, into: &dyn Landing, chunks: &Chunks) -> Result<()> {
+    fn pull(
+        &self,
+        node: &str,
+        ticket: &Ticket,
+        into: &dyn Landing,
+        chunks: &Chunks<'_>,
+    ) -> Result<()> {
         self.carrier.pull(node, self.address(node)?, ticket, into, chunks)
     }
 }
