@@ -20,6 +20,7 @@
 
 mod again;
 mod asked;
+mod below;
 mod release;
 mod standing;
 mod to_disk;

@@ -21,6 +21,7 @@ mod chair;
 mod connection;
 mod drain;
 mod hands;
+mod heal;
 mod lead;
 mod left;
 mod peer;
@@ -108,6 +109,10 @@ pub struct Host {
     transfers: Mutex<Transfers>,
     /// What is held for ranks of other nodes.
     shelves: Mutex<HashMap<(PathBuf, u32), Stand>>,
+    /// Ranks of nodes that are gone, of which something is held here.
+    healing: Mutex<HashMap<(PathBuf, u32), heal::Healing>>,
+    /// In the hands of whoever heals them.
+    healer: Arc<()>,
     commons: Arc<Commons>,
     /// The other agents, where there are any.
     network: OnceLock<Arc<dyn Network>>,
@@ -164,6 +169,8 @@ impl Host {
             changed: Signal::default(),
             transfers: Mutex::default(),
             shelves: Mutex::default(),
+            healing: Mutex::default(),
+            healer: Arc::default(),
             commons: Arc::default(),
             network: OnceLock::new(),
             _locks: locks,

@@ -26,16 +26,15 @@ use tierkeep_proto::peer::{self as wire, reply::Answer, request::Ask};
 use super::{Cascade, IDLE, POLL, Shard, Work};
 use crate::{
     agree::{InRam, Own},
-    attempt::Attempts,
     begin::roster::Roster,
     clock::Deadline,
     error::{Error, Result},
     manifest::{ShardManifest, decode},
-    names::{ATTEMPTS, CheckpointKey, Rank, Step, parse_attempt_file, ranks},
+    names::{CheckpointKey, Rank, Step, ranks},
     observe::{add, locked},
     peers::{
         Peers,
-        send::{Outbound, PeerReceipt, send},
+        send::{Outbound, PeerReceipt, inform, send},
         wire_key,
     },
     placement::{self, Node, place},
@@ -66,15 +65,17 @@ pub(super) struct Copies {
     chosen: Option<u64>,
     /// The newest step that is held elsewhere, of all ranks; and who holds this rank's shard of it.
     pub(super) whole: Option<CheckpointKey>,
-    receipts: Vec<PeerReceipt>,
+    pub(super) receipts: Vec<PeerReceipt>,
     /// There are too few nodes, or they do not answer: nothing is kept for them.
     trouble: bool,
     /// Nodes that may hold something of this rank.
-    holders: BTreeSet<String>,
+    pub(super) holders: BTreeSet<String>,
     /// Where the ranks are, as far as the leader knew when it was asked.
     roster: BTreeMap<u32, String>,
     /// Nodes that have this run's records, of this attempt too.
     informed: BTreeSet<String>,
+    /// Since when a holder of it is known to be lost.
+    pub(super) below: Option<Duration>,
 }
 
 impl Copies {
@@ -117,7 +118,7 @@ impl Cascade {
         let chosen = self.choose_for_peers(peers)?;
         let sent = self.send_own(peers)?;
         let told = self.watch_peers(peers)?;
-        Ok(chosen || sent || told)
+        Ok(chosen || sent || told || self.mend_copies(peers)?)
     }
 
     /// The leader chooses; the others read what it chose.
@@ -218,7 +219,7 @@ impl Cascade {
     }
 
     /// As many copies as there are to be, on nodes of the placement's choice.
-    fn send_shard(
+    pub(super) fn send_shard(
         &self,
         peers: &Peers,
         shard: &Shard,
@@ -372,6 +373,8 @@ impl Cascade {
                 source: &source,
                 arrived: &arrived,
                 attempt: self.parts.record.attempt.number,
+                replicas: self.parts.replicas,
+                owner: None,
                 keep: &keep,
             };
             send(peers, node, &outbound)
@@ -415,19 +418,7 @@ impl Cascade {
         if locked(&self.work).copies.informed.contains(node) {
             return Ok(());
         }
-        let disk = &*self.parts.disk;
-        let tiers = [disk, &*self.parts.ram];
-        let mut records = Vec::new();
-        for entry in disk.list(ATTEMPTS)? {
-            let Some(number) = parse_attempt_file(&entry.name) else { continue };
-            match crate::attempt::read(&tiers, number) {
-                Ok((_, bytes)) => records.push(bytes),
-                Err(e @ Error::Damaged { .. }) => tracing::warn!("{}", e.chain()),
-                Err(e) => return Err(e),
-            }
-        }
-        let joined = Attempts::load(&tiers)?.joined().to_vec();
-        peers.ask(node, Ask::Records(wire::Records { records, joined }))?;
+        inform(peers, node, &[&*self.parts.disk, &*self.parts.ram])?;
         locked(&self.work).copies.informed.insert(node.into());
         Ok(())
     }

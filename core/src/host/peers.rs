@@ -23,7 +23,7 @@ use crate::{
     observe::locked,
     peers::{
         Incoming, Site, Ticket,
-        hold::{Offered, Shelf},
+        hold::{Offered, Owner, Shelf},
         key_of,
     },
     tier::{Source, Tier, TierKind, disk::DiskTier, find_record, memory::MemoryTier},
@@ -113,7 +113,7 @@ impl Host {
         self.act_as(&site)?;
         match request.ask {
             Some(Ask::Look(look)) => self.look(&site, convert::tier_kind(look.tier)?),
-            Some(Ask::Offer(offer)) => self.offer(&site, offer),
+            Some(Ask::Offer(offer)) => self.offer(&site, request.from, offer),
             Some(Ask::Finish(finish)) => self.finish(&finish.ticket),
             Some(Ask::Open(open)) => self.open_for(&site, &open),
             Some(Ask::Records(records)) => self.keep_records(&site, records),
@@ -238,10 +238,17 @@ impl Host {
         }
     }
 
-    fn offer(&self, site: &Site, offer: wire::Offer) -> Result<Answer> {
+    fn offer(&self, site: &Site, from: String, offer: wire::Offer) -> Result<Answer> {
         let (key, rank) = (key_of(offer.key.as_ref())?, Rank(offer.rank));
         let keep: Vec<CheckpointKey> =
             offer.keep.iter().map(|key| key_of(Some(key))).collect::<Result<_>>()?;
+        // What the rank itself does not offer takes no place of anything.
+        let keep = Some(&*keep).filter(|_| offer.owner.is_empty());
+        let owner = Owner {
+            node: if offer.owner.is_empty() { from } else { offer.owner },
+            attempt: offer.attempt,
+            replicas: usize::try_from(offer.replicas).unwrap_or(usize::MAX),
+        };
         let (place, shelf) = self.shelf(site, rank)?;
         let store = shelf.store().0.to_vec();
         // Asked again: what has come so far stays.
@@ -256,7 +263,7 @@ impl Host {
             locked(&self.transfers).open.remove(&ticket);
             drop(incoming.take());
         }
-        let ticket = match shelf.offer(&key, offer.manifest, offer.attempt, &keep)? {
+        let ticket = match shelf.offer(&key, offer.manifest, owner, keep)? {
             Offered::Held => Vec::new(),
             Offered::Wanted(incoming) => {
                 let incoming = Arc::from(incoming);

@@ -23,6 +23,7 @@ impl Host {
             }
             // Sealing reads the manifests of all ranks: what that took is given back.
             self.end_transfers();
+            self.heal();
             let works = self.seats().iter().any(|seat| seat.is_busy());
             if works || worked {
                 crate::sys::give_free_memory_back();

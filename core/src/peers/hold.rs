@@ -41,6 +41,19 @@ pub(crate) struct Shelf {
     store: Id,
     /// Held while the slots are changed. True: they are their own rank's.
     over: Mutex<bool>,
+    /// As of the last offer.
+    owner: Mutex<Option<Owner>>,
+}
+
+/// For whom something is held.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Owner {
+    /// The rank's own node.
+    pub(crate) node: String,
+    /// The attempt's number.
+    pub(crate) attempt: u32,
+    /// Copies that are to be on other nodes.
+    pub(crate) replicas: usize,
 }
 
 /// What became of an offer.
@@ -59,7 +72,8 @@ impl Shelf {
         let signal = Arc::new(Signal::default());
         let arena = Arena::new(ram.clone(), ram_dir, rank, SLOTS, budget, signal, false);
         arena.adopt()?;
-        Ok(Self { arena, ram, rank, store, over: Mutex::default() })
+        let (over, owner) = (Mutex::default(), Mutex::default());
+        Ok(Self { arena, ram, rank, store, over, owner })
     }
 
     /// The rank itself has come to this node: nothing here touches its slots any more.
@@ -80,16 +94,40 @@ impl Shelf {
         self.store
     }
 
-    /// Makes room for a shard. Of this rank's other shards those in `keep` stay, and those of
-    /// `attempt` that are newer.
+    /// For whom it is, as far as an offer to this agent said so.
+    pub(crate) fn owner(&self) -> Option<Owner> {
+        locked(&self.owner).clone()
+    }
+
+    /// What is held, the newest first.
+    pub(crate) fn held(&self) -> Vec<CheckpointKey> {
+        let mut held = self.arena.holds();
+        held.sort_by(|a, b| b.cmp(a));
+        held
+    }
+
+    /// Where it lies, for reading.
+    pub(crate) fn ram(&self) -> &Arc<dyn Tier> {
+        &self.ram
+    }
+
+    /// Makes room for a shard. Of this rank's other shards those in `keep` stay, and those of the same
+    /// attempt that are newer; all of them where there is no `keep`.
     pub(crate) fn offer(
         &self,
         key: &CheckpointKey,
         manifest: Vec<u8>,
-        attempt: u32,
-        keep: &[CheckpointKey],
+        owner: Owner,
+        keep: Option<&[CheckpointKey]>,
     ) -> Result<Offered> {
         let _changing = self.changing()?;
+        let attempt = owner.attempt;
+        {
+            let mut known = locked(&self.owner);
+            if known.as_ref().is_none_or(|known| known.attempt <= attempt) {
+                *known = Some(owner);
+            }
+        }
         let described = decode(&manifest, "a manifest that was offered", key, self.rank)?;
         if self.holds(key) {
             let (_, there) = read_manifest(&*self.ram, key, self.rank, None)?;
@@ -100,7 +138,7 @@ impl Shelf {
         }
         let may_go = |old: &CheckpointKey| {
             let over = old.attempt.number < attempt || old.step < key.step;
-            over && !keep.contains(old)
+            over && keep.is_some_and(|keep| !keep.contains(old))
         };
         let filling = self.arena.acquire(described.payload.length, &may_go)?;
         let Some(filling) = filling else {

@@ -11,10 +11,11 @@ use tierkeep_proto::peer::{self as wire, reply::Answer, request::Ask};
 
 use super::{Chunks, Peers, odd, ticket, wire_key};
 use crate::{
+    attempt::{self, Attempts},
     error::{Error, Result},
     manifest::PayloadInfo,
     names::{CheckpointKey, Rank},
-    tier::{Source, buffer::AlignedBuf},
+    tier::{Source, Tier, buffer::AlignedBuf},
 };
 
 /// How often chunks that did not arrive are sent again.
@@ -29,6 +30,10 @@ pub(crate) struct Outbound<'a> {
     pub(crate) source: &'a dyn Source,
     /// The attempt that offers it.
     pub(crate) attempt: u32,
+    /// Copies that it is to have on other nodes.
+    pub(crate) replicas: usize,
+    /// The rank's own node, where that is another one.
+    pub(crate) owner: Option<&'a str>,
     /// Told of bytes that have arrived.
     pub(crate) arrived: &'a (dyn Fn(u64) + Sync),
     /// What the holder is to keep meanwhile.
@@ -54,6 +59,8 @@ pub(crate) fn send(peers: &Peers, node: &str, shard: &Outbound<'_>) -> Result<Pe
         manifest: shard.manifest.to_vec(),
         keep: shard.keep.iter().map(wire_key).collect(),
         attempt: shard.attempt,
+        replicas: u32::try_from(shard.replicas).unwrap_or(u32::MAX),
+        owner: shard.owner.unwrap_or_default().into(),
     };
     let Answer::Taken(taken) = peers.ask(node, Ask::Offer(offer))? else { return Err(odd(node)) };
     let held = |store| PeerReceipt { node: node.into(), store };
@@ -86,6 +93,18 @@ pub(crate) fn send(peers: &Peers, node: &str, shard: &Outbound<'_>) -> Result<Pe
         let why = format!("{node} refuses {} of its {count} chunks", missing.len());
         Error::Skipped { step: shard.key.step, why }
     }))
+}
+
+/// Gives a holder the run's records, as they lie in `tiers`: without them nobody could tell the lineage of
+/// what it holds.
+pub(crate) fn inform(peers: &Peers, node: &str, tiers: &[&dyn Tier]) -> Result<()> {
+    let attempts = Attempts::load(tiers)?;
+    let mut records = Vec::new();
+    for record in attempts.records() {
+        records.push(attempt::read(tiers, record.attempt.number)?.1);
+    }
+    let joined = attempts.joined().to_vec();
+    peers.ask(node, Ask::Records(wire::Records { records, joined })).map(drop)
 }
 
 /// Whether a chunk that was refused is what it should be here.

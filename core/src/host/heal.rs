@@ -1,0 +1,217 @@
+//! Copies of ranks whose own node is gone are made again by those that hold one: nobody else would, until
+//! the job comes back.
+//!
+//! # Invariants
+//!
+//! - A rank whose node lives makes its own copies; nobody does so for it.
+//! - What is of an older attempt than one whose leader lives is left alone: that one's ranks say what goes.
+//! - The newest step first, one shard at a time; bytes go at the rate of all that this agent sends.
+//! - Nothing that is held gives way for it: neither here nor where it goes.
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use super::Host;
+use crate::{
+    clock::Clock,
+    commit::read_manifest,
+    error::Result,
+    names::{CheckpointKey, Rank},
+    observe::locked,
+    peers::{
+        Peers, Site,
+        hold::{Owner, Shelf},
+        send::{Outbound, inform, send},
+    },
+    placement::{Shard, place},
+};
+
+/// A node that is away for no longer is being restarted.
+const HEAL_AFTER: Duration = Duration::from_secs(10);
+
+/// Where that failed, it is tried again.
+const AGAIN: Duration = Duration::from_secs(30);
+
+/// What is known of a rank whose node is gone.
+#[derive(Debug)]
+pub(super) struct Healing {
+    /// When it is looked at again.
+    next: Duration,
+    /// Who has copies besides this node, once there are enough.
+    copies: Option<BTreeSet<String>>,
+}
+
+/// One whose copies are to be made.
+struct Patient {
+    site: Site,
+    rank: Rank,
+    shelf: Arc<Shelf>,
+    owner: Owner,
+}
+
+impl Host {
+    /// Looks for ranks whose nodes are gone, and heals them on a thread of its own, one round at a time.
+    pub(super) fn heal(self: &Arc<Self>) {
+        let Some(network) = self.network.get().filter(|network| network.is_settled()) else {
+            return;
+        };
+        let alive: BTreeSet<String> = network.nodes().into_iter().map(|node| node.name).collect();
+        let patients = self.patients(&alive);
+        if patients.is_empty() {
+            return;
+        }
+        if Arc::strong_count(&self.healer) > 1 {
+            return; // Somebody is at it.
+        }
+        let (host, turn) = (self.clone(), self.healer.clone());
+        let work = move || {
+            let _turn = turn;
+            for patient in &patients {
+                host.heal_one(patient);
+            }
+        };
+        if let Err(e) = std::thread::Builder::new().name("tierkeep-heal".into()).spawn(work) {
+            tracing::error!("no thread to make copies again: {e}");
+        }
+    }
+
+    /// Those that have waited long enough, the newest step first.
+    fn patients(&self, alive: &BTreeSet<String>) -> Vec<Patient> {
+        let now = self.clock.monotonic();
+        let mut healing = locked(&self.healing);
+        let mut due = Vec::new();
+        let mut known = BTreeSet::new();
+        for (place, (site, shelf)) in locked(&self.shelves).iter() {
+            let Some(owner) = shelf.owner().filter(|owner| !alive.contains(&owner.node)) else {
+                continue;
+            };
+            let newer = |led: &crate::peers::commons::Led| {
+                led.record.attempt.number > owner.attempt && alive.contains(&led.node)
+            };
+            if self.commons.led(site).is_some_and(|led| newer(&led)) {
+                continue;
+            }
+            known.insert(place.clone());
+            let new = || Healing { next: now.saturating_add(HEAL_AFTER), copies: None };
+            let one = healing.entry(place.clone()).or_insert_with(new);
+            // Whoever had a copy may be lost as well.
+            let enough = one.copies.as_ref().is_some_and(|all| all.is_subset(alive));
+            if enough || now < one.next {
+                continue;
+            }
+            one.next = now.saturating_add(AGAIN);
+            due.push(Patient {
+                site: site.clone(),
+                rank: Rank(place.1),
+                shelf: shelf.clone(),
+                owner,
+            });
+        }
+        healing.retain(|place, _| known.contains(place));
+        due.sort_by_cached_key(|patient| {
+            std::cmp::Reverse(patient.shelf.held().into_iter().next())
+        });
+        due
+    }
+
+    fn heal_one(&self, patient: &Patient) {
+        let Patient { site, rank, shelf, owner } = patient;
+        let run = site.destination.display();
+        let healed = self.act_as(site).and_then(|()| self.copy_again(patient));
+        match healed {
+            Ok(copies) if copies.len() >= owner.replicas => {
+                let all: Vec<&str> = copies.iter().map(String::as_str).collect();
+                let step = shelf.held().into_iter().next();
+                let step = step.map_or_else(String::new, |key| key.step.to_string());
+                tracing::info!(
+                    "{run}, {rank}: {} is gone; {step} is here and on {}",
+                    owner.node,
+                    all.join(" and ")
+                );
+                let mut healing = locked(&self.healing);
+                let place = (crate::config::real(&site.destination), rank.0);
+                if let Some(one) = healing.get_mut(&place) {
+                    one.copies = Some(copies);
+                }
+            }
+            Ok(copies) => tracing::warn!(
+                "{run}, {rank}: {} is gone, and only {} of {} other nodes take a copy",
+                owner.node,
+                copies.len(),
+                owner.replicas
+            ),
+            Err(e) => tracing::warn!("{run}, {rank}: no copy was made again: {}", e.chain()),
+        }
+    }
+
+    /// Makes copies of all that is held, the newest first; who has the newest now.
+    fn copy_again(&self, patient: &Patient) -> Result<BTreeSet<String>> {
+        let Patient { site, rank, shelf, owner } = patient;
+        let Some(network) = self.network.get() else { return Ok(BTreeSet::new()) };
+        let (network, commons) = (network.clone(), self.commons.clone());
+        let peers = Peers { network, site: site.clone(), commons };
+        let held = shelf.held();
+        let mut first = None;
+        for key in &held {
+            let mut copies = BTreeSet::new();
+            let mut refused = BTreeSet::new();
+            while copies.len() < owner.replicas {
+                let next = next_holder(&peers, *rank, owner.replicas, &copies, &refused);
+                let Some(node) = next else { break };
+                match copy_to(&peers, &node, shelf, *rank, owner, key) {
+                    Ok(()) => copies.insert(node),
+                    Err(e) => {
+                        tracing::debug!("{node} takes no copy of {key}, {rank}: {}", e.chain());
+                        refused.insert(node)
+                    }
+                };
+            }
+            first.get_or_insert(copies);
+        }
+        Ok(first.unwrap_or_default())
+    }
+}
+
+/// The node that the placement wants next, as if this one were the rank's own.
+fn next_holder(
+    peers: &Peers,
+    rank: Rank,
+    replicas: usize,
+    copies: &BTreeSet<String>,
+    refused: &BTreeSet<String>,
+) -> Option<String> {
+    let me = peers.network.me();
+    let mut nodes = peers.network.nodes();
+    nodes.retain(|node| !refused.contains(&node.name));
+    let node = nodes.iter().position(|node| node.name == me)?;
+    let name = format!("{}#{}", peers.site.destination.display(), rank.0);
+    let placed = place(&nodes, &[Shard { name, node }], replicas.min(nodes.len()));
+    let holders = placed.holders.into_iter().flatten().map(|index| nodes[index].name.clone());
+    holders.into_iter().find(|node| !copies.contains(node))
+}
+
+fn copy_to(
+    peers: &Peers,
+    node: &str,
+    shelf: &Shelf,
+    rank: Rank,
+    owner: &Owner,
+    key: &CheckpointKey,
+) -> Result<()> {
+    let ram = &**shelf.ram();
+    let (manifest, bytes) = read_manifest(ram, key, rank, None)?;
+    let source = ram.open(&key.file(&manifest.payload.file))?;
+    inform(peers, node, &[ram])?;
+    let outbound = Outbound {
+        key,
+        rank,
+        manifest: &bytes,
+        payload: &manifest.payload,
+        source: &*source,
+        arrived: &|_| {},
+        attempt: owner.attempt,
+        replicas: owner.replicas,
+        owner: Some(&owner.node),
+        keep: &[],
+    };
+    send(peers, node, &outbound).map(drop)
+}

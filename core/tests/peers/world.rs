@@ -1,0 +1,293 @@
+//! Several agents in this process, with a network between them that can be cut, and that can lie.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use tierkeep::{
+    Error, Result,
+    checkpointer::Checkpointer,
+    host::Host,
+    peers::{Arriving, Broken, Chunks, Landing, Network, Ticket},
+    placement::Node,
+    save::Level,
+    tier::Source,
+};
+use tierkeep_proto::peer as wire;
+
+use crate::common::{self, Model, SIZES, settings, wait};
+
+/// One agent, its disk and its memory.
+pub(crate) struct Machine {
+    pub(crate) disk: tempfile::TempDir,
+    pub(crate) ram: tempfile::TempDir,
+    pub(crate) host: Arc<Host>,
+}
+
+impl Machine {
+    pub(crate) fn destination(&self) -> PathBuf {
+        self.disk.path().join("run")
+    }
+}
+
+/// All of them.
+#[derive(Default)]
+pub(crate) struct World {
+    pub(crate) machines: Mutex<BTreeMap<String, Arc<Machine>>>,
+    pub(crate) lost: Mutex<BTreeSet<String>>,
+    /// Pairs that do not hear each other.
+    pub(crate) cut: Mutex<BTreeSet<(String, String)>>,
+    /// So many of the next chunks have one bit flipped on their way.
+    pub(crate) flips: AtomicUsize,
+    /// Chunks that went over the network.
+    pub(crate) chunks: AtomicUsize,
+}
+
+impl World {
+    pub(crate) fn new(names: &[&str]) -> Arc<Self> {
+        let world = Arc::new(Self::default());
+        names.iter().for_each(|name| world.begin(name));
+        world
+    }
+
+    pub(crate) fn begin(self: &Arc<Self>, name: &str) {
+        let ram = tempfile::Builder::new().prefix("tierkeep-test-").tempdir_in("/dev/shm").unwrap();
+        let (host, listener) = Host::open(settings(ram.path())).unwrap();
+        host.meet(Arc::new(Sim { me: name.into(), world: self.clone() }));
+        let serving = host.clone();
+        std::thread::spawn(move || serving.serve(&listener).unwrap());
+        let machine = Machine { disk: tempfile::tempdir().unwrap(), ram, host };
+        self.lost.lock().unwrap().remove(name);
+        self.machines.lock().unwrap().insert(name.into(), Arc::new(machine));
+    }
+
+    /// The node is gone, with all that it had.
+    pub(crate) fn lose(&self, name: &str) {
+        let machine = self.machines.lock().unwrap().remove(name).unwrap();
+        self.lost.lock().unwrap().insert(name.into());
+        machine.host.end();
+    }
+
+    pub(crate) fn machine(&self, name: &str) -> Arc<Machine> {
+        self.machines.lock().unwrap()[name].clone()
+    }
+
+    fn reach(&self, from: &str, to: &str) -> Result<Arc<Machine>> {
+        let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
+        let cut = self.cut.lock().unwrap();
+        let machines = self.machines.lock().unwrap();
+        let machine = machines.get(to).filter(|_| machines.contains_key(from)).cloned();
+        let cut = cut.contains(&pair(from, to)) || cut.contains(&pair(to, from));
+        machine.filter(|_| !cut).ok_or_else(|| Error::Io {
+            what: format!("reach {to}"),
+            source: std::io::ErrorKind::HostUnreachable.into(),
+        })
+    }
+
+    pub(crate) fn open(&self, node: &str, replicas: u32) -> Checkpointer {
+        Checkpointer::open(self.config(node, 0, 1, replicas)).unwrap()
+    }
+
+    pub(crate) fn config(
+        &self,
+        node: &str,
+        rank: u32,
+        world: u32,
+        replicas: u32,
+    ) -> tierkeep::config::Config {
+        let machine = self.machine(node);
+        let ram = machine.ram.path();
+        let mut config = common::config(&machine.destination(), ram, rank, world);
+        config.agent = Some(ram.join("agent.sock"));
+        config.replicas = Some(replicas);
+        config.peer_wait = Duration::from_secs(5);
+        config
+    }
+
+    /// Nodes that hold a shard of this step in RAM.
+    pub(crate) fn holders(&self, step: u64) -> Vec<String> {
+        let machines = self.machines.lock().unwrap();
+        let holds = |machine: &Machine| {
+            let runs = std::fs::read_dir(machine.ram.path()).unwrap().flatten();
+            runs.into_iter().any(|run| has_manifest(&run.path().join(format!("{step:020}"))))
+        };
+        machines.iter().filter(|(_, m)| holds(m)).map(|(name, _)| name.clone()).collect()
+    }
+}
+
+pub(crate) fn has_manifest(dir: &Path) -> bool {
+    let attempts = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    attempts.into_iter().any(|attempt| {
+        let mut files = std::fs::read_dir(attempt.path()).into_iter().flatten().flatten();
+        files.any(|file| file.path().extension().is_some_and(|e| e == "json"))
+    })
+}
+
+/// What one node sees of the others.
+pub(crate) struct Sim {
+    me: String,
+    world: Arc<World>,
+}
+
+impl std::fmt::Debug for Sim {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "the network as {} sees it", self.me)
+    }
+}
+
+/// All nodes are on one machine: what is one path for all of them is one for each here.
+pub(crate) fn elsewhere(from: &Machine, to: &Machine, site: &mut wire::Site) {
+    let path = String::from_utf8(site.destination.clone()).unwrap();
+    let (from, to) = (from.disk.path().to_str().unwrap(), to.disk.path().to_str().unwrap());
+    site.destination = path.replace(from, to).into_bytes();
+}
+
+impl Network for Sim {
+    fn me(&self) -> String {
+        self.me.clone()
+    }
+
+    fn nodes(&self) -> Vec<Node> {
+        let names = self.world.machines.lock().unwrap().keys().cloned().collect::<Vec<_>>();
+        let seen = names.into_iter().filter(|n| self.world.reach(&self.me, n).is_ok());
+        seen.map(|name| Node { domains: vec![name.clone()], name }).collect()
+    }
+
+    fn is_settled(&self) -> bool {
+        true
+    }
+
+    fn lost(&self) -> Vec<String> {
+        self.world.lost.lock().unwrap().iter().cloned().collect()
+    }
+
+    fn ask(&self, node: &str, mut request: wire::Request, _: Duration) -> Result<wire::Reply> {
+        let machine = self.world.reach(&self.me, node)?;
+        let own = self.world.reach(&self.me, &self.me)?;
+        elsewhere(&own, &machine, request.site.as_mut().unwrap());
+        Ok(std::thread::spawn(move || machine.host.answer(request)).join().unwrap())
+    }
+
+    fn push(
+        &self,
+        node: &str,
+        ticket: &Ticket,
+        from: &dyn Source,
+        chunks: &Chunks<'_>,
+    ) -> Result<()> {
+        while let Some(chunk) = chunks.next() {
+            let machine = self.world.reach(&self.me, node).inspect_err(|_| chunks.again(chunk))?;
+            let at = chunk as u64 * chunks.chunk_bytes();
+            let len = (from.len() - at).min(chunks.chunk_bytes());
+            let mut bytes = vec![0; usize::try_from(len).unwrap()];
+            from.read_at(at, &mut bytes)?;
+            self.world.on_its_way(&mut bytes);
+            let incoming = machine.host.incoming(ticket)?;
+            take(incoming.chunk(chunk)?, &bytes, chunk, chunks)?;
+        }
+        Ok(())
+    }
+
+    fn pull(
+        &self,
+        node: &str,
+        ticket: &Ticket,
+        into: &dyn Landing,
+        chunks: &Chunks<'_>,
+    ) -> Result<()> {
+        while let Some(chunk) = chunks.next() {
+            let machine = self.world.reach(&self.me, node).inspect_err(|_| chunks.again(chunk))?;
+            let outgoing = machine.host.outgoing(ticket)?;
+            let (at, len) = outgoing.chunk(chunk as u64)?;
+            let mut bytes = vec![0; usize::try_from(len).unwrap()];
+            outgoing.read_at(at, &mut bytes)?;
+            self.world.on_its_way(&mut bytes);
+            take(into.chunk(chunk)?, &bytes, chunk, chunks)?;
+        }
+        Ok(())
+    }
+}
+
+/// A chunk has come, as `bytes`.
+pub(crate) fn take(
+    arriving: Box<dyn Arriving + '_>,
+    bytes: &[u8],
+    chunk: usize,
+    all: &Chunks<'_>,
+) -> Result<()> {
+    match arriving.take(&mut &*bytes) {
+        Ok(true) => {
+            all.carried(chunk);
+            Ok(())
+        }
+        Ok(false) => {
+            all.refuse(chunk);
+            Ok(())
+        }
+        Err(Broken::Place(e)) => Err(e),
+        Err(Broken::Flow(e)) => Err(Error::Bug(e.to_string())),
+    }
+}
+
+impl World {
+    fn on_its_way(&self, bytes: &mut [u8]) {
+        self.chunks.fetch_add(1, Ordering::Relaxed);
+        let flips = self.flips.load(Ordering::Relaxed);
+        if flips > 0 {
+            self.flips.store(flips - 1, Ordering::Relaxed);
+            let middle = bytes.len() / 2;
+            bytes[middle] ^= 1;
+        }
+    }
+}
+
+/// A job: so many ranks, spread over these nodes in turn.
+pub(crate) struct Job {
+    pub(crate) ckpts: Vec<(String, Checkpointer)>,
+}
+
+impl Job {
+    /// Starts all ranks, as a launcher does.
+    pub(crate) fn start(world: &World, nodes: &[&str], ranks: u32, replicas: u32) -> Self {
+        let start = tierkeep::names::Id::random().unwrap();
+        let open = |rank: u32| {
+            let node = nodes[rank as usize % nodes.len()];
+            let mut config = world.config(node, rank, ranks, replicas);
+            config.attempt_id = Some(start);
+            (node.to_owned(), Checkpointer::open(config).unwrap())
+        };
+        Self { ckpts: (0..ranks).map(open).collect() }
+    }
+
+    /// Every rank at once, as they are: each on a thread.
+    pub(crate) fn each<T: Send>(&self, deed: impl Fn(&Checkpointer) -> T + Sync) -> Vec<T> {
+        std::thread::scope(|scope| {
+            let deed = &deed;
+            let all: Vec<_> =
+                self.ckpts.iter().map(|(_, ckpt)| scope.spawn(move || deed(ckpt))).collect();
+            all.into_iter().map(|one| one.join().unwrap()).collect()
+        })
+    }
+
+    /// Where all ranks resume, every bit checked.
+    pub(crate) fn resume(&self) -> u64 {
+        let steps = self.each(|ckpt| common::resume(ckpt, &SIZES).unwrap());
+        assert!(steps.iter().all(|step| *step == steps[0]), "{steps:?}");
+        steps[0]
+    }
+
+    pub(crate) fn train(&self, steps: impl IntoIterator<Item = u64>, level: Level) {
+        for step in steps {
+            self.each(|ckpt| {
+                let model = Model::at(ckpt.config().rank, &SIZES, step);
+                wait(&model.save(ckpt, step).unwrap(), level);
+            });
+        }
+    }
+}
