@@ -19,7 +19,7 @@ pub(crate) mod roster;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use self::{fetched::fetch_shard, joined::join_elsewhere, roster::Roster};
+use self::{fetched::fetch_shard, joined::{Asking, join_elsewhere}, roster::Roster};
 use crate::{
     attempt::{self, AttemptRecord, Attempts},
     clock::Deadline,
@@ -96,10 +96,10 @@ pub(crate) fn begin(place: &Place, how: &Begin, decision: u32) -> Result<Started
             place.check_closed()?;
         }
     }
-    let mut refused = None;
+    let (mut refused, mut asking) = (None, Asking::default());
     loop {
         let joined = match place.peers.as_ref().filter(|_| place.is_spread()) {
-            Some(peers) => join_elsewhere(place, peers, decision).transpose(),
+            Some(peers) => join_elsewhere(place, peers, decision, &mut asking).transpose(),
             None => leaders_record(place, decision)?.map(|record| join_attempt(place, &record)),
         };
         if let Some(joined) = joined {

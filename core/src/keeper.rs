@@ -30,7 +30,7 @@ use tierkeep_proto::peer::{self as wire, request::Ask};
 
 pub(crate) use self::{ending::Ending, local::Local};
 use crate::{
-    agree::{Agreements, board::Board, home::Home},
+    agree::{Agreements, home::Home},
     attempt::AttemptRecord,
     begin::{Begin, Elsewhere, begin},
     cascade::{Cascade, Parts, Shard},
@@ -324,12 +324,11 @@ impl Keeper {
             }
         };
         if node == peers.network.me() {
-            let board = peers.commons.board(&Board::dir(shared, &record.attempt));
+            let board = peers.commons.board(shared, &record.attempt);
             board.tells(&place.signal);
             return Ok(Agreements::spread_from(board));
         }
-        let (clock, signal) = (place.clock.clone(), place.signal.clone());
-        let home = Home::new(peers.clone(), node, record.attempt.dir(), clock, signal)?;
+        let home = Home::new(peers, node, record.attempt.dir(), &place.clock, &place.signal)?;
         Ok(Agreements::at_home(home))
     }
 

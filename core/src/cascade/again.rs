@@ -32,7 +32,7 @@ impl Cascade {
         if sealed {
             work.sealed = Some(step);
         } else if !gave_up {
-            work.carry = Some(Carry { step, deadline, own_done: false });
+            work.carry = Some(Carry { step, deadline, own_done: false, told: false });
         }
         Ok(())
     }

@@ -114,7 +114,7 @@ impl Host {
     fn board(&self, site: &Site, attempt: &str) -> Result<Arc<Board>> {
         let (seat, record) = self.leader(site, attempt)?;
         let shared = &seat.keeper.place.config.destination;
-        Ok(self.commons.board(&Board::dir(shared, &record.attempt)))
+        Ok(self.commons.board(shared, &record.attempt))
     }
 
     pub(super) fn decide(&self, site: &Site, decide: wire::Decide) -> Result<Answer> {
