@@ -298,10 +298,10 @@ impl Keeper {
         let led = Led { node: peers.network.me(), record: record.clone(), bytes: bytes.clone() };
         peers.commons.lead(&peers.site, led);
         let tell = move || {
-            peers.each(|node| {
+            peers.at_once(&peers.others(), |node| {
                 let lead = wire::Lead { record: bytes.clone() };
-                if let Err(e) = peers.ask(node, Ask::Lead(lead)) {
-                    tracing::debug!("{node} was not told of the attempt: {}", e.chain());
+                if let Err(e) = peers.ask(&node.name, Ask::Lead(lead)) {
+                    tracing::debug!("{} was not told of the attempt: {}", node.name, e.chain());
                 }
             });
         };
@@ -339,6 +339,12 @@ impl Keeper {
         leading.roster.insert(rank, node.into());
         let holders = leading.elsewhere.holders.get(&rank).cloned().unwrap_or_default();
         (holders, leading.elsewhere.fallback.clone())
+    }
+
+    /// Where a rank's shard of what this attempt resumes from lay when that was decided, as far as it is
+    /// known.
+    pub(crate) fn places_of(&self, rank: u32) -> Vec<(String, TierKind)> {
+        locked(&self.leading).elsewhere.places.get(&rank).cloned().unwrap_or_default()
     }
 
     /// The ranks that have joined, and where they are.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tierkeep_proto::peer::{self as wire, reply::Answer, request::Ask};
 
-use super::{Elsewhere, Started, check_same, find_shard};
+use super::{Elsewhere, Started, check_same, fetched::Seen, find_shard};
 use crate::{
     attempt,
     error::Result,
@@ -96,11 +96,13 @@ fn join(place: &Place, peers: &Peers, led: &Led) -> Result<Option<Started>> {
     attempt::claim(&*place.disk, &led.record.attempt, rank, &place.nonce)?;
     let restorable = match led.record.parent {
         None => None,
-        Some(parent) => Some(find_shard(place, &led.record, &parent.key())?),
+        Some(parent) => {
+            Some(find_shard(place, &led.record, &parent.key(), &Seen::Asked(&led.node))?)
+        }
     };
     let fallback = joined.fallback.as_ref().map(|key| key_of(Some(key))).transpose()?;
     let holders = [(rank.0, joined.holders)].into();
-    let elsewhere = Elsewhere { fallback, holders };
+    let elsewhere = Elsewhere { fallback, holders, ..Elsewhere::default() };
     Ok(Some(Started { record: led.record.clone(), restorable, elsewhere }))
 }
 

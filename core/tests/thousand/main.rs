@@ -32,7 +32,8 @@ fn tell(what: &str, nodes: usize, (counts, took): &(Counts, Duration)) {
     let bytes: u64 = counts.values().map(|count| count.bytes).sum();
     write!(text, ", {:.1} MB, {:.2} s", bytes as f64 / 1e6, took.as_secs_f64()).unwrap();
     for (kind, count) in counts {
-        write!(text, "\n  {kind:14} {:7}  {:9.3} MB", count.asked, count.bytes as f64 / 1e6).unwrap();
+        write!(text, "\n  {kind:14} {:7}  {:9.3} MB", count.asked, count.bytes as f64 / 1e6)
+            .unwrap();
     }
     println!("{text}");
 }

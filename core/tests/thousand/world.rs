@@ -252,6 +252,7 @@ fn kind(request: &wire::Request) -> &'static str {
         Ask::Roster(_) => "Roster",
         Ask::Decide(decide) => decided(decide),
         Ask::News(_) => "News",
+        Ask::Holders(_) => "Holders",
     }
 }
 
