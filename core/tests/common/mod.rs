@@ -54,6 +54,12 @@ impl Drop for Hosted {
     }
 }
 
+/// A directory in memory.
+pub fn ram() -> tempfile::TempDir {
+    let ram = tempfile::Builder::new().prefix("tierkeep-test-").tempdir_in("/dev/shm");
+    ram.expect("tempdir in /dev/shm")
+}
+
 /// Of an agent that keeps the ram tier at `ram`.
 pub fn settings(ram: &Path) -> Settings {
     Settings {
@@ -77,8 +83,7 @@ fn hosted(ram: &Path) -> Option<Hosted> {
 
 impl Places {
     pub fn new() -> Self {
-        let ram = tempfile::Builder::new().prefix("tierkeep-test-").tempdir_in("/dev/shm");
-        let ram = ram.expect("tempdir in /dev/shm");
+        let ram = ram();
         Self { hosted: hosted(ram.path()), disk: tempfile::tempdir().expect("tempdir"), ram }
     }
 

@@ -7,6 +7,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod inventory;
 mod world;
 
 use std::{fmt::Write as _, time::Duration};
@@ -86,8 +87,46 @@ impl Life {
     }
 }
 
+/// What all may be: of each kind so many a node, and what they are needed for.
+///
+/// A checkpoint: a rank says that it saves, that its shard is in RAM, that it is held, that it is on disk (4);
+/// asks the holder of the one before whether it has it, offers, and asks whether all is there (3); and hears,
+/// one by one at most, that the step is saved, in RAM, to be copied, to be carried, held, and sealed (6).
+/// What was forgotten comes with these; a release is asked where a holder is no longer one (1).
+const A_CHECKPOINT: u64 = 4 + 3 + 6 + 1;
+
+/// A restart: the leader looks at two tiers of each node, at the manifests of two steps (4), and says that it
+/// leads (1); a rank asks who leads (2) and for its place (1), and then has as much to say as in a
+/// checkpoint, of what is resumed from, for which it asks where its ranks are and brings the records (2).
+const A_RESTART: u64 = 4 + 1 + 3 + A_CHECKPOINT + 2;
+
+/// A rank that is somewhere else asks who holds its shard (1), looks twice at each of three places, and opens
+/// it there (9), and lets older holders go (2).
+const A_MOVE: u64 = 1 + 9 + 2;
+
+/// Whatever the number of nodes: one is lost.
+const SLACK: u64 = 60;
+
 #[test]
 fn messages_are_in_proportion_to_the_nodes() {
     let (half, whole) = (Life::of(nodes_max() / 2), Life::of(nodes_max()));
-    let _ = (half.nodes, half.to_peers, half.to_disk, half.one_lost, half.all_moved, whole.nodes);
+    let counts = |life: &Life| {
+        let nodes = life.nodes;
+        [
+            ("a checkpoint to other nodes", life.to_peers, A_CHECKPOINT * nodes),
+            ("a checkpoint to disk", life.to_disk, A_CHECKPOINT * nodes),
+            ("a restart with one node lost", life.one_lost, A_RESTART * nodes + SLACK),
+            (
+                "a restart with all ranks moved",
+                life.all_moved,
+                (A_RESTART + A_MOVE) * nodes + SLACK,
+            ),
+        ]
+    };
+    for ((what, few, most_few), (_, many, most)) in counts(&half).into_iter().zip(counts(&whole)) {
+        assert!(few <= most_few, "{what}, {} nodes: {few} messages, not {most_few}", half.nodes);
+        assert!(many <= most, "{what}, {} nodes: {many} messages, not {most}", whole.nodes);
+        // Twice as many nodes, twice as many messages; with each asking each they would be four times as many.
+        assert!(many <= 3 * few, "{what}: {few} messages, with twice as many nodes {many}");
+    }
 }

@@ -30,7 +30,7 @@ pub const SIZES: [usize; 2] = [3000, 13];
 const QUIET: Duration = Duration::from_millis(400);
 
 /// Waits are long: a thousand agents share one machine.
-pub const PATIENCE: Duration = Duration::from_secs(15);
+pub const PATIENCE: Duration = Duration::from_secs(300);
 
 /// One agent, its disk and its memory.
 struct Machine {
@@ -69,14 +69,13 @@ impl Drop for World {
 
 impl World {
     pub fn new(names: &[String]) -> Arc<Self> {
-        let ram = tempfile::Builder::new().prefix("tierkeep-test-").tempdir_in("/dev/shm").unwrap();
         let world = Arc::new(Self {
             machines: RwLock::default(),
             nodes: RwLock::default(),
             lost: Mutex::default(),
             counts: Mutex::new((Counts::new(), Instant::now())),
             disk: tempfile::tempdir().unwrap(),
-            ram,
+            ram: common::ram(),
         });
         names.iter().for_each(|name| world.begin(name));
         world
