@@ -13,6 +13,7 @@ use crate::{
     config::real,
     names::AttemptRef,
     observe::locked,
+    placement::{Node, Placement, Shard, place},
 };
 
 /// Who leads a run, as it was told last.
@@ -36,7 +37,20 @@ pub(crate) struct Commons {
     boards: Mutex<HashMap<PathBuf, Weak<Board>>>,
     lines: Mutex<HashMap<Far, Weak<Line>>>,
     leads: Mutex<HashMap<Run, Led>>,
+    placed: Mutex<HashMap<Run, Placed>>,
 }
+
+/// A placement, and of what it is one.
+#[derive(Debug)]
+struct Placed {
+    nodes: Vec<Node>,
+    shards: Vec<Shard>,
+    copies: usize,
+    placement: Arc<Placement>,
+}
+
+/// Runs whose placement is kept.
+const PLACED_MAX: usize = 16;
 
 impl Commons {
     /// The decisions of `attempt` that lie here, below `shared`: this agent alone writes to them.
@@ -69,6 +83,30 @@ impl Commons {
         let line = Arc::new(begin(node, attempt));
         lines.insert(far, Arc::downgrade(&line));
         line
+    }
+
+    /// The placement of a run's shards, computed where it is not the last one's: of a thousand ranks that
+    /// takes a sixth of a second, and each rank asks at each checkpoint.
+    pub(crate) fn placed(
+        &self,
+        site: &Site,
+        nodes: &[Node],
+        shards: Vec<Shard>,
+        copies: usize,
+    ) -> Arc<Placement> {
+        let run = run(site);
+        let mut all = locked(&self.placed);
+        let same = |p: &&Placed| p.nodes == nodes && p.shards == shards && p.copies == copies;
+        if let Some(placed) = all.get(&run).filter(same) {
+            return placed.placement.clone();
+        }
+        if all.len() >= PLACED_MAX {
+            all.clear();
+        }
+        let placement = Arc::new(place(nodes, &shards, copies));
+        let nodes = nodes.to_vec();
+        all.insert(run, Placed { nodes, shards, copies, placement: placement.clone() });
+        placement
     }
 
     pub(crate) fn led(&self, site: &Site) -> Option<Led> {

@@ -113,7 +113,7 @@ pub fn copies(
     found: &Found,
     rank: Rank,
     run_id: Option<&Id>,
-) -> Result<(Vec<ShardCopy>, Vec<BadCopy>)> {
+) -> Result<Copies> {
     copies_until(tiers, found, rank, run_id, usize::MAX)
 }
 
@@ -124,7 +124,7 @@ fn copies_until(
     rank: Rank,
     run_id: Option<&Id>,
     enough: usize,
-) -> Result<(Vec<ShardCopy>, Vec<BadCopy>)> {
+) -> Result<Copies> {
     let (mut good, mut bad) = (Vec::new(), Vec::new());
     for (index, tier) in tiers.iter().enumerate() {
         if good.len() >= enough {
@@ -156,6 +156,44 @@ fn copies_until(
         }
     }
     Ok((good, bad))
+}
+
+/// Ranks whose copies are looked at together; what is read of them is kept meanwhile.
+const TOGETHER: usize = 64;
+
+/// Fewer than these are looked at one after the other.
+const FEW: usize = 8;
+
+/// Checking a manifest takes a core; so many do it at most.
+const CHECKING_MAX: usize = 8;
+
+type Copies = (Vec<ShardCopy>, Vec<BadCopy>);
+
+/// The same for several ranks.
+fn copies_of(
+    tiers: &[&dyn Tier],
+    found: &Found,
+    ranks: &[Rank],
+    run_id: Option<&Id>,
+    enough: usize,
+) -> Vec<Result<Copies>> {
+    let look = |ranks: &[Rank]| -> Vec<Result<Copies>> {
+        ranks.iter().map(|rank| copies_until(tiers, found, *rank, run_id, enough)).collect()
+    };
+    if ranks.len() < FEW {
+        return look(ranks);
+    }
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let each = ranks.len().div_ceil(cores.min(CHECKING_MAX));
+    std::thread::scope(|scope| {
+        let look = &look;
+        let parts: Vec<_> =
+            ranks.chunks(each).map(|part| scope.spawn(move || look(part))).collect();
+        let looked = parts.into_iter().flat_map(|part| {
+            part.join().unwrap_or_else(|_| vec![Err(Error::Bug("a look panicked".into()))])
+        });
+        looked.collect()
+    })
 }
 
 fn copy_in(
@@ -285,8 +323,11 @@ fn reach_of(
     let mut trouble = Vec::new();
     let mut reached = Vec::new();
     let mut replicas = Vec::new();
-    for rank in &ranks {
-        let (good, bad) = copies_until(tiers, found, *rank, run_id, enough)?;
+    let looked = ranks
+        .chunks(TOGETHER)
+        .flat_map(|ranks| ranks.iter().zip(copies_of(tiers, found, ranks, run_id, enough)));
+    for (rank, copies) in looked {
+        let (good, bad) = copies?;
         look.shards.push(ShardLook {
             rank: *rank,
             good: good.iter().map(|c| tiers[c.tier].kind()).collect(),
