@@ -41,7 +41,7 @@ pub(crate) struct Remote {
 struct Told {
     length: u64,
     /// What is in it, once that was told.
-    bytes: OnceLock<Vec<u8>>,
+    bytes: OnceLock<Arc<Vec<u8>>>,
 }
 
 /// Tiers of other agents that were looked at together.
@@ -95,7 +95,7 @@ impl Remote {
         let look = wire::Look { names_only: true, key, ..Self::asked(kind) };
         let Answer::Seen(seen) = peers.ask(node, Ask::Look(look))? else { return Err(odd(node)) };
         let told = |file: wire::File| {
-            let bytes = file.bytes.map_or_else(OnceLock::new, OnceLock::from);
+            let bytes = file.bytes.map(Arc::new).map_or_else(OnceLock::new, OnceLock::from);
             (file.name, Told { length: file.length, bytes })
         };
         let files = seen.files.into_iter().map(told).collect();
@@ -127,7 +127,7 @@ impl Remote {
         for file in seen.files.into_iter().filter(|file| names.contains(&file.name)) {
             found += 1;
             if let (Some(told), Some(bytes)) = (self.files.get(&file.name), file.bytes) {
-                let _ = told.bytes.set(bytes); // It was told before: a name is given once.
+                let _ = told.bytes.set(bytes.into()); // It was told before: a name is given once.
             }
         }
         Ok(found == names.len())
@@ -232,7 +232,7 @@ impl Tier for Remote {
 }
 
 /// A small file that came with the listing.
-struct Small(Vec<u8>);
+struct Small(Arc<Vec<u8>>);
 
 impl Source for Small {
     fn len(&self) -> u64 {

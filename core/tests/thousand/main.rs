@@ -89,10 +89,10 @@ impl Life {
 
 /// What all may be: of each kind so many a node, and what they are needed for.
 ///
-/// A checkpoint: a rank says that it saves, that its shard is in RAM, that it is held, that it is on disk (4);
+/// A checkpoint: a rank says that it saves, that its shard is in RAM, held, and on disk (4);
 /// asks the holder of the one before whether it has it, offers, and asks whether all is there (3); and hears,
 /// one by one at most, that the step is saved, in RAM, to be copied, to be carried, held, and sealed (6).
-/// What was forgotten comes with these; a release is asked where a holder is no longer one (1).
+/// What was forgotten comes with these; a holder that is none any more is told to let go (1).
 const A_CHECKPOINT: u64 = 4 + 3 + 6 + 1;
 
 /// A restart: the leader looks at two tiers of each node, at the manifests of two steps (4), and says that it
@@ -126,7 +126,7 @@ fn messages_are_in_proportion_to_the_nodes() {
     for ((what, few, most_few), (_, many, most)) in counts(&half).into_iter().zip(counts(&whole)) {
         assert!(few <= most_few, "{what}, {} nodes: {few} messages, not {most_few}", half.nodes);
         assert!(many <= most, "{what}, {} nodes: {many} messages, not {most}", whole.nodes);
-        // Twice as many nodes, twice as many messages; with each asking each they would be four times as many.
+        // Twice as many nodes, twice as many messages; if each asked each, four times as many.
         assert!(many <= 3 * few, "{what}: {few} messages, with twice as many nodes {many}");
     }
 }
