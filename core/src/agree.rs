@@ -143,7 +143,7 @@ impl Agreements {
             return Ok(Vec::new());
         }
         let prefix = format!("{}{step:020}-", what.prefix());
-        let names = self.names()?;
+        let names = self.names(&prefix)?;
         let said: std::collections::HashSet<u32> =
             names.iter().filter_map(|n| n.strip_prefix(&prefix)?.parse().ok()).collect();
         Ok(ranks.iter().copied().filter(|rank| !said.contains(rank)).collect())
@@ -167,7 +167,7 @@ impl Agreements {
     /// # Errors
     /// The directory did not answer.
     pub(crate) fn all_said_bye(&self, mut ranks: impl Iterator<Item = u32>) -> Result<bool> {
-        let names: std::collections::HashSet<String> = self.names()?.into_iter().collect();
+        let names: std::collections::HashSet<String> = self.names("bye-")?.into_iter().collect();
         Ok(ranks.all(|rank| names.contains(&format!("bye-{rank}"))))
     }
 
@@ -403,26 +403,30 @@ impl Agreements {
     }
 
     fn forget(&self, prefixes: &[&str], step: u64) -> Result<()> {
-        for name in self.names()? {
-            let old =
-                |prefix: &&str| name.starts_with(*prefix) && name < format!("{prefix}{step:020}");
-            if prefixes.iter().any(old) {
-                self.remove(&name)?;
+        for prefix in prefixes {
+            let upto = format!("{prefix}{step:020}");
+            for name in self.names(prefix)?.into_iter().take_while(|name| *name < upto) {
+                match &self.at {
+                    At::Nobody => {}
+                    At::Here(board) => board.forget(&name)?,
+                    At::Home(home) => home.remove(&name)?,
+                }
             }
         }
         Ok(())
     }
 
-    fn names(&self) -> Result<Vec<String>> {
+    /// Names that begin so, in order.
+    fn names(&self, prefix: &str) -> Result<Vec<String>> {
         match &self.at {
             At::Nobody => Ok(Vec::new()),
-            At::Here(board) => board.names(),
-            At::Home(home) => Ok(home.names()),
+            At::Here(board) => board.names(prefix),
+            At::Home(home) => Ok(home.names(prefix)),
         }
     }
 
     fn steps(&self, prefix: &str) -> Result<Vec<u64>> {
-        let names = self.names()?.into_iter();
+        let names = self.names(prefix)?.into_iter();
         Ok(names.filter_map(|n| n.strip_prefix(prefix)?.parse().ok()).collect())
     }
 

@@ -128,8 +128,11 @@ impl Attempts {
                 joined.extend(entry.name.strip_suffix(".joined").and_then(number_of));
             }
         }
-        numbers.sort_unstable();
-        numbers.dedup();
+        // Each tier may say the same.
+        for numbers in [&mut numbers, &mut joined] {
+            numbers.sort_unstable();
+            numbers.dedup();
+        }
         let mut all = Self { records: Vec::new(), joined, damaged: Vec::new() };
         for number in numbers {
             match read(tiers, number) {

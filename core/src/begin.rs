@@ -19,7 +19,11 @@ pub(crate) mod roster;
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use self::{fetched::fetch_shard, joined::join_elsewhere, roster::Roster};
+use self::{
+    fetched::{Seen, fetch_shard},
+    joined::{Asking, join_elsewhere},
+    roster::Roster,
+};
 use crate::{
     attempt::{self, AttemptRecord, Attempts},
     clock::Deadline,
@@ -34,12 +38,12 @@ use crate::{
     place::{Place, start_lock_path},
     record,
     restore::{
-        decide::{Decision, Wish, answering, decide, whole_before},
+        decide::{Decision, Wholes, Wish, answering, decide, decide_once, whole_before},
         read::Restorable,
         survey::{Found, copies, mark_bad, survey},
     },
     sys::host,
-    tier::Tier,
+    tier::{Tier, TierKind},
 };
 
 /// How an attempt is to begin.
@@ -70,6 +74,8 @@ pub(crate) struct Elsewhere {
     pub(crate) fallback: Option<CheckpointKey>,
     /// The nodes that hold something of each rank in RAM.
     pub(crate) holders: BTreeMap<u32, Vec<String>>,
+    /// Where each rank's shard of the one that is resumed from lies.
+    pub(crate) places: BTreeMap<u32, Vec<(String, TierKind)>>,
 }
 
 /// How often a rank looks for rank 0's record.
@@ -86,7 +92,7 @@ pub(crate) fn begin(place: &Place, how: &Begin, decision: u32) -> Result<Started
                 None => record_decision(place, how, decision)?,
             };
             clear_old(place, &record);
-            match join_attempt(place, &record) {
+            match join_attempt(place, &record, &Seen::Here(&elsewhere)) {
                 Ok(started) => return Ok(Started { elsewhere, ..started }),
                 Err(e) if e.is_not_found() && deadline.left(&*place.clock).is_some() => {
                     tracing::warn!("{}; deciding again", e.chain());
@@ -96,11 +102,14 @@ pub(crate) fn begin(place: &Place, how: &Begin, decision: u32) -> Result<Started
             place.check_closed()?;
         }
     }
-    let mut refused = None;
+    let (mut refused, mut asking) = (None, Asking::default());
     loop {
         let joined = match place.peers.as_ref().filter(|_| place.is_spread()) {
-            Some(peers) => join_elsewhere(place, peers, decision).transpose(),
-            None => leaders_record(place, decision)?.map(|record| join_attempt(place, &record)),
+            Some(peers) => join_elsewhere(place, peers, decision, &mut asking).transpose(),
+            None => {
+                let record = leaders_record(place, decision)?;
+                record.map(|record| join_attempt(place, &record, &Seen::Nowhere))
+            }
         };
         if let Some(joined) = joined {
             match joined {
@@ -168,7 +177,8 @@ fn record_decision(
     let all: Vec<&dyn Tier> = durable_first.into_iter().chain(far()).collect();
     let attempts = Attempts::load(&answering(&all, &how.wish, &mut Vec::new())?)?;
     keep_records(&attempts, &all, &durable_first)?;
-    let mut decided = decide(&tiers, &*place.disk, &attempts, &how.wish)?;
+    let mut wholes = Wholes::default();
+    let mut decided = decide_once(&tiers, &*place.disk, &attempts, &how.wish, &mut wholes)?;
     decided.passed_over.splice(0..0, silent);
     if how.only_new && decided.has_history {
         return Err(Error::invalid(format!(
@@ -182,10 +192,14 @@ fn record_decision(
         check_newest(place, &tiers, &attempts, &decided)?;
     }
     let fallback = match decided.parent.filter(|_| !remotes.is_empty()) {
-        Some(parent) => whole_before(&tiers, &attempts, &parent.key())?,
+        Some(parent) => whole_before(&tiers, &attempts, &parent.key(), &mut wholes)?,
         None => None,
     };
-    let seen = Elsewhere { fallback, holders: holders(&remotes)? };
+    let places = match decided.parent.filter(|_| !how.fresh) {
+        Some(parent) => places(place, &remotes, &parent.key())?,
+        None => BTreeMap::new(),
+    };
+    let seen = Elsewhere { fallback, holders: holders(&remotes)?, places };
     let decided = if how.fresh { Decision { parent: None, ..decided } } else { decided };
     check_world(place, &decided)?;
     for why in &decided.passed_over {
@@ -224,6 +238,28 @@ fn holders(remotes: &[Arc<Remote>]) -> Result<BTreeMap<u32, Vec<String>>> {
         }
     }
     Ok(holders)
+}
+
+/// Where each rank's shard of a checkpoint lies, on this node too.
+fn places(
+    place: &Place,
+    remotes: &[Arc<Remote>],
+    key: &CheckpointKey,
+) -> Result<BTreeMap<u32, Vec<(String, TierKind)>>> {
+    let Some(peers) = &place.peers else { return Ok(BTreeMap::new()) };
+    let me = peers.network.me();
+    let here = [(&me, TierKind::Ram, &*place.ram), (&me, TierKind::Disk, &*place.disk)];
+    let far = remotes.iter().map(|remote| {
+        let kind = if remote.is_ram() { TierKind::Ram } else { TierKind::Disk };
+        (&remote.node, kind, &**remote as &dyn Tier)
+    });
+    let mut places: BTreeMap<u32, Vec<(String, TierKind)>> = BTreeMap::new();
+    for (node, kind, tier) in here.into_iter().chain(far) {
+        for rank in Listing::of(tier, key)?.manifests {
+            places.entry(rank.0).or_default().push((node.clone(), kind));
+        }
+    }
+    Ok(places)
 }
 
 /// A wait that takes longer is told.
@@ -374,12 +410,12 @@ fn leaders_record(place: &Place, decision: u32) -> Result<Option<AttemptRecord>>
 
 /// Every rank: claims its place and finds its shard of the decided step. One that does not save
 /// finds another rank's, and leaves it as it is.
-fn join_attempt(place: &Place, record: &AttemptRecord) -> Result<Started> {
+fn join_attempt(place: &Place, record: &AttemptRecord, seen: &Seen<'_>) -> Result<Started> {
     check_same(place, record)?;
     let rank = Rank(place.config.rank);
     let find = || match record.parent {
         None => Ok(None),
-        Some(parent) => find_shard(place, record, &parent.key()).map(Some),
+        Some(parent) => find_shard(place, record, &parent.key(), seen).map(Some),
     };
     let claim = || attempt::claim(&*place.disk, &record.attempt, rank, &place.nonce);
     let restorable = if place.config.leads() {
@@ -418,13 +454,18 @@ fn check_same(place: &Place, record: &AttemptRecord) -> Result<()> {
     Ok(())
 }
 
-fn find_shard(place: &Place, record: &AttemptRecord, key: &CheckpointKey) -> Result<Restorable> {
+fn find_shard(
+    place: &Place,
+    record: &AttemptRecord,
+    key: &CheckpointKey,
+    seen: &Seen<'_>,
+) -> Result<Restorable> {
     let (rank, saves) = (Rank(place.config.shard_rank()), place.config.saves());
-    let mut own = find_shard_of(place, record, key, rank, saves)?;
+    let mut own = find_shard_of(place, record, key, (rank, saves), seen)?;
     // Each rank mends its own shard alone, but whoever cannot restore says so: the shard's own rank
     // may not read what is lost.
     let savers = own.leaves_to().into_iter();
-    let others = savers.map(|saver| find_shard_of(place, record, key, saver, false));
+    let others = savers.map(|saver| find_shard_of(place, record, key, (saver, false), seen));
     own.others = others.collect::<Result<_>>()?;
     Ok(own)
 }
@@ -434,14 +475,14 @@ fn find_shard_of(
     place: &Place,
     record: &AttemptRecord,
     key: &CheckpointKey,
-    rank: Rank,
-    mends: bool,
+    (rank, mends): (Rank, bool),
+    seen: &Seen<'_>,
 ) -> Result<Restorable> {
     let found = find_shard_here(place, record, key, rank, mends);
     let lost = matches!(&found, Err(Error::Lost { .. } | Error::NotFound { .. }));
     match &place.peers {
         Some(peers) if lost => {
-            if !fetch_shard(place, peers, record, key, rank)? {
+            if !fetch_shard(place, peers, record, (key, rank), seen)? {
                 return found;
             }
             find_shard_here(place, record, key, rank, mends)

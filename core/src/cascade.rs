@@ -83,6 +83,8 @@ struct Carry {
     step: u64,
     deadline: Deadline,
     own_done: bool,
+    /// The leader was told so, where the ranks are spread.
+    told: bool,
 }
 
 #[derive(Debug, Default)]

@@ -30,7 +30,7 @@ use tierkeep_proto::peer::{self as wire, request::Ask};
 
 pub(crate) use self::{ending::Ending, local::Local};
 use crate::{
-    agree::{Agreements, board::Board, home::Home},
+    agree::{Agreements, home::Home},
     attempt::AttemptRecord,
     begin::{Begin, Elsewhere, begin},
     cascade::{Cascade, Parts, Shard},
@@ -298,10 +298,10 @@ impl Keeper {
         let led = Led { node: peers.network.me(), record: record.clone(), bytes: bytes.clone() };
         peers.commons.lead(&peers.site, led);
         let tell = move || {
-            peers.each(|node| {
+            peers.at_once(&peers.others(), |node| {
                 let lead = wire::Lead { record: bytes.clone() };
-                if let Err(e) = peers.ask(node, Ask::Lead(lead)) {
-                    tracing::debug!("{node} was not told of the attempt: {}", e.chain());
+                if let Err(e) = peers.ask(&node.name, Ask::Lead(lead)) {
+                    tracing::debug!("{} was not told of the attempt: {}", node.name, e.chain());
                 }
             });
         };
@@ -324,12 +324,11 @@ impl Keeper {
             }
         };
         if node == peers.network.me() {
-            let board = peers.commons.board(&Board::dir(shared, &record.attempt));
+            let board = peers.commons.board(shared, &record.attempt);
             board.tells(&place.signal);
             return Ok(Agreements::spread_from(board));
         }
-        let (clock, signal) = (place.clock.clone(), place.signal.clone());
-        let home = Home::new(peers.clone(), node, record.attempt.dir(), clock, signal)?;
+        let home = Home::new(peers, node, record.attempt.dir(), &place.clock, &place.signal)?;
         Ok(Agreements::at_home(home))
     }
 
@@ -340,6 +339,12 @@ impl Keeper {
         leading.roster.insert(rank, node.into());
         let holders = leading.elsewhere.holders.get(&rank).cloned().unwrap_or_default();
         (holders, leading.elsewhere.fallback.clone())
+    }
+
+    /// Where a rank's shard of what this attempt resumes from lay when that was decided, as far as it is
+    /// known.
+    pub(crate) fn places_of(&self, rank: u32) -> Vec<(String, TierKind)> {
+        locked(&self.leading).elsewhere.places.get(&rank).cloned().unwrap_or_default()
     }
 
     /// The ranks that have joined, and where they are.

@@ -142,7 +142,7 @@ impl Agent {
             gid: 0,
             groups: vec![],
         };
-        let ask = Some(wire::request::Ask::Look(wire::Look { tier: 1 }));
+        let ask = Some(wire::request::Ask::Look(wire::Look { tier: 1, ..wire::Look::default() }));
         let request = wire::Request { from: "a test".into(), site: Some(site), ask };
         self.mesh.ask(node, request, Duration::from_secs(5))
     }

@@ -6,13 +6,16 @@
 //! # Invariants
 //!
 //! - Whoever listens hears every change, in order, or everything anew.
+//! - Where this process alone writes to the directory, its names are known without a look: of a thousand
+//!   ranks each says three things of a step, and the leader counts them at each word.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeSet, VecDeque},
     fs, io,
+    ops::Bound,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, Weak},
+    sync::{Arc, Mutex, MutexGuard, Weak},
     time::Duration,
 };
 
@@ -40,6 +43,8 @@ pub(crate) struct Board {
     life: Id,
     news: Mutex<News>,
     changed: Signal,
+    /// Where nobody else writes to it: the names that are there, once they were listed.
+    sole: Option<Mutex<Option<BTreeSet<String>>>>,
     /// Of ranks on this node: told of every change.
     ranks: Mutex<Vec<Weak<Signal>>>,
 }
@@ -72,7 +77,12 @@ impl Board {
         // It tells one life from another: without randomness all are one, and hear the less.
         let life = Id::random().unwrap_or(Id([0; 16]));
         let (news, ranks) = (Mutex::default(), Mutex::default());
-        Self { dir, life, news, changed: Signal::default(), ranks }
+        Self { dir, life, news, changed: Signal::default(), sole: None, ranks }
+    }
+
+    /// One that nobody but this process writes to, and only through this.
+    pub(crate) fn sole(dir: PathBuf) -> Self {
+        Self { sole: Some(Mutex::default()), ..Self::new(dir) }
     }
 
     /// Tells `signal` of every change from here on.
@@ -82,7 +92,24 @@ impl Board {
         ranks.push(Arc::downgrade(signal));
     }
 
-    pub(crate) fn names(&self) -> Result<Vec<String>> {
+    /// Names that begin so, in order.
+    pub(crate) fn names(&self, prefix: &str) -> Result<Vec<String>> {
+        let Some(sole) = &self.sole else {
+            let mut names = self.listed()?;
+            names.retain(|name| name.starts_with(prefix));
+            names.sort();
+            return Ok(names);
+        };
+        let mut known = locked(sole);
+        if known.is_none() {
+            *known = Some(self.listed()?.into_iter().collect());
+        }
+        let from = (Bound::Included(prefix), Bound::Unbounded);
+        let from = known.iter().flat_map(|names| names.range::<str, _>(from));
+        Ok(from.take_while(|name| name.starts_with(prefix)).cloned().collect())
+    }
+
+    fn listed(&self) -> Result<Vec<String>> {
         let dir = &self.dir;
         let entries = match fs::read_dir(dir) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -94,6 +121,11 @@ impl Board {
         entries.map(name).collect()
     }
 
+    /// Held while a name comes or goes: what is known is what is there.
+    fn changing(&self) -> Option<MutexGuard<'_, Option<BTreeSet<String>>>> {
+        self.sole.as_ref().map(locked)
+    }
+
     pub(crate) fn said(&self, name: &str) -> Result<Option<String>> {
         read(&self.dir.join(name))
     }
@@ -102,8 +134,13 @@ impl Board {
     pub(crate) fn record(&self, name: &str, text: &str) -> Result<String> {
         let path = self.dir.join(name);
         for _ in 0..8 {
+            let mut known = self.changing();
             match symlink(text, &path) {
                 Ok(()) => {
+                    if let Some(Some(names)) = known.as_deref_mut() {
+                        names.insert(name.into());
+                    }
+                    drop(known);
                     self.tell(name, Some(text));
                     return Ok(text.into());
                 }
@@ -120,15 +157,40 @@ impl Board {
     }
 
     pub(crate) fn remove(&self, name: &str) -> Result<()> {
+        self.forget(name)?;
+        self.wake();
+        Ok(())
+    }
+
+    /// Removes what nobody looks at any more: it is heard with the next change, and wakes nobody.
+    pub(crate) fn forget(&self, name: &str) -> Result<()> {
+        let mut known = self.changing();
         remove(&self.dir.join(name))?;
-        self.tell(name, None);
+        if let Some(Some(names)) = known.as_deref_mut() {
+            names.remove(name);
+        }
+        drop(known);
+        self.add_news(name, None);
         Ok(())
     }
 
     fn tell(&self, name: &str, text: Option<&str>) {
+        self.add_news(name, text);
         let ranks = locked(&self.ranks).clone();
         ranks.iter().filter_map(Weak::upgrade).for_each(|rank| rank.notify());
-        if OWN.iter().any(|own| name.starts_with(own)) {
+        if !is_own(name) {
+            self.changed.notify();
+        }
+    }
+
+    fn wake(&self) {
+        let ranks = locked(&self.ranks).clone();
+        ranks.iter().filter_map(Weak::upgrade).for_each(|rank| rank.notify());
+        self.changed.notify();
+    }
+
+    fn add_news(&self, name: &str, text: Option<&str>) {
+        if is_own(name) {
             return;
         }
         let mut news = locked(&self.news);
@@ -137,8 +199,6 @@ impl Board {
             news.kept.pop_front();
             news.before += 1;
         }
-        drop(news);
-        self.changed.notify();
     }
 
     /// What changed after `since`, waited for up to `wait`.
@@ -176,14 +236,19 @@ impl Board {
 
     fn everything(&self, upto: u64) -> Result<Heard> {
         let mut words = Vec::new();
-        for name in self.names()? {
-            if !OWN.iter().any(|own| name.starts_with(own)) {
+        for name in self.names("")? {
+            if !is_own(&name) {
                 let text = self.said(&name)?;
                 words.extend(text.map(|text| (name, Some(text))));
             }
         }
         Ok(Heard { life: self.life, upto, whole: true, words })
     }
+}
+
+/// It is between a rank and the leader.
+fn is_own(name: &str) -> bool {
+    OWN.iter().any(|own| name.starts_with(own))
 }
 
 fn read(path: &Path) -> Result<Option<String>> {

@@ -6,15 +6,14 @@
 //! # Invariants
 //!
 //! - What was recorded through here is known here when the call returns.
+//! - The ranks of a node share one line: the home is listened to by nodes, not by ranks.
 //! - A home that does not answer is asked again for a while: an agent that is upgraded is back in seconds,
 //!   and nothing may be given up for that.
 
 use std::{
     collections::BTreeMap,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
-    },
+    ops::Bound,
+    sync::{Arc, Mutex, Weak},
     time::Duration,
 };
 
@@ -31,8 +30,9 @@ use crate::{
 
 /// How long a home that does not answer is asked.
 const AWAY: Duration = Duration::from_secs(30);
-/// Between two tries.
+/// Between two tries; where nobody waits for it, longer each time.
 const AGAIN: Duration = Duration::from_millis(200);
+const AGAIN_MAX: Duration = Duration::from_secs(2);
 /// How long the home waits for news before it answers that there are none.
 const NEWS_WAIT: Duration = Duration::from_secs(5);
 
@@ -42,8 +42,9 @@ pub(crate) struct Home {
     line: Arc<Line>,
 }
 
+/// What the ranks of this node share of it: one of them listens for all.
 #[derive(Debug)]
-struct Line {
+pub(crate) struct Line {
     peers: Peers,
     node: String,
     /// The name of the attempt's directory.
@@ -51,46 +52,39 @@ struct Line {
     heard: Mutex<BTreeMap<String, String>>,
     clock: SharedClock,
     /// Told of all that is heard.
-    signal: Arc<Signal>,
-    over: AtomicBool,
-}
-
-impl Drop for Home {
-    fn drop(&mut self) {
-        self.line.over.store(true, Ordering::Release);
-    }
+    ranks: Mutex<Vec<Weak<Signal>>>,
+    /// Held while it is begun. True: what was decided before is known.
+    begun: Mutex<bool>,
 }
 
 impl Home {
-    /// Begins to listen.
+    /// Begins to listen, where no other rank of this node does.
     pub(crate) fn new(
-        peers: Peers,
+        peers: &Peers,
         node: String,
         attempt: String,
-        clock: SharedClock,
-        signal: Arc<Signal>,
+        clock: &SharedClock,
+        signal: &Arc<Signal>,
     ) -> Result<Self> {
-        let (heard, over) = (Mutex::default(), AtomicBool::new(false));
-        let line = Arc::new(Line { peers, node, attempt, heard, clock, signal, over });
-        let (listening, mut known) = (line.clone(), Known::default());
-        // What was decided before is known from the start.
-        line.retried(|| listening.listen(&mut known, Duration::ZERO))?;
-        std::thread::Builder::new()
-            .name("tierkeep-news".into())
-            .spawn(move || {
-                while !listening.over.load(Ordering::Acquire) {
-                    if let Err(e) = listening.listen(&mut known, NEWS_WAIT) {
-                        tracing::debug!("no news from {}: {}", listening.node, e.chain());
-                        listening.clock.pause(AGAIN);
-                    }
-                }
-            })
-            .map_err(|source| Error::Io { what: "start a thread".into(), source })?;
+        let begin = |node, attempt| {
+            let (heard, ranks, begun) = (Mutex::default(), Mutex::default(), Mutex::default());
+            Line { peers: peers.clone(), node, attempt, heard, clock: clock.clone(), ranks, begun }
+        };
+        let line = peers.commons.line(&peers.site, node, attempt, begin);
+        {
+            let mut ranks = locked(&line.ranks);
+            ranks.retain(|rank| rank.strong_count() > 0);
+            ranks.push(Arc::downgrade(signal));
+        }
+        Line::begin(&line)?;
         Ok(Self { line })
     }
 
-    pub(crate) fn names(&self) -> Vec<String> {
-        locked(&self.line.heard).keys().cloned().collect()
+    /// Names that begin so, in order.
+    pub(crate) fn names(&self, prefix: &str) -> Vec<String> {
+        let heard = locked(&self.line.heard);
+        let from = heard.range::<str, _>((Bound::Included(prefix), Bound::Unbounded));
+        from.map(|(name, _)| name).take_while(|name| name.starts_with(prefix)).cloned().collect()
     }
 
     pub(crate) fn said(&self, name: &str) -> Option<String> {
@@ -125,14 +119,44 @@ struct Known {
 }
 
 impl Line {
+    /// What was decided before is known when this returns.
+    fn begin(line: &Arc<Self>) -> Result<()> {
+        let mut begun = locked(&line.begun);
+        if *begun {
+            return Ok(());
+        }
+        let mut known = Known::default();
+        line.retried(|| line.listen(&mut known, Duration::ZERO))?;
+        let (listening, clock) = (Arc::downgrade(line), line.clock.clone());
+        let listen = move || {
+            let mut pause = AGAIN;
+            // It ends with the last rank that has it.
+            while let Some(line) = listening.upgrade() {
+                let heard = line.listen(&mut known, NEWS_WAIT);
+                if let Err(e) = &heard {
+                    tracing::debug!("no news from {}: {}", line.node, e.chain());
+                }
+                drop(line);
+                match heard {
+                    Ok(()) => pause = AGAIN,
+                    Err(_) => {
+                        clock.pause(pause);
+                        pause = (2 * pause).min(AGAIN_MAX);
+                    }
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("tierkeep-news".into()).spawn(listen);
+        thread.map_err(|source| Error::Io { what: "start a thread".into(), source })?;
+        *begun = true;
+        Ok(())
+    }
+
     fn retried<T>(&self, mut deed: impl FnMut() -> Result<T>) -> Result<T> {
         let deadline = Deadline::after(&*self.clock, AWAY);
         loop {
             match deed() {
                 Err(e) if may_pass(&e) && deadline.left(&*self.clock).is_some() => {
-                    if self.over.load(Ordering::Acquire) {
-                        return Err(e);
-                    }
                     self.clock.pause(AGAIN);
                 }
                 other => return other,
@@ -188,7 +212,8 @@ impl Line {
         known.life = said.life.try_into().ok().map(Id);
         known.upto = said.upto;
         if any {
-            self.signal.notify();
+            let ranks = locked(&self.ranks).clone();
+            ranks.iter().filter_map(Weak::upgrade).for_each(|rank| rank.notify());
         }
         Ok(())
     }

@@ -3,7 +3,9 @@
 
 use std::{sync::Arc, time::Duration};
 
-use super::AGAIN;
+use tierkeep_proto::peer::{self as wire, reply::Answer, request::Ask};
+
+use super::{AGAIN, Elsewhere};
 use crate::{
     attempt::AttemptRecord,
     clock::Deadline,
@@ -13,7 +15,8 @@ use crate::{
     peers::{
         Incoming, Peers,
         fetch::fetch,
-        remote::{Remote, look_at_all},
+        odd,
+        remote::{Remote, look_at, look_at_all},
     },
     place::Place,
     restore::{
@@ -21,13 +24,60 @@ use crate::{
         survey::{Found, ShardCopy, copies},
     },
     snapshot::slot::SlotPayload,
-    tier::Tier,
+    tier::{Tier, TierKind},
+    wire::convert,
 };
 
 /// How long it may take until this agent knows of all others.
 const SEEN_WITHIN: Duration = Duration::from_secs(20);
 
-/// Fetches the shard of `rank`; false: no other node has it.
+/// The longest pause between two looks at all of them.
+const AGAIN_MAX: Duration = Duration::from_secs(4);
+
+/// Where the shards of the decided step were seen.
+pub(super) enum Seen<'a> {
+    /// The leader, which decided.
+    Here(&'a Elsewhere),
+    /// Another rank: the leader's agent is asked.
+    Asked(&'a str),
+    /// There are no other nodes.
+    Nowhere,
+}
+
+impl Seen<'_> {
+    /// On other nodes; none: it is not known.
+    fn places(&self, peers: &Peers, record: &AttemptRecord, rank: Rank) -> Vec<(String, TierKind)> {
+        let mut places = match self {
+            Self::Here(elsewhere) => elsewhere.places.get(&rank.0).cloned().unwrap_or_default(),
+            Self::Asked(node) => asked(peers, node, record, rank).unwrap_or_else(|e| {
+                tracing::debug!("{node} does not say who holds {rank}: {}", e.chain());
+                Vec::new()
+            }),
+            Self::Nowhere => Vec::new(),
+        };
+        let me = peers.network.me();
+        places.retain(|(node, _)| *node != me); // It was looked for here.
+        places
+    }
+}
+
+fn asked(
+    peers: &Peers,
+    node: &str,
+    record: &AttemptRecord,
+    rank: Rank,
+) -> Result<Vec<(String, TierKind)>> {
+    let holders = wire::Holders { attempt: record.attempt.dir(), rank: rank.0 };
+    // A leader on this node is asked like any other: nobody else knows its answer.
+    let Answer::Places(said) = peers.ask(node, Ask::Holders(holders))? else {
+        return Err(odd(node));
+    };
+    let place = |place: wire::Place| Ok((place.node, convert::tier_kind(place.tier)?));
+    said.places.into_iter().map(place).collect()
+}
+
+/// Fetches the shard of `rank`; false: no other node has it. Those that had it when the leader decided are
+/// asked, and all where that does not do.
 ///
 /// # Errors
 /// A node that may have it does not answer, or there is no room for it here.
@@ -35,13 +85,23 @@ pub(super) fn fetch_shard(
     place: &Place,
     peers: &Peers,
     record: &AttemptRecord,
-    key: &CheckpointKey,
-    rank: Rank,
+    (key, rank): (&CheckpointKey, Rank),
+    seen: &Seen<'_>,
 ) -> Result<bool> {
     // The leader saw it whole: where this agent does not see it, gossip has not told it of all nodes yet.
     let deadline = Deadline::after(&*place.clock, SEEN_WITHIN.min(place.config.attempt_wait));
+    let mut pause = AGAIN;
     loop {
-        match fetch_now(place, peers, record, key, rank) {
+        let mut tried = Ok(false);
+        let known = seen.places(peers, record, rank);
+        if !known.is_empty() {
+            let looked = look_at(peers, &known, Some(key));
+            tried = fetch_now(place, peers, record, (key, rank), looked);
+        }
+        if !matches!(tried, Ok(true)) {
+            tried = fetch_now(place, peers, record, (key, rank), look_at_all(peers));
+        }
+        match tried {
             Ok(false) if deadline.left(&*place.clock).is_some() => {}
             Err(e)
                 if e.kind() == ErrorKind::Unavailable && deadline.left(&*place.clock).is_some() =>
@@ -51,7 +111,8 @@ pub(super) fn fetch_shard(
             other => return other,
         }
         place.check_closed()?;
-        place.clock.pause(AGAIN);
+        place.clock.pause(pause);
+        pause = (2 * pause).min(AGAIN_MAX); // All were asked.
     }
 }
 
@@ -82,14 +143,14 @@ fn copy_here(
     publish_shard(&*place.ram, &manifest.identity, there.manifest_bytes(), receipt)
 }
 
+/// Fetches it from tiers that were looked at, and knows who did not answer.
 fn fetch_now(
     place: &Place,
     peers: &Peers,
     record: &AttemptRecord,
-    key: &CheckpointKey,
-    rank: Rank,
+    (key, rank): (&CheckpointKey, Rank),
+    (remotes, silent): (Vec<Arc<Remote>>, Vec<(String, Error)>),
 ) -> Result<bool> {
-    let (remotes, silent) = look_at_all(peers);
     let tiers: Vec<&dyn Tier> = remotes.iter().map(|remote| &**remote as &dyn Tier).collect();
     let listings = tiers.iter().map(|tier| Listing::of(*tier, key)).collect::<Result<_>>()?;
     let found = Found { key: key.clone(), listings };

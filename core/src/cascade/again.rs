@@ -25,14 +25,18 @@ impl Cascade {
         let agreements = &self.parts.agreements;
         let Some(step) = agreements.carried()? else { return Ok(()) };
         let gave_up = agreements.gave_up(step)?.is_some();
-        let sealed = self.is_sealed(&self.key_of(step))?;
+        // What was resumed from may be whole on this node's disk alone: the leader waits for all to say so.
+        let sealed = match agreements.is_spread() {
+            true => agreements.was_sealed(step)?,
+            false => self.is_sealed(&self.key_of(step))?,
+        };
         let deadline = Deadline::after(&*self.parts.clock, self.parts.config.disk_wait);
         let mut work = locked(&self.work);
         work.chosen = Some(step);
         if sealed {
             work.sealed = Some(step);
         } else if !gave_up {
-            work.carry = Some(Carry { step, deadline, own_done: false });
+            work.carry = Some(Carry { step, deadline, own_done: false, told: false });
         }
         Ok(())
     }

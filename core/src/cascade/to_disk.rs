@@ -64,7 +64,7 @@ impl Cascade {
         let old = work.carry.take();
         work.chosen = Some(step);
         let deadline = Deadline::after(&*self.parts.clock, self.parts.config.disk_wait);
-        work.carry = Some(Carry { step, deadline, own_done: false });
+        work.carry = Some(Carry { step, deadline, own_done: false, told: false });
         let passed: Vec<Shard> = work
             .shards
             .values()
@@ -283,11 +283,11 @@ impl Cascade {
         }
         let key = self.key_of(step);
         let disk = &*self.parts.disk;
-        if self.is_sealed(&key)? {
-            return self.sealed_on_disk(step, &key).map(|()| true);
-        }
         if self.parts.agreements.is_spread() {
             return self.watch_spread(step, &key, &deadline);
+        }
+        if self.is_sealed(&key)? {
+            return self.sealed_on_disk(step, &key).map(|()| true);
         }
         match gather(disk, &key, &self.parts.config.savers)? {
             Gathered::Complete(complete) => {
@@ -329,7 +329,23 @@ impl Cascade {
     /// says when all are.
     fn watch_spread(&self, step: u64, key: &CheckpointKey, deadline: &Deadline) -> Result<bool> {
         let (agreements, config) = (&self.parts.agreements, &self.parts.config);
-        agreements.say_own(step, config.rank, Own::OnDisk)?;
+        let told = locked(&self.work).carry.as_ref().is_some_and(|carry| carry.told);
+        if !told {
+            // Once: this is looked at many times a second.
+            agreements.say_own(step, config.rank, Own::OnDisk)?;
+            if let Some(carry) = locked(&self.work).carry.as_mut().filter(|c| c.step == step) {
+                carry.told = true;
+            }
+        }
+        // What the leader resumed from may be whole on its own disk, and not on that of a node which came
+        // in the place of another: its word is for all of them.
+        let sealed = match config.leads() {
+            true => agreements.was_sealed(step)?,
+            false => self.is_sealed(key)?,
+        };
+        if sealed {
+            return self.sealed_on_disk(step, key).map(|()| true);
+        }
         if !config.leads() {
             return Ok(false);
         }

@@ -16,7 +16,7 @@
 //!   deadline says who was missing.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::Mutex,
     time::Duration,
 };
@@ -304,23 +304,29 @@ impl Cascade {
         nodes.retain(|node| !refused.contains(&node.name));
         let Some(own) = nodes.iter().position(|node| node.name == me) else { return Vec::new() };
         // All ranks are placed, so that no node has more than its share of them.
-        let shards = self.placed(peers, &nodes, own);
-        let placed = place(&nodes, &shards, self.parts.replicas);
-        let chosen = placed.holders.into_iter().next().unwrap_or_default().into_iter();
-        let chosen = chosen.map(|index| nodes[index].name.clone());
+        let (index, shards) = self.placed(peers, &nodes, own);
+        let copies = self.parts.replicas;
+        let placed = match refused.is_empty() {
+            true => peers.commons.placed(&peers.site, &nodes, shards, copies),
+            false => place(&nodes, &shards, copies).into(),
+        };
+        let chosen = placed.holders[index].iter().map(|index| nodes[*index].name.clone());
         chosen.filter(|node| !held.contains(node)).take(wanted).collect()
     }
 
-    /// This rank's shard, then those of the other ranks whose nodes are alive.
-    fn placed(&self, peers: &Peers, nodes: &[Node], own: usize) -> Vec<placement::Shard> {
+    /// This rank's shard and those of the other ranks whose nodes are alive, and which one is this rank's.
+    fn placed(&self, peers: &Peers, nodes: &[Node], own: usize) -> (usize, Vec<placement::Shard>) {
         let (rank, run) = (self.parts.config.rank, peers.site.destination.display());
-        let shard = |rank: u32, node| placement::Shard { name: format!("{run}#{rank}"), node };
-        let mut shards = vec![shard(rank, own)];
-        for (other, node) in self.roster(peers).iter().filter(|(other, _)| **other != rank) {
-            let node = nodes.iter().position(|n| n.name == *node);
-            shards.extend(node.map(|node| shard(*other, node)));
+        let by_name: HashMap<&str, usize> =
+            nodes.iter().enumerate().map(|(index, node)| (node.name.as_str(), index)).collect();
+        let roster = self.roster(peers);
+        let mut at: BTreeMap<u32, usize> = BTreeMap::new();
+        for (rank, node) in &roster {
+            at.extend(by_name.get(node.as_str()).map(|index| (*rank, *index)));
         }
-        shards
+        at.insert(rank, own);
+        let shard = |(rank, node)| placement::Shard { name: format!("{run}#{rank}"), node };
+        (at.range(..rank).count(), at.into_iter().map(shard).collect())
     }
 
     /// Where the ranks are; asked until all have joined.

@@ -111,10 +111,17 @@ impl Host {
         Ok(Answer::Ranks(wire::Ranks { ranks }))
     }
 
+    pub(super) fn holders(&self, site: &Site, holders: &wire::Holders) -> Result<Answer> {
+        let (seat, _) = self.leader(site, &holders.attempt)?;
+        let place = |(node, kind)| wire::Place { node, tier: convert::tier(kind).into() };
+        let places = seat.keeper.places_of(holders.rank).into_iter().map(place).collect();
+        Ok(Answer::Places(wire::Places { places }))
+    }
+
     fn board(&self, site: &Site, attempt: &str) -> Result<Arc<Board>> {
         let (seat, record) = self.leader(site, attempt)?;
         let shared = &seat.keeper.place.config.destination;
-        Ok(self.commons.board(&Board::dir(shared, &record.attempt)))
+        Ok(self.commons.board(shared, &record.attempt))
     }
 
     pub(super) fn decide(&self, site: &Site, decide: wire::Decide) -> Result<Answer> {

@@ -22,7 +22,7 @@ use crate::{
     },
     observe::locked,
     peers::{
-        Incoming, Site, Ticket,
+        Incoming, SMALL_BYTES, Site, Ticket,
         hold::{Offered, Owner, Shelf},
         key_of,
     },
@@ -38,9 +38,6 @@ const TICKETS_MAX: usize = 1024;
 
 /// What is told of one tier at once: manifests of a run's newest steps are among it.
 const SEEN_BYTES_MAX: usize = 48 << 20;
-
-/// A larger file is asked for by itself.
-const SMALL_BYTES: u64 = 4 << 20;
 
 /// A file that another agent reads.
 pub struct Outgoing {
@@ -112,7 +109,7 @@ impl Host {
         let site = Site::of(site)?;
         self.act_as(&site)?;
         match request.ask {
-            Some(Ask::Look(look)) => self.look(&site, convert::tier_kind(look.tier)?),
+            Some(Ask::Look(look)) => self.look(&site, &look),
             Some(Ask::Offer(offer)) => self.offer(&site, request.from, offer),
             Some(Ask::Finish(finish)) => self.finish(&finish.ticket),
             Some(Ask::Open(open)) => self.open_for(&site, &open),
@@ -123,6 +120,7 @@ impl Host {
             Some(Ask::WhoLeads(_)) => self.who_leads(&site),
             Some(Ask::Join(join)) => self.join(&site, &request.from, &join),
             Some(Ask::Roster(roster)) => self.roster(&site, &roster),
+            Some(Ask::Holders(holders)) => self.holders(&site, &holders),
             Some(Ask::Decide(decide)) => self.decide(&site, decide),
             Some(Ask::News(news)) => self.news(&site, &news),
             None => Err(Error::invalid("it does not know this question: it is older")),
@@ -320,11 +318,20 @@ impl Host {
         })
     }
 
-    fn look(&self, site: &Site, kind: TierKind) -> Result<Answer> {
-        let Some(tier) = self.tier_of(site, kind) else {
+    fn look(&self, site: &Site, look: &wire::Look) -> Result<Answer> {
+        let Some(tier) = self.tier_of(site, convert::tier_kind(look.tier)?) else {
             return Ok(Answer::Seen(wire::Seen::default()));
         };
-        let mut seen = Looking { tier: &*tier, files: Vec::new(), left: SEEN_BYTES_MAX };
+        let left = if look.names_only { 0 } else { SEEN_BYTES_MAX };
+        let mut seen = Looking { tier: &*tier, files: Vec::new(), left };
+        if !look.files.is_empty() || look.key.is_some() {
+            look.files.iter().try_for_each(|file| seen.file(file.clone()))?;
+            if let Some(key) = &look.key {
+                seen.dir(&key_of(Some(key))?.dir())?;
+            }
+            let (address, files) = (tier.address(), seen.files);
+            return Ok(Answer::Seen(wire::Seen { address, files }));
+        }
         for dir in [ATTEMPTS, BAD, ROSTER] {
             seen.dir(dir)?;
         }
@@ -380,23 +387,26 @@ struct Looking<'a> {
 
 impl Looking<'_> {
     fn dir(&mut self, dir: &str) -> Result<()> {
-        for entry in self.tier.list(dir)?.into_iter().filter(|entry| !entry.is_dir) {
-            let name = format!("{dir}/{}", entry.name);
-            let length = match self.tier.open(&name) {
-                Ok(source) => source.len(),
-                Err(e) if e.is_not_found() => continue, // Retired at this moment.
-                Err(e) => return Err(e),
-            };
-            let small = parse_payload_name(&entry.name).is_none()
-                && length <= SMALL_BYTES
-                && usize::try_from(length).is_ok_and(|length| length <= self.left);
-            let bytes = if small { find_record(self.tier, &name)? } else { None };
-            if small && bytes.is_none() {
-                continue;
-            }
-            self.left -= bytes.as_ref().map_or(0, Vec::len);
-            self.files.push(wire::File { name, length, bytes });
+        let entries = self.tier.list(dir)?.into_iter().filter(|entry| !entry.is_dir);
+        entries.map(|entry| format!("{dir}/{}", entry.name)).try_for_each(|name| self.file(name))
+    }
+
+    fn file(&mut self, name: String) -> Result<()> {
+        let length = match self.tier.open(&name) {
+            Ok(source) => source.len(),
+            Err(e) if e.is_not_found() => return Ok(()), // Retired at this moment.
+            Err(e) => return Err(e),
+        };
+        let last = name.rsplit('/').next().unwrap_or(&name);
+        let small = parse_payload_name(last).is_none()
+            && length <= SMALL_BYTES
+            && usize::try_from(length).is_ok_and(|length| length <= self.left);
+        let bytes = if small { find_record(self.tier, &name)? } else { None };
+        if small && bytes.is_none() {
+            return Ok(());
         }
+        self.left -= bytes.as_ref().map_or(0, Vec::len);
+        self.files.push(wire::File { name, length, bytes });
         Ok(())
     }
 }

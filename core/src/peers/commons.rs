@@ -7,7 +7,14 @@ use std::{
 };
 
 use super::Site;
-use crate::{agree::board::Board, attempt::AttemptRecord, observe::locked};
+use crate::{
+    agree::{board::Board, home::Line},
+    attempt::AttemptRecord,
+    config::real,
+    names::AttemptRef,
+    observe::locked,
+    placement::{Node, Placement, Shard, place},
+};
 
 /// Who leads a run, as it was told last.
 #[derive(Clone, Debug)]
@@ -21,24 +28,85 @@ pub(crate) struct Led {
 /// A run's directory here, and whose it is.
 type Run = (PathBuf, u32);
 
+/// A run, the node that has its decisions, and the attempt.
+type Far = (Run, String, String);
+
 /// Shared by all ranks of one agent.
 #[derive(Debug, Default)]
 pub(crate) struct Commons {
     boards: Mutex<HashMap<PathBuf, Weak<Board>>>,
+    lines: Mutex<HashMap<Far, Weak<Line>>>,
     leads: Mutex<HashMap<Run, Led>>,
+    placed: Mutex<HashMap<Run, Placed>>,
 }
 
+/// A placement, and of what it is one.
+#[derive(Debug)]
+struct Placed {
+    nodes: Vec<Node>,
+    shards: Vec<Shard>,
+    copies: usize,
+    placement: Arc<Placement>,
+}
+
+/// Runs whose placement is kept.
+const PLACED_MAX: usize = 16;
+
 impl Commons {
-    /// The decisions in `dir`.
-    pub(crate) fn board(&self, dir: &Path) -> Arc<Board> {
+    /// The decisions of `attempt` that lie here, below `shared`: this agent alone writes to them.
+    pub(crate) fn board(&self, shared: &Path, attempt: &AttemptRef) -> Arc<Board> {
+        let dir = Board::dir(&real(shared), attempt);
         let mut boards = locked(&self.boards);
-        if let Some(board) = boards.get(dir).and_then(Weak::upgrade) {
+        if let Some(board) = boards.get(&dir).and_then(Weak::upgrade) {
             return board;
         }
         boards.retain(|_, board| board.strong_count() > 0);
-        let board = Arc::new(Board::new(dir.into()));
-        boards.insert(dir.into(), Arc::downgrade(&board));
+        let board = Arc::new(Board::sole(dir.clone()));
+        boards.insert(dir, Arc::downgrade(&board));
         board
+    }
+
+    /// The line to the decisions of `attempt` at `node`, which `begin` makes where there is none.
+    pub(crate) fn line(
+        &self,
+        site: &Site,
+        node: String,
+        attempt: String,
+        begin: impl FnOnce(String, String) -> Line,
+    ) -> Arc<Line> {
+        let far = (run(site), node.clone(), attempt.clone());
+        let mut lines = locked(&self.lines);
+        if let Some(line) = lines.get(&far).and_then(Weak::upgrade) {
+            return line;
+        }
+        lines.retain(|_, line| line.strong_count() > 0);
+        let line = Arc::new(begin(node, attempt));
+        lines.insert(far, Arc::downgrade(&line));
+        line
+    }
+
+    /// The placement of a run's shards, computed where it is not the last one's: of a thousand ranks that
+    /// takes a sixth of a second, and each rank asks at each checkpoint.
+    pub(crate) fn placed(
+        &self,
+        site: &Site,
+        nodes: &[Node],
+        shards: Vec<Shard>,
+        copies: usize,
+    ) -> Arc<Placement> {
+        let run = run(site);
+        let mut all = locked(&self.placed);
+        let same = |p: &&Placed| p.nodes == nodes && p.shards == shards && p.copies == copies;
+        if let Some(placed) = all.get(&run).filter(same) {
+            return placed.placement.clone();
+        }
+        if all.len() >= PLACED_MAX {
+            all.clear();
+        }
+        let placement = Arc::new(place(nodes, &shards, copies));
+        let nodes = nodes.to_vec();
+        all.insert(run, Placed { nodes, shards, copies, placement: placement.clone() });
+        placement
     }
 
     pub(crate) fn led(&self, site: &Site) -> Option<Led> {
@@ -56,5 +124,5 @@ impl Commons {
 }
 
 fn run(site: &Site) -> Run {
-    (crate::config::real(&site.destination), site.uid)
+    (real(&site.destination), site.uid)
 }

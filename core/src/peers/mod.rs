@@ -54,6 +54,9 @@ pub type Ticket = [u8; 16];
 /// is a failure.
 pub(crate) const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
+/// A larger file is read by chunks.
+pub(crate) const SMALL_BYTES: u64 = 4 << 20;
+
 /// Agents that are asked at once: their answers wait for a network, not for a core.
 const ASKED_AT_ONCE: usize = 32;
 
@@ -156,17 +159,16 @@ impl Peers {
         }
     }
 
-    /// Does something for each of the live nodes but this one, several at once.
-    pub(crate) fn each(&self, deed: impl Fn(&str) + Sync) {
-        let nodes = self.others();
+    /// Does something for each of them, several at once.
+    pub(crate) fn at_once<T: Sync>(&self, all: &[T], deed: impl Fn(&T) + Sync) {
         let next = AtomicUsize::new(0);
         let work = || {
-            while let Some(node) = nodes.get(next.fetch_add(1, Ordering::Relaxed)) {
-                deed(&node.name);
+            while let Some(one) = all.get(next.fetch_add(1, Ordering::Relaxed)) {
+                deed(one);
             }
         };
         std::thread::scope(|scope| {
-            for _ in 0..nodes.len().min(ASKED_AT_ONCE) {
+            for _ in 0..all.len().min(ASKED_AT_ONCE) {
                 scope.spawn(work);
             }
         });

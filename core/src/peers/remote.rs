@@ -1,18 +1,27 @@
-//! What another agent's tier holds of a run, as a tier for reading: names and small files as it told them
-//! all at once, payloads by chunks when they are wanted.
+//! What another agent's tier holds of a run, as a tier for reading: names as it told them all at once, small
+//! files when they are wanted, payloads by chunks.
+//!
+//! # Invariants
+//!
+//! - What is told of a thousand nodes at once is names. Of a checkpoint that is looked at closely the
+//!   manifests come from all nodes together, one of each shard.
 
 use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex},
+    collections::{BTreeMap, BTreeSet},
+    ops::Bound,
+    sync::{Arc, Mutex, OnceLock, Weak},
 };
 
 use tierkeep_proto::peer::{self as wire, reply::Answer, request::Ask};
 
-use super::{Arriving, Broken, Chunks, Flow, Landing, Peers, landing::some_of, odd, ticket};
+use super::{
+    Arriving, Broken, Chunks, Flow, Landing, Peers, SMALL_BYTES, landing::some_of, odd, ticket,
+    wire_key,
+};
 use crate::{
     chunk::{CHUNK_BYTES, chunk_len},
     error::{Error, Result},
-    names::parse_payload_name,
+    names::{CheckpointKey, parse_manifest_name, parse_payload_name},
     observe::locked,
     tier::{Created, Entry, Payload, Receipt, Source, Tier, TierKind, buffer::AlignedBuf},
     wire::{FRAME_BYTES_MAX, convert},
@@ -25,17 +34,106 @@ pub(crate) struct Remote {
     pub(crate) node: String,
     kind: TierKind,
     address: String,
-    files: BTreeMap<String, wire::File>,
+    files: BTreeMap<String, Told>,
+    /// Those that were looked at together.
+    crowd: OnceLock<Arc<Crowd>>,
+}
+
+/// A file of another agent.
+#[derive(Debug)]
+struct Told {
+    length: u64,
+    /// What is in it, once that was told.
+    bytes: OnceLock<Arc<Vec<u8>>>,
+}
+
+/// Tiers of other agents that were looked at together.
+#[derive(Debug)]
+struct Crowd {
+    members: Vec<Weak<Remote>>,
+    /// Checkpoints whose manifests were asked for.
+    brought: Mutex<BTreeSet<String>>,
+}
+
+impl Crowd {
+    /// Brings the manifests of a checkpoint, each from the first that has it. What does not come is asked
+    /// for by itself, and its trouble told then.
+    fn bring(&self, peers: &Peers, dir: &str) {
+        let mut brought = locked(&self.brought);
+        if !brought.insert(dir.into()) {
+            return;
+        }
+        let (mut wanted, mut known) = (Vec::new(), BTreeSet::new());
+        let prefix = format!("{dir}/");
+        for member in self.members.iter().filter_map(Weak::upgrade) {
+            let there = member.below(&prefix).filter(|(_, rest, _)| is_manifest(rest));
+            let new = there.filter(|(name, ..)| known.insert((*name).to_owned()));
+            let new = new.filter(|(_, _, told)| told.length <= SMALL_BYTES);
+            let new: Vec<String> = new.map(|(name, ..)| name.to_owned()).collect();
+            if !new.is_empty() {
+                wanted.push((member, new));
+            }
+        }
+        peers.at_once(&wanted, |(member, names)| {
+            if let Err(e) = member.bring(names) {
+                tracing::debug!("{}: {}", member.address, e.chain());
+            }
+        });
+    }
+}
+
+fn is_manifest(name: &str) -> bool {
+    parse_manifest_name(name).is_some()
 }
 
 impl Remote {
-    /// Asks `node` what its `kind` tier holds.
-    pub(crate) fn look(peers: &Peers, node: &str, kind: TierKind) -> Result<Self> {
-        let look = wire::Look { tier: convert::tier(kind).into() };
+    /// Asks `node` what its `kind` tier holds, of `key` alone if one is named.
+    pub(crate) fn look(
+        peers: &Peers,
+        node: &str,
+        kind: TierKind,
+        key: Option<&CheckpointKey>,
+    ) -> Result<Self> {
+        let key = key.map(wire_key);
+        let look = wire::Look { names_only: true, key, ..Self::asked(kind) };
         let Answer::Seen(seen) = peers.ask(node, Ask::Look(look))? else { return Err(odd(node)) };
-        let files = seen.files.into_iter().map(|file| (file.name.clone(), file)).collect();
+        let told = |file: wire::File| {
+            let bytes = file.bytes.map(Arc::new).map_or_else(OnceLock::new, OnceLock::from);
+            (file.name, Told { length: file.length, bytes })
+        };
+        let files = seen.files.into_iter().map(told).collect();
         let address = format!("{node}:{}", seen.address);
-        Ok(Self { peers: peers.clone(), node: node.into(), kind, address, files })
+        let crowd = OnceLock::new();
+        Ok(Self { peers: peers.clone(), node: node.into(), kind, address, files, crowd })
+    }
+
+    fn asked(kind: TierKind) -> wire::Look {
+        wire::Look { tier: convert::tier(kind).into(), ..wire::Look::default() }
+    }
+
+    /// Names that begin with `prefix`, and the rest of each.
+    fn below<'a>(
+        &'a self,
+        prefix: &'a str,
+    ) -> impl Iterator<Item = (&'a str, &'a str, &'a Told)> + 'a {
+        let from = self.files.range::<str, _>((Bound::Included(prefix), Bound::Unbounded));
+        from.map_while(move |(name, told)| Some((name.as_str(), name.strip_prefix(prefix)?, told)))
+    }
+
+    /// Asks what is in these files; false: one of them is not there any more.
+    fn bring(&self, names: &[String]) -> Result<bool> {
+        let look = wire::Look { files: names.to_vec(), ..Self::asked(self.kind) };
+        let Answer::Seen(seen) = self.peers.ask(&self.node, Ask::Look(look))? else {
+            return Err(odd(&self.node));
+        };
+        let mut found = 0;
+        for file in seen.files.into_iter().filter(|file| names.contains(&file.name)) {
+            found += 1;
+            if let (Some(told), Some(bytes)) = (self.files.get(&file.name), file.bytes) {
+                let _ = told.bytes.set(bytes.into()); // It was told before: a name is given once.
+            }
+        }
+        Ok(found == names.len())
     }
 
     /// It is the RAM of that node.
@@ -72,10 +170,19 @@ impl Tier for Remote {
         let Some(file) = self.files.get(name) else {
             return Err(Error::NotFound { what: format!("{}/{name}", self.address) });
         };
-        if let Some(bytes) = &file.bytes {
+        let (dir, last) = name.rsplit_once('/').unwrap_or(("", name));
+        let small = parse_payload_name(last).is_none() && file.length <= SMALL_BYTES;
+        if small && file.bytes.get().is_none() {
+            if let Some(crowd) = self.crowd.get().filter(|_| is_manifest(last)) {
+                crowd.bring(&self.peers, dir);
+            }
+            if file.bytes.get().is_none() && !self.bring(&[name.to_owned()])? {
+                return Err(Error::NotFound { what: format!("{}/{name}", self.address) });
+            }
+        }
+        if let Some(bytes) = file.bytes.get() {
             return Ok(Box::new(Small(bytes.clone())));
         }
-        let last = name.rsplit('/').next().unwrap_or(name);
         if parse_payload_name(last).is_none() && file.length > FRAME_BYTES_MAX as u64 {
             // Whoever reads a record makes room for all of it.
             let why = format!("{} bytes are too many for a record", file.length);
@@ -90,8 +197,7 @@ impl Tier for Remote {
     fn list(&self, dir: &str) -> Result<Vec<Entry>> {
         let prefix = if dir.is_empty() { String::new() } else { format!("{dir}/") };
         let mut entries: Vec<Entry> = Vec::new();
-        for name in self.files.range(prefix.clone()..).map(|(name, _)| name) {
-            let Some(rest) = name.strip_prefix(&prefix) else { break };
+        for (_, rest, _) in self.below(&prefix) {
             let (first, is_dir) = match rest.split_once('/') {
                 Some((first, _)) => (first, true),
                 None => (rest, false),
@@ -129,7 +235,7 @@ impl Tier for Remote {
 }
 
 /// A small file that came with the listing.
-struct Small(Vec<u8>);
+struct Small(Arc<Vec<u8>>);
 
 impl Source for Small {
     fn len(&self) -> u64 {
@@ -270,14 +376,28 @@ impl Part<'_> {
 
 /// Every live agent's tiers: RAM of all, then disks. One that does not answer is named.
 pub(crate) fn look_at_all(peers: &Peers) -> (Vec<Arc<Remote>>, Vec<(String, Error)>) {
+    let nodes = peers.others().into_iter();
+    let tiers = [TierKind::Ram, TierKind::Disk];
+    let all: Vec<_> = nodes.flat_map(|node| tiers.map(|kind| (node.name.clone(), kind))).collect();
+    let (found, silent) = look_at(peers, &all, None);
+    let members = found.iter().map(Arc::downgrade).collect();
+    let crowd = Arc::new(Crowd { members, brought: Mutex::default() });
+    for remote in &found {
+        let _ = remote.crowd.set(crowd.clone()); // It is new: it has none.
+    }
+    (found, silent)
+}
+
+/// These tiers, in the same order; of `key` alone if one is named.
+pub(crate) fn look_at(
+    peers: &Peers,
+    places: &[(String, TierKind)],
+    key: Option<&CheckpointKey>,
+) -> (Vec<Arc<Remote>>, Vec<(String, Error)>) {
     let (found, silent) = (Mutex::new(Vec::new()), Mutex::new(Vec::new()));
-    peers.each(|node| {
-        for kind in [TierKind::Ram, TierKind::Disk] {
-            match Remote::look(peers, node, kind) {
-                Ok(remote) => locked(&found).push((kind, Arc::new(remote))),
-                Err(e) => locked(&silent).push((node.to_owned(), e)),
-            }
-        }
+    peers.at_once(places, |(node, kind)| match Remote::look(peers, node, *kind, key) {
+        Ok(remote) => locked(&found).push((*kind, Arc::new(remote))),
+        Err(e) => locked(&silent).push((node.clone(), e)),
     });
     let mut found = std::mem::take(&mut *locked(&found));
     found.sort_by(|a, b| (a.0, &a.1.node).cmp(&(b.0, &b.1.node)));

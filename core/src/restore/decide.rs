@@ -8,14 +8,16 @@
 //! - "Nothing" needs every tier to have answered.
 //! - A newer checkpoint that was passed over is named, with the reason.
 
+use std::collections::BTreeMap;
+
 use crate::{
     attempt::{Attempts, Lineage, Parent},
     error::{Error, Hint, Result},
-    names::{CheckpointKey, Step},
+    names::{CheckpointKey, Id, Step},
     tier::Tier,
 };
 
-use super::survey::{Found, Reach, bad_marks, reach, survey};
+use super::survey::{Found, Reach, bad_marks, reached, survey};
 
 /// What the caller wishes.
 #[derive(Clone, Debug, Default)]
@@ -51,6 +53,36 @@ pub fn decide(
     attempts: &Attempts,
     wish: &Wish,
 ) -> Result<Decision> {
+    decide_once(tiers, marks, attempts, wish, &mut Wholes::default())
+}
+
+/// Checkpoints that were found to be whole in the course of one decision, which asks about each several
+/// times: its run, and its saver set.
+#[derive(Debug, Default)]
+pub(crate) struct Wholes(BTreeMap<CheckpointKey, (Option<Id>, Vec<u32>)>);
+
+impl Wholes {
+    fn reach(&mut self, tiers: &[&dyn Tier], found: &Found, run_id: Option<&Id>) -> Result<Reach> {
+        let of_run = |run: &Option<Id>| run_id.is_none_or(|id| run.as_ref() == Some(id));
+        if let Some((_, savers)) = self.0.get(&found.key).filter(|(run, _)| of_run(run)) {
+            return Ok(Reach::Whole(savers.clone()));
+        }
+        let (reach, run) = reached(tiers, found, run_id)?;
+        if let Reach::Whole(savers) = &reach {
+            self.0.insert(found.key.clone(), (run, savers.clone()));
+        }
+        Ok(reach)
+    }
+}
+
+/// [`decide`], as a part of a larger decision over the same tiers.
+pub(crate) fn decide_once(
+    tiers: &[&dyn Tier],
+    marks: &dyn Tier,
+    attempts: &Attempts,
+    wish: &Wish,
+    wholes: &mut Wholes,
+) -> Result<Decision> {
     let mut decision =
         Decision { parent: None, savers: vec![], passed_over: vec![], has_history: false };
     let answering = answering(tiers, wish, &mut decision.passed_over)?;
@@ -58,7 +90,7 @@ pub fn decide(
     let bad = bad_marks(marks)?;
     decision.has_history = !found.is_empty() || attempts.newest().is_some();
     let run_id = attempts.newest().map(|r| r.run_id);
-    let lineage = lineage_of(&answering, &found, attempts)?;
+    let lineage = lineage_once(&answering, &found, attempts, wholes)?;
     let wished = |f: &&Found| match (wish.step, wish.attempt) {
         (None, None) => lineage.contains(&f.key),
         (step, number) => {
@@ -81,7 +113,7 @@ pub fn decide(
             ));
             continue;
         }
-        match reach(&answering, found, run_id.as_ref())? {
+        match wholes.reach(&answering, found, run_id.as_ref())? {
             Reach::Whole(savers) => {
                 decision.parent = Some(parent_of(attempts, &found.key)?);
                 decision.savers = savers;
@@ -106,12 +138,13 @@ pub(crate) fn whole_before(
     tiers: &[&dyn Tier],
     attempts: &Attempts,
     parent: &CheckpointKey,
+    wholes: &mut Wholes,
 ) -> Result<Option<CheckpointKey>> {
     let found = survey(tiers)?;
-    let lineage = lineage_of(tiers, &found, attempts)?;
+    let lineage = lineage_once(tiers, &found, attempts, wholes)?;
     let run_id = attempts.newest().map(|r| r.run_id);
     for found in found.iter().rev().filter(|f| f.key < *parent && lineage.contains(&f.key)) {
-        if matches!(reach(tiers, found, run_id.as_ref())?, Reach::Whole(_)) {
+        if matches!(wholes.reach(tiers, found, run_id.as_ref())?, Reach::Whole(_)) {
             return Ok(Some(found.key.clone()));
         }
     }
@@ -154,6 +187,15 @@ pub(crate) fn answering<'a>(
 /// # Errors
 /// A tier did not answer.
 pub fn lineage_of(tiers: &[&dyn Tier], found: &[Found], attempts: &Attempts) -> Result<Lineage> {
+    lineage_once(tiers, found, attempts, &mut Wholes::default())
+}
+
+fn lineage_once(
+    tiers: &[&dyn Tier],
+    found: &[Found],
+    attempts: &Attempts,
+    wholes: &mut Wholes,
+) -> Result<Lineage> {
     // Only whether an attempt has *some* complete checkpoint matters: look until one is found,
     // newest attempt first, and stop at the first attempt that leads.
     let mut complete = Vec::new();
@@ -165,7 +207,7 @@ pub fn lineage_of(tiers: &[&dyn Tier], found: &[Found], attempts: &Attempts) -> 
         let of_it = found.iter().rev().filter(|f| f.key.attempt.is(&record.attempt));
         for candidate in of_it {
             if candidate.sealed() && !candidate.deleted()
-                || matches!(reach(tiers, candidate, None)?, Reach::Whole(_))
+                || matches!(wholes.reach(tiers, candidate, None)?, Reach::Whole(_))
             {
                 complete.push(candidate.key.clone());
                 break;

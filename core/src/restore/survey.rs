@@ -113,9 +113,23 @@ pub fn copies(
     found: &Found,
     rank: Rank,
     run_id: Option<&Id>,
-) -> Result<(Vec<ShardCopy>, Vec<BadCopy>)> {
+) -> Result<Copies> {
+    copies_until(tiers, found, rank, run_id, usize::MAX)
+}
+
+/// As many good copies, and what was wrong with those that were met before.
+fn copies_until(
+    tiers: &[&dyn Tier],
+    found: &Found,
+    rank: Rank,
+    run_id: Option<&Id>,
+    enough: usize,
+) -> Result<Copies> {
     let (mut good, mut bad) = (Vec::new(), Vec::new());
     for (index, tier) in tiers.iter().enumerate() {
+        if good.len() >= enough {
+            break;
+        }
         let listing = &found.listings[index];
         if !listing.manifests.contains(&rank) {
             continue;
@@ -142,6 +156,44 @@ pub fn copies(
         }
     }
     Ok((good, bad))
+}
+
+/// Ranks whose copies are looked at together; what is read of them is kept meanwhile.
+const TOGETHER: usize = 64;
+
+/// Fewer than these are looked at one after the other.
+const FEW: usize = 8;
+
+/// Checking a manifest takes a core; so many do it at most.
+const CHECKING_MAX: usize = 8;
+
+type Copies = (Vec<ShardCopy>, Vec<BadCopy>);
+
+/// The same for several ranks.
+fn copies_of(
+    tiers: &[&dyn Tier],
+    found: &Found,
+    ranks: &[Rank],
+    run_id: Option<&Id>,
+    enough: usize,
+) -> Vec<Result<Copies>> {
+    let look = |ranks: &[Rank]| -> Vec<Result<Copies>> {
+        ranks.iter().map(|rank| copies_until(tiers, found, *rank, run_id, enough)).collect()
+    };
+    if ranks.len() < FEW {
+        return look(ranks);
+    }
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let each = ranks.len().div_ceil(cores.min(CHECKING_MAX));
+    std::thread::scope(|scope| {
+        let look = &look;
+        let parts: Vec<_> =
+            ranks.chunks(each).map(|part| scope.spawn(move || look(part))).collect();
+        let looked = parts.into_iter().flat_map(|part| {
+            part.join().unwrap_or_else(|_| vec![Err(Error::Bug("a look panicked".into()))])
+        });
+        looked.collect()
+    })
 }
 
 fn copy_in(
@@ -228,7 +280,21 @@ pub struct Look {
 /// # Errors
 /// A tier did not answer, or holds a newer format.
 pub fn reach(tiers: &[&dyn Tier], found: &Found, run_id: Option<&Id>) -> Result<Reach> {
-    look(tiers, found, run_id).map(|look| look.reach)
+    reached(tiers, found, run_id).map(|(reach, _)| reach)
+}
+
+/// What can be restored, and the run that it is of. Of each shard one good copy is enough: of a thousand
+/// the others would be as much again to read, and would change nothing.
+pub(crate) fn reached(
+    tiers: &[&dyn Tier],
+    found: &Found,
+    run_id: Option<&Id>,
+) -> Result<(Reach, Option<Id>)> {
+    let mut look = Look { reach: Reach::Deleted, shards: Vec::new(), saved_unix_ms: 0 };
+    if found.deleted() {
+        return Ok((Reach::Deleted, None));
+    }
+    reach_of(tiers, found, run_id, 1, &mut look)
 }
 
 /// Looks closely at one checkpoint.
@@ -238,7 +304,7 @@ pub fn reach(tiers: &[&dyn Tier], found: &Found, run_id: Option<&Id>) -> Result<
 pub fn look(tiers: &[&dyn Tier], found: &Found, run_id: Option<&Id>) -> Result<Look> {
     let mut look = Look { reach: Reach::Deleted, shards: Vec::new(), saved_unix_ms: 0 };
     if !found.deleted() {
-        look.reach = reach_of(tiers, found, run_id, &mut look.shards, &mut look.saved_unix_ms)?;
+        (look.reach, _) = reach_of(tiers, found, run_id, usize::MAX, &mut look)?;
     }
     Ok(look)
 }
@@ -247,9 +313,9 @@ fn reach_of(
     tiers: &[&dyn Tier],
     found: &Found,
     run_id: Option<&Id>,
-    shards: &mut Vec<ShardLook>,
-    saved_unix_ms: &mut u64,
-) -> Result<Reach> {
+    enough: usize,
+    look: &mut Look,
+) -> Result<(Reach, Option<Id>)> {
     let mut ranks: Vec<Rank> = found.listings.iter().flat_map(|l| l.manifests.clone()).collect();
     ranks.sort_unstable();
     ranks.dedup();
@@ -257,9 +323,12 @@ fn reach_of(
     let mut trouble = Vec::new();
     let mut reached = Vec::new();
     let mut replicas = Vec::new();
-    for rank in &ranks {
-        let (good, bad) = copies(tiers, found, *rank, run_id)?;
-        shards.push(ShardLook {
+    let looked = ranks
+        .chunks(TOGETHER)
+        .flat_map(|ranks| ranks.iter().zip(copies_of(tiers, found, ranks, run_id, enough)));
+    for (rank, copies) in looked {
+        let (good, bad) = copies?;
+        look.shards.push(ShardLook {
             rank: *rank,
             good: good.iter().map(|c| tiers[c.tier].kind()).collect(),
             bad: bad.clone(),
@@ -269,7 +338,7 @@ fn reach_of(
             trouble.extend(bad.into_iter().map(|b| format!("{rank}, {}: {}", b.tier, b.why)));
             continue;
         };
-        *saved_unix_ms = (*saved_unix_ms).max(copy.manifest.meta.saved_unix_ms);
+        look.saved_unix_ms = look.saved_unix_ms.max(copy.manifest.meta.saved_unix_ms);
         let savers = first.as_ref().map_or(&copy.manifest.identity.savers, |m| &m.identity.savers);
         match same_checkpoint(&copy.manifest, first.as_deref(), &savers.clone()) {
             Ok(()) => reached.push(rank.0),
@@ -281,25 +350,28 @@ fn reach_of(
         first.get_or_insert(copy.manifest);
     }
     if !trouble.is_empty() {
-        return Ok(Reach::Broken(trouble));
+        return Ok((Reach::Broken(trouble), None));
     }
-    let Some(first) = first else { return Ok(Reach::Unfinished(Vec::new())) };
+    let Some(first) = first else { return Ok((Reach::Unfinished(Vec::new()), None)) };
+    let run = Some(first.identity.run_id);
     let savers = first.identity.savers.clone();
-    let missing: Vec<u32> = savers.iter().copied().filter(|r| !reached.contains(r)).collect();
-    match (missing.is_empty(), found.sealed()) {
+    let missing: Vec<u32> =
+        savers.iter().copied().filter(|r| reached.binary_search(r).is_err()).collect();
+    let reach = match (missing.is_empty(), found.sealed()) {
         (true, _) => match differences(replicas.iter().map(|shard| &**shard)) {
-            list if list.is_empty() => Ok(Reach::Whole(savers)),
-            list => Ok(Reach::Broken(vec![differences_in_words(&list)])),
+            list if list.is_empty() => Reach::Whole(savers),
+            list => Reach::Broken(vec![differences_in_words(&list)]),
         },
         // It was whole once: somebody took shards away.
-        (false, true) => Ok(Reach::Broken(
+        (false, true) => Reach::Broken(
             missing
                 .iter()
                 .map(|r| format!("rank {r}: its shard is missing in every tier"))
                 .collect(),
-        )),
-        (false, false) => Ok(Reach::Unfinished(missing)),
-    }
+        ),
+        (false, false) => Reach::Unfinished(missing),
+    };
+    Ok((reach, run))
 }
 
 /// Checkpoints that a rank found no good copy of, as `bad/` says: (step, attempt number, rank).

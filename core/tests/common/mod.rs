@@ -18,6 +18,7 @@ use tierkeep::{
     config::Config,
     host::{Host, Settings},
     manifest::Meta,
+    peers::{Arriving, Broken, Chunks},
     reader::Reader,
     restore::read::{ReadReport, Restorable},
     save::{Level, Save},
@@ -54,6 +55,12 @@ impl Drop for Hosted {
     }
 }
 
+/// A directory in memory.
+pub fn ram() -> tempfile::TempDir {
+    let ram = tempfile::Builder::new().prefix("tierkeep-test-").tempdir_in("/dev/shm");
+    ram.expect("tempdir in /dev/shm")
+}
+
 /// Of an agent that keeps the ram tier at `ram`.
 pub fn settings(ram: &Path) -> Settings {
     Settings {
@@ -77,8 +84,7 @@ fn hosted(ram: &Path) -> Option<Hosted> {
 
 impl Places {
     pub fn new() -> Self {
-        let ram = tempfile::Builder::new().prefix("tierkeep-test-").tempdir_in("/dev/shm");
-        let ram = ram.expect("tempdir in /dev/shm");
+        let ram = ram();
         Self { hosted: hosted(ram.path()), disk: tempfile::tempdir().expect("tempdir"), ram }
     }
 
@@ -328,4 +334,25 @@ pub fn verify_all(p: &Places) -> Vec<String> {
         }
     }
     out
+}
+
+/// A chunk has come over a network, as `bytes`.
+pub fn arrive(
+    arriving: Box<dyn Arriving + '_>,
+    bytes: &[u8],
+    chunk: usize,
+    all: &Chunks<'_>,
+) -> tierkeep::Result<()> {
+    match arriving.take(&mut &*bytes) {
+        Ok(true) => {
+            all.carried(chunk);
+            Ok(())
+        }
+        Ok(false) => {
+            all.refuse(chunk);
+            Ok(())
+        }
+        Err(Broken::Place(e)) => Err(e),
+        Err(Broken::Flow(e)) => Err(tierkeep::Error::Bug(e.to_string())),
+    }
 }

@@ -122,7 +122,8 @@ fn a_bit_that_flips_in_one_holders_ram_is_fetched_from_another() {
     let spoil = |node: &str, byte: u64| {
         let machine = world.machine(node);
         let held = common::files(machine.ram.path());
-        let is_payload = |f: &&std::path::PathBuf| f.extension().is_some_and(|e| e == "safetensors");
+        let is_payload =
+            |f: &&std::path::PathBuf| f.extension().is_some_and(|e| e == "safetensors");
         common::flip(&machine.ram.path().join(held.iter().find(is_payload).unwrap()), 8 * byte);
     };
     // Each of them has one good chunk, and each chunk is good somewhere.

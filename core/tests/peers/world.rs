@@ -14,7 +14,7 @@ use tierkeep::{
     Error, Result,
     checkpointer::Checkpointer,
     host::Host,
-    peers::{Arriving, Broken, Chunks, Landing, Network, Ticket},
+    peers::{Chunks, Landing, Network, Ticket},
     placement::Node,
     save::Level,
     tier::Source,
@@ -189,7 +189,7 @@ impl Network for Sim {
             from.read_at(at, &mut bytes)?;
             self.world.on_its_way(&mut bytes);
             let incoming = machine.host.incoming(ticket)?;
-            take(incoming.chunk(chunk)?, &bytes, chunk, chunks)?;
+            common::arrive(incoming.chunk(chunk)?, &bytes, chunk, chunks)?;
         }
         Ok(())
     }
@@ -208,30 +208,9 @@ impl Network for Sim {
             let mut bytes = vec![0; usize::try_from(len).unwrap()];
             outgoing.read_at(at, &mut bytes)?;
             self.world.on_its_way(&mut bytes);
-            take(into.chunk(chunk)?, &bytes, chunk, chunks)?;
+            common::arrive(into.chunk(chunk)?, &bytes, chunk, chunks)?;
         }
         Ok(())
-    }
-}
-
-/// A chunk has come, as `bytes`.
-pub(crate) fn take(
-    arriving: Box<dyn Arriving + '_>,
-    bytes: &[u8],
-    chunk: usize,
-    all: &Chunks<'_>,
-) -> Result<()> {
-    match arriving.take(&mut &*bytes) {
-        Ok(true) => {
-            all.carried(chunk);
-            Ok(())
-        }
-        Ok(false) => {
-            all.refuse(chunk);
-            Ok(())
-        }
-        Err(Broken::Place(e)) => Err(e),
-        Err(Broken::Flow(e)) => Err(Error::Bug(e.to_string())),
     }
 }
 

@@ -49,7 +49,7 @@ impl Request {
             || parsed
                 .headers
                 .iter()
-                .any(|h| named(h, "connection") && h.value.to_ascii_lowercase() == b"close");
+                .any(|h| named(h, "connection") && h.value.eq_ignore_ascii_case(b"close"));
         let chunk = parsed.path.and_then(chunk_of);
         Ok(Self { method, chunk, length: length.unwrap_or(0), last })
     }
