@@ -28,7 +28,7 @@ use crate::{
     attempt::{self, AttemptRecord, Attempts},
     clock::Deadline,
     commit::Listing,
-    error::{Error, Hint, Result},
+    error::{Error, ErrorKind, Hint, Result},
     names::{AttemptDir, AttemptRef, CheckpointKey, Id, Rank, ranks},
     ownership::is_held,
     peers::{
@@ -85,11 +85,28 @@ pub(crate) fn begin(place: &Place, how: &Begin, decision: u32) -> Result<Started
     let deadline = Deadline::after(&*place.clock, place.config.attempt_wait);
     if place.config.leads() {
         let mut earlier = own_record(place, decision);
+        let mut tries = 0;
         // The step that was decided on can go while we decide: then decide again.
         loop {
-            let (record, elsewhere) = match earlier.take() {
-                Some(record) => (record, Elsewhere::default()),
-                None => record_decision(place, how, decision)?,
+            let decided = match earlier.take() {
+                Some(record) => Ok((record, Elsewhere::default())),
+                None => record_decision(place, how, decision),
+            };
+            let (record, elsewhere) = match decided {
+                // A node that answered a moment ago is gone: the others are looked at anew.
+                Err(e)
+                    if place.peers.is_some()
+                        && e.kind() == ErrorKind::Unavailable
+                        && tries < TRIES =>
+                {
+                    tracing::warn!("{}; deciding again", e.chain());
+                    tries += 1;
+                    place.clock.pause(AGAIN);
+                    place.check_closed()?;
+                    earlier = own_record(place, decision);
+                    continue;
+                }
+                other => other?,
             };
             clear_old(place, &record);
             match join_attempt(place, &record, &Seen::Here(&elsewhere)) {
@@ -129,6 +146,9 @@ pub(crate) fn begin(place: &Place, how: &Begin, decision: u32) -> Result<Started
         place.check_closed()?;
     }
 }
+
+/// How often the leader looks again where a node goes away while it decides.
+const TRIES: usize = 8;
 
 fn no_record(place: &Place, deadline: &Deadline) -> Error {
     let config = &place.config;

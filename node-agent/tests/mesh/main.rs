@@ -1,40 +1,23 @@
 //! Agents that carry shards to each other over real sockets of this machine: with certificates and
-//! without, and what strangers do to the port.
+//! without, and what strangers and bad peers do to them.
 #![allow(clippy::unwrap_used, clippy::disallowed_methods)] // Tests: real sockets, real time.
 
+mod bad;
+mod wire;
+mod world;
+
 use std::{
-    collections::BTreeMap,
     io::{Read, Write},
-    net::{SocketAddr, TcpListener, TcpStream},
-    path::{Path, PathBuf},
+    net::TcpStream,
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
-use tempfile::TempDir;
-use tierkeep::{
-    begin::Begin,
-    checkpointer::{Checkpointer, SaveRequest},
-    config::Config,
-    host::{Host, Settings},
-    manifest::Meta,
-    peers::Network,
-    save::{Level, Save},
-    snapshot::strided::Address,
-    state::{
-        Memory, State, Tensor, TensorSpec,
-        dtype::Dtype,
-        value::{Lib, TensorRef, Value},
-    },
-};
-use tierkeep_agent::{
-    cluster::{self, Cluster, Key},
-    mesh::{self, Mesh, Tls, TlsFiles},
-};
-use tierkeep_proto::peer as wire;
-
-const PATIENCE: Duration = Duration::from_secs(20);
+use tierkeep::{begin::Begin, save::Level};
+use tierkeep_agent::mesh::{Tls, TlsFiles};
+use world::{Agent, PATIENCE, bytes, comes_back, run_in, save};
 
 /// An authority, and certificates of it.
 struct Authority(CertifiedIssuer<'static, KeyPair>);
@@ -63,146 +46,6 @@ impl Authority {
             name: "tierkeep".into(),
         }
     }
-}
-
-/// One agent, in this process.
-struct Agent {
-    ram: TempDir,
-    host: Arc<Host>,
-    mesh: Arc<Mesh>,
-    at: SocketAddr,
-    cluster: Arc<Cluster>,
-    runtime: Option<tokio::runtime::Runtime>,
-}
-
-impl Agent {
-    fn start(name: &str, seeds: &[SocketAddr], tls: Option<Arc<Tls>>) -> Self {
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
-        let ram = tempfile::Builder::new().prefix("tierkeep-test-").tempdir_in("/dev/shm").unwrap();
-        let (host, trainers) = Host::open(Settings {
-            socket: ram.path().join("agent.sock"),
-            ram_root: ram.path().into(),
-            ram_bytes_max: None,
-            run_bytes_max: None,
-            trainers_max: 64,
-            idle: Duration::from_secs(3600),
-        })
-        .unwrap();
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        listener.set_nonblocking(true).unwrap();
-        let at = listener.local_addr().unwrap();
-        let settings = cluster::Settings {
-            name: name.into(),
-            cluster: "test".into(),
-            key: Key::new(b"key"),
-            listen: at,
-            advertise: at,
-            seeds: seeds.iter().map(ToString::to_string).collect(),
-            labels: BTreeMap::new(),
-        };
-        let cluster = Arc::new(runtime.block_on(Cluster::join(settings)).unwrap());
-        let how = mesh::Settings { tls: tls.clone(), connections: 2, rate: None };
-        let mesh = Arc::new(Mesh::new(cluster.clone(), &how, runtime.handle().clone()));
-        host.meet(mesh.clone());
-        let listener = {
-            let _inside = runtime.enter();
-            tokio::net::TcpListener::from_std(listener).unwrap()
-        };
-        runtime.spawn(mesh::serve(host.clone(), listener, tls, std::future::pending()));
-        let serving = host.clone();
-        std::thread::spawn(move || serving.serve(&trainers).unwrap());
-        Self { ram, host, mesh, at, cluster, runtime: Some(runtime) }
-    }
-
-    fn sees(&self, names: &[&str]) {
-        let begun = Instant::now();
-        loop {
-            let seen: Vec<_> = self.cluster.members().into_iter().map(|m| m.name).collect();
-            if seen == names {
-                return;
-            }
-            assert!(begun.elapsed() < PATIENCE, "{seen:?}, not {names:?}");
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    }
-
-    fn open(&self, destination: &Path) -> Checkpointer {
-        let mut config = Config::new(destination).unwrap();
-        config.ram_root = self.ram.path().into();
-        config.agent = Some(self.ram.path().join("agent.sock"));
-        config.attempt_wait = Duration::from_secs(8);
-        Checkpointer::open(config).unwrap()
-    }
-
-    /// A question that this agent asks another.
-    fn ask(&self, node: &str, destination: &Path) -> tierkeep::Result<wire::Reply> {
-        let site = wire::Site {
-            destination: destination.to_str().unwrap().into(),
-            uid: rustix::process::geteuid().as_raw(),
-            gid: 0,
-            groups: vec![],
-        };
-        let ask = Some(wire::request::Ask::Look(wire::Look { tier: 1, ..wire::Look::default() }));
-        let request = wire::Request { from: "a test".into(), site: Some(site), ask };
-        self.mesh.ask(node, request, Duration::from_secs(5))
-    }
-}
-
-impl Drop for Agent {
-    fn drop(&mut self) {
-        self.host.end();
-        self.cluster.leave();
-        self.runtime.take().into_iter().for_each(tokio::runtime::Runtime::shutdown_background);
-    }
-}
-
-/// A state of 10 MB that `seed` determines.
-fn bytes(seed: u8) -> Vec<u8> {
-    (0..10_000_000_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8 ^ seed).collect()
-}
-
-fn save(ckpt: &Checkpointer, step: u64, data: &[u8]) -> Save {
-    let name: Arc<str> = "w".into();
-    let leaf = TensorRef { name: name.clone(), lib: Lib::Numpy, param: false };
-    let spec = Arc::new(TensorSpec {
-        name,
-        dtype: Dtype::U8,
-        shape: vec![data.len() as u64],
-        part_of: None,
-    });
-    let memory = Memory::Contiguous(Address::read_only(data.as_ptr()));
-    let state = State {
-        tree: Value::Dict(vec![(Value::Str("w".into()), Value::Tensor(leaf))]),
-        tensors: vec![Tensor { spec, memory, late: false }],
-    };
-    let request = SaveRequest {
-        step,
-        state,
-        meta: Meta::default(),
-        bring: None,
-        overlap: false,
-        skip_if_busy: false,
-        keep_alive: Box::new(()),
-        interrupted: None,
-    };
-    // SAFETY: "now": the memory is read only during the call.
-    unsafe { ckpt.save(request) }.unwrap()
-}
-
-/// The state comes back on `agent`, which had nothing of it.
-fn comes_back(agent: &Agent, destination: &Path, step: u64, data: &[u8]) {
-    let ckpt = agent.open(destination);
-    let found = ckpt.begin(&Begin::default()).unwrap().expect("a checkpoint");
-    assert_eq!(found.step().0, step);
-    let mut into = vec![0; data.len()];
-    let address = tierkeep::snapshot::copy::Memory::Bytes(Address::new(into.as_mut_ptr()));
-    // SAFETY: the target is this vector, which has the tensor's bytes.
-    unsafe { found.read(&[("w".to_owned(), address)].into(), None) }.unwrap();
-    assert!(into == data, "restored bits differ");
-}
-
-fn run_in(dir: &TempDir) -> PathBuf {
-    dir.path().join("run")
 }
 
 #[test]
