@@ -77,6 +77,8 @@ impl Life {
         let all_moved = world.counted(|| assert_eq!(job.resume(), 4));
         tell("a restart with all ranks moved", nodes, &all_moved);
         job.save(5, &[Level::Peer]);
+        drop(job);
+        world.end();
         Self {
             nodes: nodes as u64,
             to_peers: total(&to_peers.0),
