@@ -81,6 +81,9 @@ pub(crate) struct Elsewhere {
 /// How often a rank looks for rank 0's record.
 const POLL: Duration = Duration::from_millis(10);
 
+/// The same where its agent is told of it.
+const POLL_TOLD: Duration = Duration::from_millis(50);
+
 pub(crate) fn begin(place: &Place, how: &Begin, decision: u32) -> Result<Started> {
     let deadline = Deadline::after(&*place.clock, place.config.attempt_wait);
     if place.config.leads() {
@@ -121,6 +124,7 @@ pub(crate) fn begin(place: &Place, how: &Begin, decision: u32) -> Result<Started
     }
     let (mut refused, mut asking) = (None, Asking::default());
     loop {
+        let seen = place.signal.seen();
         let joined = match place.peers.as_ref().filter(|_| place.is_spread()) {
             Some(peers) => join_elsewhere(place, peers, decision, &mut asking).transpose(),
             None => {
@@ -141,7 +145,10 @@ pub(crate) fn begin(place: &Place, how: &Begin, decision: u32) -> Result<Started
         if deadline.left(&*place.clock).is_none() {
             return Err(refused.unwrap_or_else(|| no_record(place, &deadline)));
         }
-        place.clock.pause(POLL);
+        match place.is_spread() {
+            true => place.signal.wait(seen, POLL_TOLD),
+            false => place.clock.pause(POLL),
+        }
         // Ctrl-C left this call behind on its thread, and the handle was closed.
         place.check_closed()?;
     }

@@ -55,6 +55,8 @@ use crate::{
 
 /// How often a rank looks for what other ranks did, while it waits for them.
 const POLL: Duration = Duration::from_millis(5);
+/// The same where ranks are spread: what others do is told, so only deadlines are looked for.
+const POLL_TOLD: Duration = Duration::from_millis(100);
 /// Between two tries of a step that a disk refused, at first; then twice as long each time.
 const AGAIN_PAUSE: Duration = Duration::from_secs(1);
 /// How often it looks with nothing in flight.
@@ -340,12 +342,17 @@ impl Cascade {
             let pause = if told.is_some() {
                 IDLE
             } else if polls {
-                POLL
+                self.poll()
             } else {
                 IDLE
             };
             self.parts.signal.wait(seen, pause);
         }
+    }
+
+    /// How often it is looked for what other ranks did.
+    fn poll(&self) -> Duration {
+        if self.parts.agreements.is_spread() { POLL_TOLD } else { POLL }
     }
 
     /// On this thread: whoever closes waits for no directory that does not answer.

@@ -9,6 +9,7 @@ use std::{
     io,
     os::{fd::AsRawFd, unix::fs::OpenOptionsExt},
     path::Path,
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 /// The answer to a request for a lock.
@@ -230,11 +231,25 @@ pub(crate) fn keep_little_memory() {
     }
 }
 
-/// Gives pages back that are free in the middle of the heap.
+/// Between two looks at the whole heap: less than a round of an agent.
 #[cfg(target_env = "gnu")]
-pub(crate) fn give_free_memory_back() {
+const TRIM_PAUSE_MS: u64 = 400;
+
+/// Gives pages back that are free in the middle of the heap; `now` is of any clock that all callers share.
+/// The heap is the process's: several agents in one do it no more often than one. False: it was done a
+/// moment ago.
+#[cfg(target_env = "gnu")]
+pub(crate) fn give_free_memory_back(now: std::time::Duration) -> bool {
+    static LAST_MS: AtomicU64 = AtomicU64::new(0);
+    let now = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
+    let last = LAST_MS.load(Ordering::Relaxed);
+    let due = last == 0 || now.saturating_sub(last) >= TRIM_PAUSE_MS;
+    if !due || LAST_MS.compare_exchange(last, now, Ordering::Relaxed, Ordering::Relaxed).is_err() {
+        return false;
+    }
     // SAFETY: it looks at what is free, under the allocator's own locks.
     unsafe { libc::malloc_trim(0) };
+    true
 }
 
 /// Other allocators do.
@@ -243,7 +258,9 @@ pub(crate) fn keep_little_memory() {}
 
 /// Other allocators do.
 #[cfg(not(target_env = "gnu"))]
-pub(crate) fn give_free_memory_back() {}
+pub(crate) fn give_free_memory_back(_now: std::time::Duration) -> bool {
+    true
+}
 
 #[cfg(test)]
 mod tests {

@@ -23,7 +23,7 @@ use std::{
 
 use tierkeep_proto::peer::{self as wire, reply::Answer, request::Ask};
 
-use super::{Cascade, IDLE, POLL, Shard, Work};
+use super::{Cascade, IDLE, Shard, Work};
 use crate::{
     agree::{InRam, Own},
     begin::roster::Roster,
@@ -96,7 +96,7 @@ impl Cascade {
             }
             let pause = match self.turn_to_peers(&peers) {
                 Ok(true) => continue,
-                Ok(false) if locked(&self.work).copies.now.is_some() => POLL,
+                Ok(false) if locked(&self.work).copies.now.is_some() => self.poll(),
                 Ok(false) => IDLE,
                 Err(e) => {
                     let text = e.chain();

@@ -9,7 +9,11 @@
 use std::{path::PathBuf, sync::Arc};
 
 use super::{Host, LEFT_AFTER, ROUND, chair::Chair, seat::Seat};
-use crate::{clock::Deadline, keeper::Ending, observe::locked};
+use crate::{
+    clock::{Clock, Deadline},
+    keeper::Ending,
+    observe::locked,
+};
 
 impl Host {
     /// Looks after ranks that have nobody.
@@ -25,10 +29,9 @@ impl Host {
             self.end_transfers();
             self.heal();
             let works = self.seats().iter().any(|seat| seat.is_busy());
-            if works || worked {
-                crate::sys::give_free_memory_back();
-            }
-            worked = works;
+            let due = works || worked;
+            let done = due && crate::sys::give_free_memory_back(self.clock.monotonic());
+            worked = works || (due && !done);
             for (place, chair) in self.chairs() {
                 // Somebody is opening it: then it has somebody.
                 let Some(taken) = chair.try_lock() else { continue };

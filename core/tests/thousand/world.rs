@@ -61,12 +61,6 @@ pub struct World {
     ram: tempfile::TempDir,
 }
 
-impl Drop for World {
-    fn drop(&mut self) {
-        self.machines.get_mut().unwrap().values().for_each(|machine| machine.host.end());
-    }
-}
-
 impl World {
     pub fn new(names: &[String]) -> Arc<Self> {
         let world = Arc::new(Self {
@@ -101,6 +95,16 @@ impl World {
         self.lost.lock().unwrap().insert(name.into());
         self.note_nodes();
         machine.host.end();
+    }
+
+    /// All of them end, and let go of each other.
+    pub fn end(&self) {
+        let machines = std::mem::take(&mut *self.machines.write().unwrap());
+        std::thread::scope(|scope| {
+            for machine in machines.into_values() {
+                scope.spawn(move || machine.host.end());
+            }
+        });
     }
 
     fn note_nodes(&self) {
