@@ -120,6 +120,8 @@ impl Agent {
         config.ram_root = self.ram.path().into();
         config.agent = Some(self.ram.path().join("agent.sock"));
         config.attempt_wait = Duration::from_secs(8);
+        // What is on disk when its job ends is let go of by other nodes.
+        config.disk_every = 1 << 40;
         wish(&mut config);
         Checkpointer::open(config).unwrap()
     }
