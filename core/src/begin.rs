@@ -100,7 +100,8 @@ pub(crate) fn begin(place: &Place, how: &Begin, decision: u32) -> Result<Started
                 Err(e)
                     if place.peers.is_some()
                         && e.kind() == ErrorKind::Unavailable
-                        && tries < TRIES =>
+                        && tries < TRIES
+                        && deadline.left(&*place.clock).is_some() =>
                 {
                     tracing::warn!("{}; deciding again", e.chain());
                     tries += 1;

@@ -86,8 +86,13 @@ pub(crate) fn send(peers: &Peers, node: &str, shard: &Outbound<'_>) -> Result<Pe
             return Ok(held(finished.store));
         }
         let known = |chunk: &u64| usize::try_from(*chunk).ok().filter(|chunk| *chunk < count);
+        let before = missing.len();
         missing = finished.missing.iter().filter_map(known).collect();
+        let broke = pushed.is_err();
         trouble = pushed.err().or(trouble);
+        if broke && missing.len() >= before {
+            break; // Nothing gets through: another node is the better place.
+        }
     }
     Err(trouble.unwrap_or_else(|| {
         let why = format!("{node} refuses {} of its {count} chunks", missing.len());

@@ -59,9 +59,11 @@ fn carry(from: TcpStream, to: SocketAddr, manner: Manner, came: &AtomicUsize) {
     let is_chunk = matches!(&first, b"PU" | b"GE");
     let manner = Some(manner).filter(|_| is_chunk);
     came.fetch_add(usize::from(is_chunk), Ordering::Relaxed);
-    if manner != Some(Manner::Silent) {
-        thread::spawn(move || pass(back.0, back.1, None));
+    if manner == Some(Manner::Silent) {
+        let _ = std::io::copy(&mut &from, &mut std::io::sink());
+        return;
     }
+    thread::spawn(move || pass(back.0, back.1, None));
     pass(from, to, manner);
 }
 
