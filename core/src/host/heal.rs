@@ -7,8 +7,9 @@
 //! - What is of an older attempt than one whose leader lives is left alone: that one's ranks say what goes.
 //! - The newest step first, one shard at a time; bytes go at the rate of all that this agent sends.
 //! - Nothing that is held gives way for it: neither here nor where it goes.
+//! - Whoever looks for them touches no disk; those are met on a thread of its own.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
 
 use super::Host;
 use crate::{
@@ -42,8 +43,9 @@ pub(super) struct Healing {
 
 /// One whose copies are to be made.
 struct Patient {
+    /// The run's real directory and the rank.
+    place: (PathBuf, u32),
     site: Site,
-    rank: Rank,
     shelf: Arc<Shelf>,
     owner: Owner,
 }
@@ -54,13 +56,13 @@ impl Host {
         let Some(network) = self.network.get().filter(|network| network.is_settled()) else {
             return;
         };
+        if Arc::strong_count(&self.healer) > 1 {
+            return; // Somebody is at it.
+        }
         let alive: BTreeSet<String> = network.nodes().into_iter().map(|node| node.name).collect();
         let patients = self.patients(&alive);
         if patients.is_empty() {
             return;
-        }
-        if Arc::strong_count(&self.healer) > 1 {
-            return; // Somebody is at it.
         }
         let (host, turn) = (self.clone(), self.healer.clone());
         let work = move || {
@@ -81,13 +83,12 @@ impl Host {
         let mut due = Vec::new();
         let mut known = BTreeSet::new();
         for (place, (site, shelf)) in locked(&self.shelves).iter() {
-            let Some(owner) = shelf.owner().filter(|owner| !alive.contains(&owner.node)) else {
-                continue;
-            };
+            let lost = |owner: &Owner| owner.replicas > 0 && !alive.contains(&owner.node);
+            let Some(owner) = shelf.owner().filter(lost) else { continue };
             let newer = |led: &crate::peers::commons::Led| {
                 led.record.attempt.number > owner.attempt && alive.contains(&led.node)
             };
-            if self.commons.led(site).is_some_and(|led| newer(&led)) {
+            if self.commons.led_at(&place.0, site.uid).is_some_and(|led| newer(&led)) {
                 continue;
             }
             known.insert(place.clone());
@@ -100,8 +101,8 @@ impl Host {
             }
             one.next = now.saturating_add(AGAIN);
             due.push(Patient {
+                place: place.clone(),
                 site: site.clone(),
-                rank: Rank(place.1),
                 shelf: shelf.clone(),
                 owner,
             });
@@ -114,8 +115,8 @@ impl Host {
     }
 
     fn heal_one(&self, patient: &Patient) {
-        let Patient { site, rank, shelf, owner } = patient;
-        let run = site.destination.display();
+        let Patient { place, site, shelf, owner } = patient;
+        let (run, rank) = (site.destination.display(), Rank(place.1));
         let healed = self.act_as(site).and_then(|()| self.copy_again(patient));
         match healed {
             Ok(copies) if copies.len() >= owner.replicas => {
@@ -128,8 +129,7 @@ impl Host {
                     all.join(" and ")
                 );
                 let mut healing = locked(&self.healing);
-                let place = (crate::config::real(&site.destination), rank.0);
-                if let Some(one) = healing.get_mut(&place) {
+                if let Some(one) = healing.get_mut(place) {
                     one.copies = Some(copies);
                 }
             }
@@ -145,7 +145,8 @@ impl Host {
 
     /// Makes copies of all that is held, the newest first; who has the newest now.
     fn copy_again(&self, patient: &Patient) -> Result<BTreeSet<String>> {
-        let Patient { site, rank, shelf, owner } = patient;
+        let Patient { place, site, shelf, owner } = patient;
+        let rank = Rank(place.1);
         let Some(network) = self.network.get() else { return Ok(BTreeSet::new()) };
         let (network, commons) = (network.clone(), self.commons.clone());
         let peers = Peers { network, site: site.clone(), commons };
@@ -155,9 +156,9 @@ impl Host {
             let mut copies = BTreeSet::new();
             let mut refused = BTreeSet::new();
             while copies.len() < owner.replicas {
-                let next = next_holder(&peers, *rank, owner.replicas, &copies, &refused);
+                let next = next_holder(&peers, rank, owner.replicas, &copies, &refused);
                 let Some(node) = next else { break };
-                match copy_to(&peers, &node, shelf, *rank, owner, key) {
+                match copy_to(&peers, &node, shelf, rank, owner, key) {
                     Ok(()) => copies.insert(node),
                     Err(e) => {
                         tracing::debug!("{node} takes no copy of {key}, {rank}: {}", e.chain());

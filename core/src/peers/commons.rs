@@ -110,7 +110,13 @@ impl Commons {
     }
 
     pub(crate) fn led(&self, site: &Site) -> Option<Led> {
-        locked(&self.leads).get(&run(site)).cloned()
+        let (real, uid) = run(site);
+        self.led_at(&real, uid)
+    }
+
+    /// The same by the run's real directory: no disk is asked for it.
+    pub(crate) fn led_at(&self, real: &Path, uid: u32) -> Option<Led> {
+        locked(&self.leads).get(&(real.into(), uid)).cloned()
     }
 
     /// Somebody leads. What was told of a newer attempt stays.
