@@ -581,6 +581,7 @@ fn find_shard_here(
         mends,
         marks,
         care: None,
+        over: None,
         others: Vec::new(),
     })
 }

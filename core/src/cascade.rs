@@ -59,6 +59,9 @@ const POLL: Duration = Duration::from_millis(5);
 const POLL_TOLD: Duration = Duration::from_millis(100);
 /// Between two tries of a step that a disk refused, at first; then twice as long each time.
 const AGAIN_PAUSE: Duration = Duration::from_secs(1);
+/// A restore has the memory's and the disk's bandwidth to itself for so long: what it reads is in RAM
+/// here, and where it came from.
+const READ_WITHIN: Duration = Duration::from_secs(60);
 /// How often it looks with nothing in flight.
 const IDLE: Duration = Duration::from_secs(1);
 
@@ -103,6 +106,8 @@ struct Work {
     chosen: Option<u64>,
     sealed: Option<u64>,
     joined: bool,
+    /// While this rank's trainer reads what it resumes from, which waits here meanwhile: until then at most.
+    read_until: Option<Deadline>,
     /// What this attempt resumed from is not sealed on disk: the leader lets it go there first.
     parent_waits: bool,
     /// Steps of this attempt that were given up for disk: what lies there of them is rubbish.
@@ -174,16 +179,24 @@ impl std::fmt::Debug for Cascade {
 
 impl Cascade {
     /// `parent_waits`: what this attempt resumed from is not sealed on disk; `found`: shards that
-    /// this rank's slots hold of it, and of this attempt where it goes on under a new owner.
+    /// this rank's slots hold of it, and of this attempt where it goes on under a new owner; `is_read`:
+    /// a trainer is about to read it.
     ///
     /// # Errors
     /// The directory of the decisions did not answer.
-    pub(crate) fn new(parts: Parts, parent_waits: bool, found: Vec<Shard>) -> Result<Arc<Self>> {
+    pub(crate) fn new(
+        parts: Parts,
+        parent_waits: bool,
+        found: Vec<Shard>,
+        is_read: bool,
+    ) -> Result<Arc<Self>> {
         let newest = parts.record.parent.map(|p| p.key());
         let shards = found.into_iter().map(|shard| (shard.key.step.0, shard)).collect();
         let copies = Copies::known(&parts.holders);
+        let read_until = is_read.then(|| Deadline::after(&*parts.clock, READ_WITHIN));
+        let unchecked = true;
         let work =
-            Work { copies, newest, parent_waits, shards, unchecked: true, ..Work::default() };
+            Work { copies, newest, parent_waits, read_until, shards, unchecked, ..Work::default() };
         let (last, hurried) = (AtomicU64::new(u64::MAX), AtomicU64::new(u64::MAX));
         let cascade = Arc::new(Self { parts, work: Mutex::new(work), last, hurried });
         cascade.resume_carry()?;
@@ -213,6 +226,7 @@ impl Cascade {
         let now = self.parts.clock.monotonic();
         let mut work = locked(&self.work);
         let before = self.hurried.swap(step, Ordering::AcqRel);
+        work.read_until = None;
         work.shards.get(&step).iter().for_each(|shard| self.mark_due(&shard.save));
         let given_up = work.carry.is_none() && work.given_up.contains(&step);
         let again = given_up && work.again.is_none() && now >= work.again_after;
@@ -253,6 +267,7 @@ impl Cascade {
     /// A shard is about to be published in RAM: known here before anybody can see its manifest.
     pub(crate) fn announce(&self, shard: Shard) {
         let mut work = locked(&self.work);
+        work.read_until = None; // It trains.
         self.mark_due(&shard.save);
         work.shards.insert(shard.key.step.0, shard);
     }

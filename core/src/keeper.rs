@@ -44,7 +44,10 @@ use crate::{
     ownership::{FileId, Ownership},
     peers::{Peers, commons::Led},
     place::{Desk, Place},
-    restore::{read::Restorable, survey::ShardCopy},
+    restore::{
+        read::{Over, Restorable},
+        survey::ShardCopy,
+    },
     save::Save,
     signal::Signal,
     snapshot::{arena::Arena, budget::Budget, slot::SlotPayload},
@@ -242,11 +245,15 @@ impl Keeper {
         let resumed = resumed.and_then(|found| resumed_shard(&place.arena, found));
         let resumed = resumed.into_iter().collect();
         let record = started.record.clone();
-        self.run(started.record, started.elsewhere, waits, resumed)?;
+        let cascade = self.run(started.record, started.elsewhere, waits, resumed, true)?;
+        let cascade = Arc::downgrade(&cascade);
         if place.is_spread() && place.config.leads() {
             self.announce(&record)?;
         }
-        Ok(restorable)
+        Ok(restorable.map(|found| {
+            let over = Over::new(move || cascade.upgrade().iter().for_each(|c| c.was_read()));
+            Restorable { over: Some(over), ..found }
+        }))
     }
 
     /// Starts what carries an attempt's shards.
@@ -256,7 +263,8 @@ impl Keeper {
         elsewhere: Elsewhere,
         parent_waits: bool,
         found: Vec<Shard>,
-    ) -> Result<()> {
+        is_read: bool,
+    ) -> Result<Arc<Cascade>> {
         let place = &self.place;
         let agreements = self.agreements(&record)?;
         let parts = Parts {
@@ -274,7 +282,7 @@ impl Keeper {
             holders: elsewhere.holders.get(&place.config.rank).cloned().unwrap_or_default(),
         };
         // Directories are asked here, before anybody is kept waiting.
-        let cascade = Cascade::new(parts, parent_waits, found)?;
+        let cascade = Cascade::new(parts, parent_waits, found, is_read)?;
         let mut running = locked(&self.running);
         if place.config.leads() {
             let roster = peers_name(place).map(|me| (place.config.rank, me));
@@ -287,8 +295,8 @@ impl Keeper {
             let begun = Behind::start("tierkeep-peers", &cascade, place, Cascade::run_to_peers);
             threads.push(begun.inspect_err(|_| cascade.stop(None))?);
         }
-        *running = Some(Running { record, cascade, threads });
-        Ok(())
+        *running = Some(Running { record, cascade: cascade.clone(), threads });
+        Ok(cascade)
     }
 
     /// Tells every agent that this one has the leader. Who is not told asks.

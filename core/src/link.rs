@@ -43,7 +43,7 @@ use crate::{
     observe::{Observer, locked},
     owner::{Going, Owner},
     place::Desk,
-    restore::read::{Care, Restorable},
+    restore::read::{Care, Over, Restorable},
     save::{Save, forget_decided},
     signal::Signal,
     snapshot::{device::Pin, map::SlotMap},
@@ -243,6 +243,16 @@ impl Far {
     fn care(&self) -> Arc<dyn Care> {
         Arc::new(FarCare { dial: self.dial.clone() })
     }
+
+    /// The agent, for which a restore's shard waits.
+    fn over(&self) -> Arc<Over> {
+        let dial = self.dial.clone();
+        Over::new(move || {
+            if let Err(e) = dial.ask_now(Call::Restored(wire::Restored {}), SHORT) {
+                tracing::debug!("the agent was not told of the end of a restore: {}", e.chain());
+            }
+        })
+    }
 }
 
 impl Owner for Far {
@@ -283,7 +293,7 @@ impl Owner for Far {
         let shard = begun.shard.as_ref();
         let observer = &self.shared.desk.observer;
         let found = shard.map(|s| convert::restorable(s, &self.tiers, observer, &self.care()));
-        found.transpose()
+        Ok(found.transpose()?.map(|found| Restorable { over: Some(self.over()), ..found }))
     }
 
     fn going(&self) -> Option<Arc<dyn Going>> {

@@ -297,6 +297,7 @@ impl Reader {
             mends: false,
             marks: false,
             care: None,
+            over: None,
             others: Vec::new(),
         })
     }

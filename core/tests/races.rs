@@ -376,9 +376,13 @@ fn a_resumed_shard_is_checked_before_it_is_sealed() {
     }
     for i in 0..3 {
         let c = Checkpointer::open(cfg.clone()).unwrap();
-        let f = c.begin(&Begin::default());
+        // Nobody reads it: it is on its way to disk at once.
+        drop(c.begin(&Begin::default()));
         std::thread::sleep(Duration::from_millis(300));
-        let r = f.map(|f| {
+        c.close(Duration::ZERO, true).unwrap();
+        drop(c);
+        let c = Checkpointer::open(cfg.clone()).unwrap();
+        let r = c.begin(&Begin::default()).map(|f| {
             f.map(|f| {
                 let mut m = Model::new(0, &SMALL);
                 (f.step(), m.read(&f).map(|_| ()).map_err(|e| e.to_string()))
@@ -396,6 +400,33 @@ fn a_resumed_shard_is_checked_before_it_is_sealed() {
     );
     let c = Checkpointer::open(cfg.clone()).unwrap();
     assert_eq!(resume(&c, &SMALL).unwrap(), 2);
+}
+
+#[test]
+fn what_is_resumed_from_ram_goes_to_disk_when_it_has_been_read() {
+    let p = Places::new();
+    let mut cfg = p.config();
+    cfg.disk_every = 2;
+    let c = Checkpointer::open(cfg.clone()).unwrap();
+    resume(&c, &SMALL).unwrap();
+    wait(&Model::at(0, &SMALL, 3).save(&c, 3).unwrap(), Level::Ram);
+    c.close(Duration::ZERO, true).unwrap();
+    drop(c);
+    let c = Checkpointer::open(cfg).unwrap();
+    let found = c.begin(&Begin::default()).unwrap().unwrap();
+    let on_disk = || {
+        let all = files(&p.destination());
+        all.iter().any(|f| f.to_string_lossy().ends_with("CHECKPOINT.json"))
+    };
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(!on_disk(), "it went beside the reading");
+    read_whole(&found, &SMALL).unwrap();
+    let end = std::time::Instant::now() + Duration::from_secs(30);
+    while !on_disk() {
+        assert!(std::time::Instant::now() < end, "it stays in RAM");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    close(&c);
 }
 
 #[test]

@@ -23,7 +23,7 @@ use crate::{
         read::Restorable,
         survey::{Found, ShardCopy, copies},
     },
-    snapshot::slot::SlotPayload,
+    snapshot::{arena::Memory, slot::SlotPayload},
     tier::{Tier, TierKind},
     wire::convert,
 };
@@ -135,6 +135,7 @@ fn copy_here(
         mends: false,
         marks: false,
         care: None,
+        over: None,
         others: Vec::new(),
     };
     let manifest = there.manifest();
@@ -177,7 +178,7 @@ fn fetch_now(
     if rank.0 != place.config.rank {
         return copy_here(place, key, rank, (&remotes, good)).map(|()| true);
     }
-    let filling = place.arena.acquire(payload.length, &may_go)?;
+    let filling = place.arena.acquire(payload.length, Memory::AsWritten, &may_go)?;
     let filling = filling.ok_or_else(|| Error::Bug("no slot is free before a restore".into()))?;
     let incoming = Incoming::new(filling, manifest, first.bytes.to_vec(), false);
     let told = fetch(peers, key, &holders, &incoming)?;

@@ -1,6 +1,6 @@
 //! What others ask of a cascade: how far it is, and to end.
 
-use super::{Cascade, Shard};
+use super::{Cascade, Shard, Work};
 use crate::{
     error::Error,
     names::{AttemptRef, CheckpointKey, Step},
@@ -26,6 +26,18 @@ impl Cascade {
             || work.copies.now.is_some()
             || work.shards.values().any(waits)
             || work.watched.values().any(Save::is_open)
+    }
+
+    /// The trainer has read what it resumes from, or will not.
+    pub(crate) fn was_read(&self) {
+        if locked(&self.work).read_until.take().is_some() {
+            self.parts.signal.notify();
+        }
+    }
+
+    pub(super) fn is_being_read(&self, work: &Work) -> bool {
+        let until = work.read_until.as_ref();
+        until.is_some_and(|until| until.left(&*self.parts.clock).is_some())
     }
 
     /// Ends the thread at its next block: another owner goes on with the same attempt, so nothing is

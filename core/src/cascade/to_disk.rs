@@ -181,6 +181,9 @@ impl Cascade {
         let (step, shard) = {
             let work = locked(&self.work);
             let Some(carry) = work.carry.as_ref().filter(|c| !c.own_done) else { return Ok(false) };
+            if self.is_parent(carry.step) && self.is_being_read(&work) {
+                return Ok(false);
+            }
             (carry.step, work.shards.get(&carry.step).cloned())
         };
         let done = match &shard {

@@ -94,6 +94,10 @@ impl Connection {
                 let text = running(seat)?.1.agreements().init(&init.wish)?;
                 Ok((Answer::Text(wire::Text { text }), Vec::new()))
             }
+            Call::Restored(_) => {
+                running(seat)?.1.was_read();
+                done()
+            }
             Call::List(list) => {
                 let entries = tier(seat, list.tier)?.list(&list.dir)?.into_iter();
                 let entry = |e: crate::tier::Entry| wire::Entry { name: e.name, is_dir: e.is_dir };

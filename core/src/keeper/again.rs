@@ -45,7 +45,7 @@ impl Keeper {
         };
         let held = place.arena.holds().into_iter().filter(ours);
         let shards = held.filter_map(|key| self.shard_in_ram(key)).collect();
-        self.run(record, Elsewhere::default(), waits, shards)
+        self.run(record, Elsewhere::default(), waits, shards, false).map(drop)
     }
 
     /// This rank's shard of `key` as it lies in a slot. One whose manifest is bad is nobody's.

@@ -19,7 +19,11 @@ use crate::{
     observe::add,
     owner::{Asked, Filled},
     save::Save,
-    snapshot::{Described, arena::Filling, slot::SlotPayload},
+    snapshot::{
+        Described,
+        arena::{Filling, Memory},
+        slot::SlotPayload,
+    },
 };
 
 /// How often a save that waits asks whether it is to go on.
@@ -37,7 +41,7 @@ impl Keeper {
     ) -> Result<Option<Filling>> {
         let place = &self.place;
         let may_go = |key: &CheckpointKey| cascade.release(key);
-        let mut filling = place.arena.acquire(len, &may_go)?;
+        let mut filling = place.arena.acquire(len, Memory::InPlace, &may_go)?;
         let may_skip = skip_if_busy && !cascade.is_last(save.step());
         let wish = if filling.is_none() && may_skip { Saving::Skip } else { Saving::Save };
         if cascade.agreements().saving(save.step(), wish)? == Saving::Skip {
@@ -56,7 +60,7 @@ impl Keeper {
         let mut ask = Deadline::after(&*place.clock, ASK);
         while filling.is_none() {
             let seen = place.signal.seen();
-            filling = place.arena.acquire(len, &may_go)?;
+            filling = place.arena.acquire(len, Memory::InPlace, &may_go)?;
             if filling.is_some() {
                 break;
             }

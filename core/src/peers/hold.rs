@@ -22,7 +22,11 @@ use crate::{
     names::{CheckpointKey, Id, Rank},
     observe::locked,
     signal::Signal,
-    snapshot::{arena::Arena, budget::Budget, slot::SlotPayload},
+    snapshot::{
+        arena::{Arena, Memory},
+        budget::Budget,
+        slot::SlotPayload,
+    },
     tier::{Created, Tier, find_record, memory::MemoryTier},
 };
 
@@ -140,7 +144,7 @@ impl Shelf {
             let over = old.attempt.number < attempt || old.step < key.step;
             over && keep.is_some_and(|keep| !keep.contains(old))
         };
-        let filling = self.arena.acquire(described.payload.length, &may_go)?;
+        let filling = self.arena.acquire(described.payload.length, Memory::AsWritten, &may_go)?;
         let Some(filling) = filling else {
             let why = format!("both slots for {} are in use", self.rank);
             return Err(Error::Skipped { step: key.step, why });

@@ -13,7 +13,7 @@ use std::{
     collections::{BTreeSet, HashMap, HashSet},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
@@ -56,8 +56,40 @@ pub struct Restorable {
     pub(crate) marks: bool,
     /// Who does either, where this process does not.
     pub(crate) care: Option<Arc<dyn Care>>,
+    /// Whom it matters to that it has been read.
+    pub(crate) over: Option<Arc<Over>>,
     /// The shards of other ranks that have tensors of this one. They are only read.
     pub others: Vec<Restorable>,
+}
+
+/// Says once that a restore needs its shard no more: it was read, or nobody is left who would.
+pub(crate) struct Over {
+    told: AtomicBool,
+    tell: Box<dyn Fn() + Send + Sync>,
+}
+
+impl Over {
+    pub(crate) fn new(tell: impl Fn() + Send + Sync + 'static) -> Arc<Self> {
+        Arc::new(Self { told: AtomicBool::new(false), tell: Box::new(tell) })
+    }
+
+    pub(super) fn say(&self) {
+        if !self.told.swap(true, Ordering::AcqRel) {
+            (self.tell)();
+        }
+    }
+}
+
+impl Drop for Over {
+    fn drop(&mut self) {
+        self.say();
+    }
+}
+
+impl std::fmt::Debug for Over {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Over").field("told", &self.told).finish_non_exhaustive()
+    }
 }
 
 /// Mends copies and marks steps for a process that owns neither (an agent does).

@@ -16,12 +16,12 @@
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
     sync::{
-        Mutex,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
 };
 
-use super::read::{READERS, ReadReport, Restorable, read_chunk, run_on};
+use super::read::{Over, READERS, ReadReport, Restorable, read_chunk, run_on};
 use crate::{
     error::{Error, ErrorKind, Result},
     observe::{add, locked},
@@ -51,6 +51,16 @@ pub struct Reading {
     read: Vec<Read>,
     /// As `from.others`, with the names of what is read there.
     others: Vec<(HashSet<String>, Reading)>,
+    _ends: Ends,
+}
+
+/// Says that the reading is over, also where it failed.
+struct Ends(Option<Arc<Over>>);
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|over| over.say());
+    }
 }
 
 impl Reading {
@@ -63,7 +73,8 @@ impl Reading {
             (names, Self::of(other.clone()))
         };
         let others = from.others.iter().map(of).collect();
-        Self { from, read, others }
+        let _ends = Ends(from.over.clone());
+        Self { from, read, others, _ends }
     }
 
     /// Copies the tensors named in `targets` into the caller's memory. Chunks of others are not

@@ -64,6 +64,15 @@ impl std::fmt::Debug for Left {
     }
 }
 
+/// Whether a slot's pages are there before it is filled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Memory {
+    /// All of them: it is stored to through a map.
+    InPlace,
+    /// Those that it had: all of it is written once, by calls.
+    AsWritten,
+}
+
 /// The slots of one rank.
 #[derive(Debug)]
 pub struct Arena {
@@ -271,7 +280,7 @@ impl Arena {
                 _ => continue,
             }
             drop(held);
-            let made = self.ready(index, len);
+            let made = self.ready(index, len, Memory::InPlace);
             self.set(index, Use::Free);
             made?;
         }
@@ -298,7 +307,7 @@ impl Arena {
     }
 
     /// Makes, grows or fits the slot at `index`, which the caller has marked busy.
-    fn ready(&self, index: usize, len: u64) -> Result<Arc<Slot>> {
+    fn ready(&self, index: usize, len: u64, memory: Memory) -> Result<Arc<Slot>> {
         let (existing, populated) = {
             let held = locked(&self.held);
             (held[index].slot.clone(), held[index].populated)
@@ -307,8 +316,10 @@ impl Arena {
             if let Some(now) = slot.len_at_its_path()
                 && slot.fit(now, len)?
             {
-                self.put_in_place(&slot, populated)?;
-                locked(&self.held)[index].populated = true;
+                if memory == Memory::InPlace {
+                    self.put_in_place(&slot, populated)?;
+                    locked(&self.held)[index].populated = true;
+                }
                 return Ok(slot);
             }
             // Of no use for this length. Its memory is given back before more is asked for.
@@ -318,13 +329,17 @@ impl Arena {
             place.populated = false;
         }
         let path = slot_path(&self.root, self.rank);
-        let go_on = || self.is_open();
-        let slot = Arc::new(Slot::create(&path, len, self.mapped, &self.budget, &go_on)?);
+        let go_on: &dyn Fn() -> bool = &|| self.is_open();
+        let in_place = memory == Memory::InPlace;
+        let go_on = in_place.then_some(go_on);
+        let slot = Arc::new(Slot::create(&path, len, self.mapped, &self.budget, go_on)?);
         slot.fit(slot.file_len()?, len)?;
-        self.put_in_place(&slot, false)?;
+        if in_place {
+            self.put_in_place(&slot, false)?;
+        }
         let place = &mut locked(&self.held)[index];
         place.slot = Some(slot.clone());
-        place.populated = true;
+        place.populated = in_place;
         Ok(slot)
     }
 
@@ -363,6 +378,7 @@ impl Arena {
     pub fn acquire(
         self: &Arc<Self>,
         len: u64,
+        memory: Memory,
         may_go: &dyn Fn(&CheckpointKey) -> bool,
     ) -> Result<Option<Filling>> {
         let chosen = match self.take_free() {
@@ -381,7 +397,7 @@ impl Arena {
             self.set(index, Use::Holds(key));
             return Err(e);
         }
-        match self.ready(index, len) {
+        match self.ready(index, len, memory) {
             Ok(slot) => Ok(Some(Filling { arena: self.clone(), index, slot, done: false })),
             Err(e) => {
                 self.set(index, Use::Free);

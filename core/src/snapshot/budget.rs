@@ -240,20 +240,29 @@ impl Budget {
         go_on: &dyn Fn() -> bool,
     ) -> Result<()> {
         let before = file.metadata().at("stat", path)?;
-        let more = len.saturating_sub(before.len().min(before.blocks() * 512));
-        {
-            let _guard = self.lock()?;
-            self.check(more, &format!("{} for {}", human(more), path.display()))?;
-            if before.len() < len {
-                file.set_len(len).at("set the length of", path)?;
-            }
-        }
+        self.reserve(file, path, len)?;
         let allocated = fill(file, path, len, go_on);
         if allocated.is_err() {
             // What was allocated before it failed is given back.
             file.set_len(before.len()).at("set the length of", path)?;
         }
         allocated
+    }
+
+    /// The same without the memory: for whom every byte is written by calls, which say where tmpfs is full,
+    /// and who would have it filled with zeros first for nothing.
+    ///
+    /// # Errors
+    /// [`Error::Budget`] with the sum.
+    pub(crate) fn reserve(&self, file: &File, path: &Path, len: u64) -> Result<()> {
+        let before = file.metadata().at("stat", path)?;
+        let more = len.saturating_sub(before.len().min(before.blocks() * 512));
+        let _guard = self.lock()?;
+        self.check(more, &format!("{} for {}", human(more), path.display()))?;
+        if before.len() < len {
+            file.set_len(len).at("set the length of", path)?;
+        }
+        Ok(())
     }
 
     /// A POSIX lock for other processes, a mutex for our own threads. Not `flock`: that one belongs

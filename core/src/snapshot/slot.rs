@@ -48,15 +48,19 @@ pub struct Slot {
 }
 
 impl Slot {
+    /// `go_on`: see [`Budget::grow`]; `None`: its memory comes with what is written to it.
     pub(super) fn create(
         path: &Path,
         len: u64,
         mapped: bool,
         budget: &Budget,
-        go_on: &dyn Fn() -> bool,
+        go_on: Option<&dyn Fn() -> bool>,
     ) -> Result<Self> {
         let file = create_staged(path)?;
-        let grown = budget.grow(&file, path, len, go_on);
+        let grown = match go_on {
+            Some(go_on) => budget.grow(&file, path, len, go_on),
+            None => budget.reserve(&file, path, len),
+        };
         let made = grown.and_then(|()| Self::new(file, path, len, mapped));
         if made.is_err() {
             // The error that matters is on its way up.

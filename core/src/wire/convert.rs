@@ -285,6 +285,7 @@ pub(crate) fn restorable(
         mends: said.mends,
         marks: said.marks,
         care: Some(care.clone()),
+        over: None,
         others: others.collect::<Result<_>>()?,
         key,
     })
