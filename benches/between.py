@@ -42,12 +42,14 @@ class Saver:
             stdout=subprocess.PIPE,
             text=True,
         )
+        self.name = f"the rank on {node.name}"
         self.begun = self._hear()
 
     def _hear(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert line, "the rank died"
+        if not line:
+            raise RuntimeError(f"{self.name} died")
         return dict(json.loads(line))
 
     def try_save(self) -> dict[str, Any]:
@@ -119,29 +121,35 @@ def certificates(place: Path) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Passing:
-    """An agent that came or went, as another one's log tells it."""
+class Death:
+    """An agent that counts as dead, as another one's log tells it."""
 
     at: float
     teller: str
     name: str
-    gone: bool
 
 
 # As in "2026-11-28T06:07:00.123456Z  WARN tierkeep_agent::cluster: n3 is gone, which was at ...".
-PASSING = re.compile(r"^(\S+Z) .*: (\S+) is (gone|here), (?:which was )?at ")
+GONE = re.compile(r"^(\S+Z) .*: (\S+) is gone, which was at ")
 
 
-def passings(node: Node, offset: int = 0) -> list[Passing]:
-    """Who came and who went, as this node's agent told its log from byte `offset` on."""
-    found = []
-    with node.log.open("rb") as log:
-        log.seek(offset)
-        for line in log.read().decode(errors="replace").splitlines():
-            if told := PASSING.match(line):
-                at = datetime.fromisoformat(told[1]).timestamp()
-                found.append(Passing(at, node.name, told[2], told[3] == "gone"))
-    return found
+class Logs:
+    """What agents tell their logs from here on."""
+
+    def __init__(self, nodes: Sequence[Node]) -> None:
+        self._begin = [(node, node.log.stat().st_size) for node in nodes]
+
+    def deaths(self) -> list[Death]:
+        """Who is gone, as each of them saw it; in no order."""
+        found = []
+        for node, offset in self._begin:
+            with node.log.open("rb") as log:
+                log.seek(offset)
+                for line in log.read().decode(errors="replace").splitlines():
+                    if told := GONE.match(line):
+                        at = datetime.fromisoformat(told[1]).timestamp()
+                        found.append(Death(at, node.name, told[2]))
+        return found
 
 
 def turn(things: Sequence[T], round_: int) -> list[T]:
@@ -167,6 +175,6 @@ def say(text: str) -> None:
 
 
 def begin() -> None:
-    """Before the first lab: agents tell who comes and goes, and a SIGTERM ends labs as well."""
+    """Before the first lab: agents tell who is gone, and a SIGTERM ends labs as well."""
     os.environ["TIERKEEP_LOG"] = "info"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
