@@ -7,6 +7,9 @@
 ##   make check    formatting, lints, types, stubs and tidiness; no behaviour
 ##   make lab      start a cluster of agents on this machine to play with, in network namespaces
 ##   make bench    measure against the bars in benches/RESULTS.md; minutes, wants a quiet machine
+##   make bench-nodes
+##                 the same between nodes, in network namespaces: half an hour, wants root, 12 GiB of
+##                 free memory and a quiet machine; prints JSON
 ##   make clean    remove what was built (target, build); .venv stays: remove it by hand
 ##
 ## Variables, as in `make demo SEED=7`:
@@ -59,7 +62,7 @@ WHEEL_SOURCES := Cargo.toml $(wildcard Cargo.lock) rust-toolchain.toml \
 
 PYTHON_PATHS := python examples $(wildcard benches)
 
-.PHONY: help setup wheel demo test check test-rust test-python lab lab-tools bench clean
+.PHONY: help setup wheel demo test check test-rust test-python lab lab-tools bench bench-nodes clean
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -146,6 +149,13 @@ bench: wheel
 	@command -v fio >/dev/null || { echo "error: fio is needed; on Debian: apt-get install fio" >&2; exit 1; }
 	cargo build --quiet --release --package tierkeep-benches
 	$(BIN)/python benches/run.py --write
+
+bench-nodes: wheel lab-tools
+	@command -v openssl >/dev/null || { echo "error: openssl is needed; on Debian: apt-get install openssl" >&2; exit 1; }
+	$(BIN)/python benches/peers.py
+	$(BIN)/python benches/training.py
+	$(BIN)/python benches/detection.py
+	$(BIN)/python benches/soak.py
 
 clean:
 	cargo clean --quiet
