@@ -13,7 +13,7 @@
 //! - A decision that is asked for again because its answer was lost is the same decision.
 //! - `fresh` and rollbacks are recorded as such: what they leave behind is abandoned at once.
 
-mod fetched;
+pub(crate) mod fetched;
 mod joined;
 pub(crate) mod roster;
 

@@ -26,6 +26,7 @@ mod lead;
 mod left;
 mod peer;
 mod peers;
+mod prefetch;
 mod rounds;
 mod seat;
 mod tell;
@@ -33,7 +34,7 @@ mod users;
 mod view;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     os::unix::{fs::PermissionsExt, net::UnixListener},
     path::{Path, PathBuf},
     sync::{
@@ -47,6 +48,7 @@ pub use self::{
     across::{Held, RunAcross},
     drain::Drained,
     peers::Outgoing,
+    prefetch::{Prefetched, RankPrefetched},
     users::UID,
     view::RankView,
 };
@@ -111,6 +113,8 @@ pub struct Host {
     shelves: Mutex<HashMap<(PathBuf, u32), Stand>>,
     /// Ranks of nodes that are gone, of which something is held here.
     healing: Mutex<HashMap<(PathBuf, u32), heal::Healing>>,
+    /// Ranks that are not here yet and whose shards are being fetched.
+    prefetching: Mutex<HashSet<(PathBuf, u32)>>,
     /// In the hands of whoever heals them.
     healer: Arc<()>,
     commons: Arc<Commons>,
@@ -170,6 +174,7 @@ impl Host {
             transfers: Mutex::default(),
             shelves: Mutex::default(),
             healing: Mutex::default(),
+            prefetching: Mutex::default(),
             healer: Arc::default(),
             commons: Arc::default(),
             network: OnceLock::new(),
@@ -261,7 +266,9 @@ impl Host {
         });
         let ground = Ground::Agent { budget, start, nonce, peers };
         // What was held here for the rank is its own.
-        self.give_up_shelf(&(crate::config::real(&config.destination), config.rank));
+        let place = (crate::config::real(&config.destination), config.rank);
+        self.wait_for_prefetch(&place, config.lock_wait);
+        self.give_up_shelf(&place);
         // Whoever had the rank here has left its chair.
         Keeper::open(config, ground, &|tier| tier, &|_| Ok(()))
     }

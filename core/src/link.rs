@@ -359,6 +359,15 @@ impl Drop for Far {
     }
 }
 
+fn damage(damaged: &[BTreeSet<usize>]) -> Vec<wire::Damage> {
+    let damage = damaged.iter().enumerate().filter(|(_, chunks)| !chunks.is_empty());
+    let damage = damage.map(|(copy, chunks)| wire::Damage {
+        copy: u32::try_from(copy).unwrap_or(u32::MAX),
+        chunks: chunks.iter().map(|chunk| *chunk as u64).collect(),
+    });
+    damage.collect()
+}
+
 /// What is damaged, the agent mends.
 #[derive(Debug)]
 struct FarCare {
@@ -367,19 +376,26 @@ struct FarCare {
 
 impl Care for FarCare {
     fn mend(&self, rank: Rank, damaged: &[BTreeSet<usize>]) {
-        let damage = damaged.iter().enumerate().filter(|(_, chunks)| !chunks.is_empty());
-        let damage = damage.map(|(copy, chunks)| wire::Damage {
-            copy: u32::try_from(copy).unwrap_or(u32::MAX),
-            chunks: chunks.iter().map(|chunk| *chunk as u64).collect(),
-        });
-        let mend = wire::Mend { rank: rank.0, damage: damage.collect(), lost: false };
+        let mend = wire::Mend { rank: rank.0, damage: damage(damaged), ..Default::default() };
         if let Err(e) = self.dial.ask(Call::Mend(mend), 10 * SHORT) {
             tracing::warn!("the agent was not asked to mend {rank}'s shard: {}", e.chain());
         }
     }
 
+    fn fetch(&self, rank: Rank, damaged: &[BTreeSet<usize>]) -> bool {
+        let damage = damage(damaged);
+        let mend = wire::Mend { rank: rank.0, damage, from_peers: true, ..Default::default() };
+        match self.dial.ask(Call::Mend(mend), FETCH) {
+            Ok(_) => true,
+            Err(e) => {
+                tracing::debug!("{rank}'s shard was not mended from other nodes: {}", e.chain());
+                false
+            }
+        }
+    }
+
     fn lost(&self, rank: Rank) {
-        let mend = wire::Mend { rank: rank.0, damage: Vec::new(), lost: true };
+        let mend = wire::Mend { rank: rank.0, lost: true, ..Default::default() };
         if let Err(e) = self.dial.ask(Call::Mend(mend), SHORT) {
             tracing::warn!("the agent was not told that {rank} is lost: {}", e.chain());
         }

@@ -1,6 +1,6 @@
 //! The arguments, and the words of `--help`.
 
-use std::{ffi::OsString, path::PathBuf, time::Duration};
+use std::{ffi::OsString, ops::RangeInclusive, path::PathBuf, time::Duration};
 
 use bytesize::ByteSize;
 use clap::{Args, Parser, Subcommand};
@@ -217,6 +217,45 @@ pub(crate) enum AgentCommand {
     /// Carry everything that is only in RAM to disk, and say what made it; trainers go on
     #[command(after_help = EXIT_CODES)]
     Drain(Drain),
+    /// Fetch what ranks that are to come to this node would resume from, before their trainers ask
+    #[command(after_help = EXIT_CODES)]
+    Prefetch(Prefetch),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Prefetch {
+    #[command(flatten)]
+    pub(crate) node: Node,
+    /// The run's directory, as the job names it
+    pub(crate) dest: PathBuf,
+    /// A rank that this node will have, or several, as in 8-15; may be given more than once
+    #[arg(long = "rank", value_name = "RANKS", required = true, value_parser = ranks)]
+    pub(crate) ranks: Vec<RangeInclusive<u32>>,
+    /// Whose run it is, as numbers; without: the user who runs the agent
+    #[arg(long, value_name = "UID:GID", value_parser = user)]
+    pub(crate) user: Option<(u32, u32)>,
+    /// How long it may take, as in 2min
+    #[arg(long, value_name = "TIME", default_value = "10min", value_parser = time)]
+    pub(crate) deadline: Duration,
+}
+
+/// `3` or `8-15`.
+fn ranks(text: &str) -> Result<RangeInclusive<u32>, String> {
+    let number = |text: &str| text.parse::<u32>().map_err(|_| "give it as in 3 or 8-15".to_owned());
+    let (first, last) = text.split_once('-').unwrap_or((text, text));
+    let (first, last) = (number(first)?, number(last)?);
+    if first > last || last - first >= RANKS_MAX {
+        return Err(format!("a node has 1 to {RANKS_MAX} ranks"));
+    }
+    Ok(first..=last)
+}
+
+/// What fits into one question.
+const RANKS_MAX: u32 = 1024;
+
+fn user(text: &str) -> Result<(u32, u32), String> {
+    let pair = text.split_once(':').and_then(|(u, g)| Some((u.parse().ok()?, g.parse().ok()?)));
+    pair.ok_or_else(|| "give it as in 1000:1000".into())
 }
 
 #[derive(Debug, Args)]

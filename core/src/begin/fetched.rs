@@ -116,6 +116,32 @@ pub(super) fn fetch_shard(
     }
 }
 
+/// The shard with its copies on other nodes behind those that are here.
+///
+/// # Errors
+/// None of them has it.
+pub(crate) fn with_remotes(peers: &Peers, here: &Restorable) -> Result<Restorable> {
+    let nodes = peers.others().into_iter();
+    let tiers = [TierKind::Ram, TierKind::Disk];
+    let all: Vec<_> = nodes.flat_map(|node| tiers.map(|kind| (node.name.clone(), kind))).collect();
+    let (remotes, _) = look_at(peers, &all, Some(&here.key));
+    let far: Vec<&dyn Tier> = remotes.iter().map(|remote| &**remote as &dyn Tier).collect();
+    let listings = far.iter().map(|tier| Listing::of(*tier, &here.key)).collect::<Result<_>>()?;
+    let found = Found { key: here.key.clone(), listings };
+    let run_id = here.manifest().identity.run_id;
+    let (mut good, _) = copies(&far, &found, here.rank, Some(&run_id))?;
+    good.retain(|copy| copy.bytes.as_slice() == here.manifest_bytes());
+    if good.is_empty() {
+        let what = format!("{}'s shard of {} on another node", here.rank, here.key);
+        return Err(Error::NotFound { what });
+    }
+    let mut both = here.clone();
+    let first = both.tiers.len();
+    both.tiers.extend(remotes.into_iter().map(|remote| remote as Arc<dyn Tier>));
+    both.copies.extend(good.into_iter().map(|c| ShardCopy { tier: first + c.tier, ..c }));
+    Ok(both)
+}
+
 /// The shard of another rank, which this one reads only: a file of its own in the run's ram tier. Its rank
 /// lets it go with the next attempt.
 fn copy_here(

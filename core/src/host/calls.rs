@@ -15,6 +15,7 @@ use super::{
 };
 use crate::{
     attempt::AttemptRecord,
+    begin::fetched::with_remotes,
     cascade::Cascade,
     chunk::{CHUNK_BYTES, chunk_count},
     clock::Deadline,
@@ -416,6 +417,14 @@ fn mend_shard(seat: &Seat, mend: &wire::Mend) -> Answered {
         let chunks = chunks.iter().filter_map(|chunk| usize::try_from(*chunk).ok());
         bad.extend(chunks.filter(|chunk| *chunk < count));
     }
-    found.mend(&damaged);
+    let place = &seat.keeper.place;
+    match &place.peers {
+        Some(peers) if mend.from_peers => with_remotes(peers, found)?.mend_all(&damaged)?,
+        _ if mend.from_peers => {
+            let what = format!("another node that may have {}", found.key);
+            return Err(Error::NotFound { what });
+        }
+        _ => found.mend(&damaged),
+    }
     done()
 }

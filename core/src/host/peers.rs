@@ -202,7 +202,7 @@ impl Host {
     }
 
     /// The slots for a rank of another node.
-    fn shelf(&self, site: &Site, rank: Rank) -> Result<((PathBuf, u32), Arc<Shelf>)> {
+    pub(super) fn shelf(&self, site: &Site, rank: Rank) -> Result<((PathBuf, u32), Arc<Shelf>)> {
         let place = (crate::config::real(&site.destination), rank.0);
         let mut shelves = locked(&self.shelves);
         if self.owns(&place) {
@@ -223,17 +223,7 @@ impl Host {
         let shelf = locked(&self.shelves).remove(place);
         shelf.iter().for_each(|(_, shelf)| shelf.end());
         let theirs = |t: &Transfer| matches!(t, Transfer::In { place: p, .. } if p == place);
-        let ended: Vec<_> = {
-            let open = &mut locked(&self.transfers).open;
-            let over: Vec<Ticket> =
-                open.iter().filter(|(_, (t, _))| theirs(t)).map(|(t, _)| *t).collect();
-            over.iter().filter_map(|ticket| open.remove(ticket)).collect()
-        };
-        for (transfer, _) in &ended {
-            if let Transfer::In { incoming, .. } = transfer {
-                drop(incoming.take());
-            }
-        }
+        locked(&self.transfers).open.retain(|_, (transfer, _)| !theirs(transfer));
     }
 
     fn offer(&self, site: &Site, from: String, offer: wire::Offer) -> Result<Answer> {
@@ -261,10 +251,9 @@ impl Host {
             locked(&self.transfers).open.remove(&ticket);
             drop(incoming.take());
         }
-        let ticket = match shelf.offer(&key, offer.manifest, owner, keep)? {
+        let ticket = match shelf.offer(&key, offer.manifest, Some(owner), keep)? {
             Offered::Held => Vec::new(),
             Offered::Wanted(incoming) => {
-                let incoming = Arc::from(incoming);
                 self.ticket_for(Transfer::In { place, incoming })?.to_vec()
             }
         };

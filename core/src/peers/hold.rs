@@ -11,7 +11,7 @@
 
 use std::{
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{Arc, Mutex, MutexGuard, Weak},
 };
 
 use super::Incoming;
@@ -47,6 +47,8 @@ pub(crate) struct Shelf {
     over: Mutex<bool>,
     /// As of the last offer.
     owner: Mutex<Option<Owner>>,
+    /// What arrives in one of the slots.
+    arriving: Mutex<Vec<Weak<Incoming>>>,
 }
 
 /// For whom something is held.
@@ -63,7 +65,7 @@ pub(crate) struct Owner {
 /// What became of an offer.
 pub(crate) enum Offered {
     /// Its bytes may come.
-    Wanted(Box<Incoming>),
+    Wanted(Arc<Incoming>),
     /// It is here.
     Held,
 }
@@ -76,13 +78,16 @@ impl Shelf {
         let signal = Arc::new(Signal::default());
         let arena = Arena::new(ram.clone(), ram_dir, rank, SLOTS, budget, signal, false);
         arena.adopt()?;
-        let (over, owner) = (Mutex::default(), Mutex::default());
-        Ok(Self { arena, ram, rank, store, over, owner })
+        let (over, owner, arriving) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Ok(Self { arena, ram, rank, store, over, owner, arriving })
     }
 
     /// The rank itself has come to this node: nothing here touches its slots any more.
     pub(crate) fn end(&self) {
-        *locked(&self.over) = true;
+        let mut over = locked(&self.over);
+        *over = true;
+        let arriving = std::mem::take(&mut *locked(&self.arriving));
+        arriving.iter().filter_map(Weak::upgrade).for_each(|incoming| drop(incoming.take()));
     }
 
     fn changing(&self) -> Result<MutexGuard<'_, bool>> {
@@ -115,21 +120,21 @@ impl Shelf {
         &self.ram
     }
 
-    /// Makes room for a shard. Of this rank's other shards those in `keep` stay, and those of the same
-    /// attempt that are newer; all of them where there is no `keep`.
+    /// Makes room for a shard; `owner`: for whom, where that is known. Of this rank's other shards those
+    /// in `keep` stay, and those of the same attempt that are newer; all of them where there is no `keep`.
     pub(crate) fn offer(
         &self,
         key: &CheckpointKey,
         manifest: Vec<u8>,
-        owner: Owner,
+        owner: Option<Owner>,
         keep: Option<&[CheckpointKey]>,
     ) -> Result<Offered> {
         let _changing = self.changing()?;
-        let attempt = owner.attempt;
-        {
+        let attempt = owner.as_ref().map_or(0, |owner| owner.attempt);
+        if owner.is_some() {
             let mut known = locked(&self.owner);
             if known.as_ref().is_none_or(|known| known.attempt <= attempt) {
-                *known = Some(owner);
+                *known = owner;
             }
         }
         let described = decode(&manifest, "a manifest that was offered", key, self.rank)?;
@@ -149,7 +154,12 @@ impl Shelf {
             let why = format!("both slots for {} are in use", self.rank);
             return Err(Error::Skipped { step: key.step, why });
         };
-        Ok(Offered::Wanted(Box::new(Incoming::new(filling, described, manifest, true))))
+        let incoming = Arc::new(Incoming::new(filling, described, manifest, true));
+        let mut arriving = locked(&self.arriving);
+        arriving.retain(|incoming| incoming.strong_count() > 0);
+        arriving.push(Arc::downgrade(&incoming));
+        drop(arriving);
+        Ok(Offered::Wanted(incoming))
     }
 
     /// Every chunk of it is there: it is held from here on.

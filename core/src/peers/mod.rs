@@ -116,17 +116,21 @@ const GROUPS_MAX: usize = 1024;
 impl Site {
     pub(crate) fn of(said: wire::Site) -> Result<Self> {
         let destination = PathBuf::from(std::ffi::OsString::from_vec(said.destination));
+        Self::new(destination, said.uid, said.gid, said.groups)
+    }
+
+    pub(crate) fn new(destination: PathBuf, uid: u32, gid: u32, groups: Vec<u32>) -> Result<Self> {
         let climbs = |part| matches!(part, std::path::Component::ParentDir);
         if !destination.is_absolute() || destination.components().any(climbs) {
             return Err(Error::invalid(format!("{} is no destination", destination.display())));
         }
         let run = destination.file_name().and_then(|name| name.to_str()).unwrap_or("");
         crate::names::check_run_name(run)?;
-        if said.groups.len() > GROUPS_MAX {
-            return Err(Error::invalid(format!("a user of {} groups", said.groups.len())));
+        if groups.len() > GROUPS_MAX {
+            return Err(Error::invalid(format!("a user of {} groups", groups.len())));
         }
         let destination = crate::config::absolute(&destination)?;
-        Ok(Self { destination, uid: said.uid, gid: said.gid, groups: said.groups })
+        Ok(Self { destination, uid, gid, groups })
     }
 
     fn wire(&self) -> wire::Site {

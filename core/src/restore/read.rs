@@ -97,6 +97,8 @@ pub(crate) trait Care: Send + Sync + std::fmt::Debug {
     /// These chunks of each of the shard's copies were found damaged; it may mend them, and those
     /// that were bad from the start.
     fn mend(&self, rank: Rank, damaged: &[BTreeSet<usize>]);
+    /// Mends these chunks, which are good in no copy of this node, from other nodes; false: it could not.
+    fn fetch(&self, rank: Rank, damaged: &[BTreeSet<usize>]) -> bool;
     /// No copy of the shard is good.
     fn lost(&self, rank: Rank);
 }
@@ -229,6 +231,18 @@ impl Restorable {
             let Some(tier) = self.tiers.iter().position(|t| t.kind() == bad.tier) else { continue };
             self.tell_mended(tier, self.replace(&*self.tiers[tier]));
         }
+    }
+
+    /// Puts good bytes, of whichever copy, where bad ones were found in the first copies.
+    ///
+    /// # Errors
+    /// Some are good nowhere, or could not be written.
+    pub(crate) fn mend_all(&self, damaged: &[BTreeSet<usize>]) -> Result<()> {
+        for (copy, chunks) in damaged.iter().enumerate().filter(|(_, chunks)| !chunks.is_empty()) {
+            chunks.iter().try_for_each(|chunk| self.mend_chunk(copy, *chunk))?;
+            self.tell_mended(self.copies[copy].tier, Ok(()));
+        }
+        Ok(())
     }
 
     fn tell_mended(&self, tier: usize, mended: Result<()>) {

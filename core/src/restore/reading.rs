@@ -40,8 +40,19 @@ struct Read {
     source: Option<Box<dyn Source>>,
     good: usize,
     bad: BTreeSet<usize>,
+    /// Those of them that were mended meanwhile.
+    mended: BTreeSet<usize>,
     /// Why it is bad, where one thing is wrong with all of it.
     trouble: Option<String>,
+}
+
+/// Chunks that no copy had.
+struct Left {
+    chunks: Vec<usize>,
+    /// The job took the slot meanwhile.
+    retired: bool,
+    /// A tier that did not answer.
+    unanswered: Option<Error>,
 }
 
 /// The reading of one rank's tensors: its shard, and what others store for it.
@@ -113,7 +124,50 @@ impl Reading {
         threads: Option<usize>,
     ) -> Result<()> {
         let plan = self.plan(targets)?;
-        let mut left: Vec<usize> = (0..plan.chunks()).filter(|c| plan.wants(*c)).collect();
+        let all: Vec<usize> = (0..plan.chunks()).filter(|c| plan.wants(*c)).collect();
+        // SAFETY: the caller's promise.
+        let mut left = unsafe { self.read_copies(&plan, all, threads) };
+        if !left.chunks.is_empty() && !left.retired && self.fetch() {
+            // SAFETY: the caller's promise.
+            left = unsafe { self.read_copies(&plan, left.chunks, threads) };
+        }
+        if left.chunks.is_empty() {
+            return Ok(());
+        }
+        if left.retired {
+            let what = format!("{}, which its job retired while it was read,", self.from.key);
+            return Err(Error::NotFound { what });
+        }
+        if let Some(e) = left.unanswered {
+            return Err(e); // A tier that did not answer may have good bytes: nothing is marked bad.
+        }
+        self.from.mark_lost();
+        Err(self.from.lost(&self.sentences()))
+    }
+
+    /// Has what is good in no copy of this node mended from other nodes.
+    fn fetch(&mut self) -> bool {
+        let Some(care) = self.from.care.as_ref().filter(|_| self.from.mends) else { return false };
+        let damaged: Vec<_> = self.read.iter().map(|copy| &copy.bad - &copy.mended).collect();
+        if !care.fetch(self.from.rank, &damaged) {
+            return false;
+        }
+        for (copy, mended) in self.read.iter_mut().zip(damaged) {
+            copy.mended.extend(mended);
+        }
+        true
+    }
+
+    /// From one copy after the other, nearest first.
+    ///
+    /// # Safety
+    /// As [`fill`](Self::fill), for the targets that this shard has.
+    unsafe fn read_copies(
+        &mut self,
+        plan: &Plan,
+        mut left: Vec<usize>,
+        threads: Option<usize>,
+    ) -> Left {
         let (mut retired, mut unanswered) = (false, None);
         for index in 0..self.read.len() {
             if left.is_empty() {
@@ -121,7 +175,7 @@ impl Reading {
             }
             let wanted = left.len();
             // SAFETY: the caller's promise.
-            let (bad, trouble) = unsafe { self.read_copy(index, &plan, &left, threads) };
+            let (bad, trouble) = unsafe { self.read_copy(index, plan, &left, threads) };
             self.read[index].good += wanted - bad.len();
             if !bad.is_empty() && !self.from.mends && self.from.is_retired(index) {
                 retired = true; // Its job went on meanwhile: gone, not damaged.
@@ -138,18 +192,7 @@ impl Reading {
             }
             left = bad;
         }
-        if left.is_empty() {
-            return Ok(());
-        }
-        if retired {
-            let what = format!("{}, which its job retired while it was read,", self.from.key);
-            return Err(Error::NotFound { what });
-        }
-        if let Some(e) = unanswered {
-            return Err(e); // A tier that did not answer may have good bytes: nothing is marked bad.
-        }
-        self.from.mark_lost();
-        Err(self.from.lost(&self.sentences()))
+        Left { chunks: left, retired, unanswered }
     }
 
     /// Tells what was damaged, once, and mends it.
@@ -177,7 +220,7 @@ impl Reading {
         let report = ReadReport { tier: self.from.tier(nearest).kind(), damaged: self.sentences() };
         self.from.tell(&report);
         if self.from.mends {
-            let bad: Vec<_> = self.read.into_iter().map(|copy| copy.bad).collect();
+            let bad: Vec<_> = self.read.iter().map(|copy| &copy.bad - &copy.mended).collect();
             self.from.mend(&bad);
         }
         (most, report)

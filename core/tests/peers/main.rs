@@ -4,6 +4,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod heal;
+mod prefetch;
 mod world;
 
 use std::{sync::atomic::Ordering, time::Duration};

@@ -47,6 +47,8 @@ pub(crate) struct World {
     pub(crate) flips: AtomicUsize,
     /// Chunks that went over the network.
     pub(crate) chunks: AtomicUsize,
+    /// Those of them that somebody asked for.
+    pub(crate) fetched: AtomicUsize,
 }
 
 impl World {
@@ -207,6 +209,7 @@ impl Network for Sim {
             let (at, len) = outgoing.chunk(chunk as u64)?;
             let mut bytes = vec![0; usize::try_from(len).unwrap()];
             outgoing.read_at(at, &mut bytes)?;
+            self.world.fetched.fetch_add(1, Ordering::Relaxed);
             self.world.on_its_way(&mut bytes);
             common::arrive(into.chunk(chunk)?, &bytes, chunk, chunks)?;
         }

@@ -6,6 +6,7 @@ mod gc;
 mod inspect;
 mod ls;
 mod pin;
+mod prefetch;
 mod reach;
 mod restore;
 mod status;
@@ -58,6 +59,7 @@ pub(crate) fn run(cli: &Cli, out: &mut dyn Write) -> Result<i32, Failure> {
             Some(AgentCommand::Drain(args)) => {
                 drain::run(args.node.agent.as_deref(), args.deadline, json, out)
             }
+            Some(AgentCommand::Prefetch(args)) => prefetch::run(args, json, out),
         },
         Command::Status(args) => status::run(args, json, out),
         Command::Top(args) => top::run(args, json, out),

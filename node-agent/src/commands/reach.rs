@@ -12,7 +12,8 @@ use tierkeep::{
     link::{Agent, find_agent},
 };
 use tierkeep_proto::control::{
-    ClusterReply, ClusterRequest, DrainReply, DrainRequest, StatusReply, StatusRequest,
+    ClusterReply, ClusterRequest, DrainReply, DrainRequest, PrefetchReply, PrefetchRequest,
+    StatusReply, StatusRequest,
 };
 use tokio::{
     runtime::{Builder, Runtime},
@@ -79,6 +80,13 @@ impl Reached {
         let Self { runtime, client, socket } = self;
         let answer = runtime.block_on(client.drain(within(DrainRequest { deadline_ms }, patience)));
         answered(answer, socket)
+    }
+
+    /// Fetches shards before they are asked for.
+    pub(super) fn prefetch(&mut self, request: PrefetchRequest) -> Result<PrefetchReply, Failure> {
+        let patience = Duration::from_millis(request.deadline_ms).saturating_add(ANSWER_WITHIN);
+        let Self { runtime, client, socket } = self;
+        answered(runtime.block_on(client.prefetch(within(request, patience))), socket)
     }
 
     /// Ctrl-C and SIGTERM, which from here on end [`look`](Self::look) alone.

@@ -6,10 +6,10 @@
 //! - A socket that somebody listens at is never taken away.
 
 use std::{
-    ffi::OsStr,
+    ffi::{OsStr, OsString},
     fs, io,
     os::unix::{
-        ffi::OsStrExt,
+        ffi::{OsStrExt, OsStringExt},
         fs::{FileTypeExt, PermissionsExt},
     },
     path::{Path, PathBuf},
@@ -20,7 +20,7 @@ use std::{
 use tierkeep::{
     Error, ErrorKind, Result,
     clock::{Clock, SystemClock},
-    host::{Drained, Held, Host, RankView, RunAcross},
+    host::{Drained, Held, Host, Prefetched, RankPrefetched, RankView, RunAcross},
     tier::TierKind,
 };
 use tierkeep_proto::control::{
@@ -42,8 +42,8 @@ use tonic::{
 use super::asking::Asking;
 use crate::cluster::{Cluster, Member};
 
-/// A request is a number or two.
-const REQUEST_BYTES_MAX: usize = 4 << 10;
+/// A request is a number or two, a path and the ranks of one node.
+const REQUEST_BYTES_MAX: usize = 16 << 10;
 
 /// A rank takes some hundred bytes and a path of 4 KiB at most: room for thousands.
 const REPLY_BYTES_MAX: usize = 16 << 20;
@@ -51,9 +51,10 @@ const REPLY_BYTES_MAX: usize = 16 << 20;
 /// Requests of one connection at once.
 const REQUESTS_MAX: usize = 8;
 
-/// Questions to the host at once, all connections together. Drains are apart: they take long.
+/// Questions to the host at once, all connections together. What takes long is apart.
 const STATUSES_MAX: usize = 4;
 const DRAINS_MAX: usize = 4;
+const PREFETCHES_MAX: usize = 4;
 
 /// How long a question may take that nobody gave a deadline.
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
@@ -88,7 +89,8 @@ pub async fn serve(
     let accepting = tokio::spawn(accept(listener, sender));
     let service = AgentServer::new(Service {
         statuses: Asking::new(host.clone(), STATUSES_MAX),
-        drains: Asking::new(host, DRAINS_MAX),
+        drains: Asking::new(host.clone(), DRAINS_MAX),
+        prefetches: Asking::new(host, PREFETCHES_MAX),
         cluster,
         begun: SystemClock.monotonic(),
     });
@@ -170,6 +172,7 @@ async fn accept(listener: UnixListener, sender: mpsc::Sender<io::Result<UnixStre
 struct Service {
     statuses: Asking,
     drains: Asking,
+    prefetches: Asking,
     cluster: Option<Arc<Cluster>>,
     begun: Duration,
 }
@@ -207,6 +210,25 @@ impl Agent for Service {
             self.drains.ask(within.saturating_add(ANSWER_WITHIN), move |host| host.drain(within));
         let ranks = asked.await.map_err(|e| refused(&e))?.into_iter().map(drained).collect();
         Ok(Response::new(wire::DrainReply { ranks }))
+    }
+
+    async fn prefetch(
+        &self,
+        request: Request<wire::PrefetchRequest>,
+    ) -> std::result::Result<Response<wire::PrefetchReply>, Status> {
+        let wire::PrefetchRequest { destination, ranks, user, deadline_ms } = request.into_inner();
+        let within = Duration::from_millis(deadline_ms).min(DRAIN_MAX);
+        let destination = PathBuf::from(OsString::from_vec(destination));
+        let user = user.map(|user| (user.uid, user.gid));
+        let asked = self.prefetches.ask(within.saturating_add(ANSWER_WITHIN), move |host| {
+            host.prefetch(&destination, user, &ranks, within)
+        });
+        let Prefetched { step, ranks, silent } =
+            asked.await.and_then(|answer| answer).map_err(|e| refused(&e))?;
+        let rank =
+            |RankPrefetched { rank, bytes, trouble }| wire::Prefetched { rank, bytes, trouble };
+        let ranks = ranks.into_iter().map(rank).collect();
+        Ok(Response::new(wire::PrefetchReply { step, ranks, silent }))
     }
 
     async fn cluster(
