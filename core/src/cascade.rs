@@ -21,6 +21,7 @@
 mod again;
 mod asked;
 mod below;
+mod needed;
 mod release;
 mod standing;
 mod to_disk;

@@ -6,6 +6,7 @@ release.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import time
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from lab import Lab, LabUnavailableError, check, lab
+from lab import COMMAND, Lab, LabUnavailableError, check, lab
 from lab_job import expected
 from lab_jobs import Job, copies
 
@@ -122,6 +123,32 @@ def test_a_partition_in_the_middle_of_saves_costs_nothing_that_was_told(four: La
         job.start(four.nodes, 400)
         assert job.has_resumed() >= safe
         truth.holds(job.resumed)
+
+
+def test_a_hint_to_a_new_node_has_its_shards_there_before_its_ranks_are() -> None:
+    truth = Truth(6, 60, SMALL)
+    with lab(3) as made, Job(made, 6, numbers=SMALL) as job:
+        job.start(made.nodes, 60)
+        job.has_resumed()
+        job.until(lambda: job.on_peers >= 2, 60, "steps on peers")
+        new = made.nodes[1]
+        new.lose()
+        job.kill()
+        safe = job.on_peers
+        new.replace()
+        new.start_agent()
+        made.gathered(made.nodes)
+        hint = (COMMAND, "agent", "prefetch", f"{made.here}/disk/run", "--agent", new.socket)
+        # Ranks go over the nodes in turn.
+        said = json.loads(new.run(*hint, "--rank", "1", "--rank", "4-4", "--json"))
+        assert said["step"] >= safe and not said["silent"], said
+        assert [(r["rank"], r["here"]) for r in said["ranks"]] == [(1, True), (4, True)]
+        # One of them may have been on its way here as a copy: it is fetched all the same.
+        assert all(rank["fetched_bytes"] > 0 for rank in said["ranks"]), said
+        job.start(made.nodes, 60)
+        assert job.has_resumed() == said["step"]
+        truth.holds(job.resumed)
+        assert "came from" not in new.log.read_text(), "it was fetched again"
 
 
 @pytest.mark.parametrize("nodes", [2, 3, 5, 7])

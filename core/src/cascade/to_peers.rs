@@ -8,10 +8,6 @@
 //! # Invariants
 //!
 //! - A step is told as being on other nodes only when every rank has the receipts of all its copies.
-//! - Holders are told to keep the newest such step, and what this attempt resumed from until there is one:
-//!   they let go of nothing else that might be needed.
-//! - Before the next step goes out, the holders of the one before are asked whether they still have it; where
-//!   one has not, that is told, and the next step is what mends it. Nothing older is kept for that case.
 //! - A holder that is lost, full or refuses is replaced by the next node of the placement, until the
 //!   deadline says who was missing.
 
@@ -23,7 +19,7 @@ use std::{
 
 use tierkeep_proto::peer::{self as wire, reply::Answer, request::Ask};
 
-use super::{Cascade, IDLE, Shard, Work};
+use super::{Cascade, IDLE, Shard};
 use crate::{
     agree::{InRam, Own},
     begin::roster::Roster,
@@ -35,7 +31,6 @@ use crate::{
     peers::{
         Peers,
         send::{Outbound, PeerReceipt, inform, send},
-        wire_key,
     },
     placement::{self, Node, place},
     save::Level,
@@ -66,8 +61,11 @@ pub(super) struct Copies {
     /// The newest step that is held elsewhere, of all ranks; and who holds this rank's shard of it.
     pub(super) whole: Option<CheckpointKey>,
     pub(super) receipts: Vec<PeerReceipt>,
+    /// The one before it, and the nodes that were asked and have the newer one: while some have not, the
+    /// others keep this one.
+    pub(super) unsure: Option<(CheckpointKey, BTreeSet<String>)>,
     /// There are too few nodes, or they do not answer: nothing is kept for them.
-    trouble: bool,
+    pub(super) trouble: bool,
     /// Nodes that may hold something of this rank.
     pub(super) holders: BTreeSet<String>,
     /// Where the ranks are, as far as the leader knew when it was asked.
@@ -140,10 +138,7 @@ impl Cascade {
             self.parts.agreements.copied()?.filter(newer)
         };
         let Some(step) = next else { return Ok(false) };
-        if !self.confirm_whole(peers) {
-            // What was held is not any more: this newer step is all the more wanted.
-            tracing::warn!("a node that held a copy of an older step has it no more");
-        }
+        self.confirm_older(peers);
         if self.parts.config.leads() {
             self.parts.agreements.copy(step)?;
         }
@@ -163,20 +158,6 @@ impl Cascade {
             shard.save.fail(Level::Peer, &Error::Skipped { step: shard.key.step, why });
         }
         Ok(true)
-    }
-
-    /// Whether the copies of the newest step that is held elsewhere are still there.
-    fn confirm_whole(&self, peers: &Peers) -> bool {
-        let (whole, receipts) = {
-            let copies = &locked(&self.work).copies;
-            (copies.whole.clone(), copies.receipts.clone())
-        };
-        let Some(key) = whole else { return true };
-        let rank = self.parts.config.rank;
-        receipts.iter().all(|receipt| {
-            let (key, store) = (Some(wire_key(&key)), receipt.store.clone());
-            peers.ask(&receipt.node, Ask::Confirm(wire::Confirm { key, rank, store })).is_ok()
-        })
     }
 
     /// Sends this rank's shard of the chosen step.
@@ -363,7 +344,6 @@ impl Cascade {
         shard: &Shard,
         manifest: &ShardManifest,
     ) -> Vec<Result<PeerReceipt>> {
-        let keep = self.needed(&locked(&self.work));
         let source = Watched { payload: &shard.payload, cascade: self };
         let arrived = |bytes| {
             shard.save.add_peer_bytes(bytes);
@@ -371,6 +351,7 @@ impl Cascade {
         };
         let one = |node: &str| {
             self.inform(peers, node)?;
+            let keep = self.needed_by(&locked(&self.work), node);
             let outbound = Outbound {
                 key: &shard.key,
                 rank: Rank(self.parts.config.rank),
@@ -398,25 +379,6 @@ impl Cascade {
         let mut all = std::mem::take(&mut *locked(&all));
         all.sort_by_key(|(index, _)| *index);
         all.into_iter().map(|(_, sent)| sent).collect()
-    }
-
-    /// What holders are to keep: the newest step that is held, and what this attempt resumed from until
-    /// there is one.
-    fn needed(&self, work: &Work) -> Vec<CheckpointKey> {
-        match &work.copies.whole {
-            Some(key) => vec![key.clone()],
-            None => {
-                let parent = self.parts.record.parent.map(|parent| parent.key());
-                parent.into_iter().chain(self.parts.fallback.clone()).collect()
-            }
-        }
-    }
-
-    /// Whether this rank's slot of a step stays for the sake of its copies.
-    pub(super) fn is_kept_for_peers(&self, work: &Work, key: &CheckpointKey) -> bool {
-        let on_its_way = work.copies.now.as_ref().is_some_and(|now| self.key_of(now.step) == *key);
-        let kept = self.parts.replicas > 0 && !work.copies.trouble;
-        on_its_way || (kept && self.needed(work).contains(key))
     }
 
     /// Gives a holder the run's records, once an attempt.
@@ -477,29 +439,28 @@ impl Cascade {
 
     fn held_elsewhere(&self, peers: &Peers, step: u64) {
         let key = self.key_of(step);
-        let mut work = locked(&self.work);
-        if let Some(shard) = work.shards.get(&step) {
-            shard.save.set_waiting_for(String::new());
-            shard.save.reach(Level::Peer, false);
-        }
-        work.copies.now.take_if(|now| now.step == step);
-        work.copies.whole = Some(key.clone());
-        work.copies.trouble = false;
-        let mut now: BTreeSet<String> =
-            work.copies.receipts.iter().map(|receipt| receipt.node.clone()).collect();
-        now.insert(peers.network.me()); // What is here are its own slots.
-        let before: Vec<String> = work.copies.holders.difference(&now).cloned().collect();
-        drop(work);
+        let older = {
+            let mut work = locked(&self.work);
+            if let Some(shard) = work.shards.get(&step) {
+                shard.save.set_waiting_for(String::new());
+                shard.save.reach(Level::Peer, false);
+            }
+            work.copies.now.take_if(|now| now.step == step);
+            work.copies.trouble = false;
+            let parent = self.parts.record.parent.map(|parent| parent.key());
+            let before = work.copies.whole.replace(key.clone()).or(parent);
+            // What was in doubt before is older still: all were told to keep it until now.
+            work.copies.unsure.take().map(|(older, _)| older).or(before)
+        };
         add(&self.parts.observer.counters.peer_whole, 1);
         tracing::info!("{key} is held on other nodes");
         self.parts.signal.notify();
-        for node in before {
-            let release =
-                wire::Release { rank: self.parts.config.rank, keep: vec![wire_key(&key)] };
-            // One that is away holds what it holds until it is asked again.
-            if peers.ask(&node, Ask::Release(release)).is_ok() {
-                locked(&self.work).copies.holders.remove(&node);
-            }
+        // The first ranks had their receipts a while ago.
+        let (confirmed, all) = self.confirm_copies(peers, &key);
+        if all {
+            self.release_older(peers, &key);
+        } else if let Some(older) = older {
+            locked(&self.work).copies.unsure = Some((older, confirmed));
         }
         if self.parts.config.leads()
             && let Err(e) = self.parts.agreements.forget_copies_before(step)

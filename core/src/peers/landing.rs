@@ -196,6 +196,9 @@ pub struct Incoming {
     filling: Mutex<Option<Filling>>,
     /// Held while something is written. True: it has ended.
     ended: RwLock<bool>,
+    /// tmpfs lets in one write to a file at a time, and whoever waits there spins: here it sleeps, and others
+    /// have the core to receive on.
+    turn: Mutex<()>,
     pub(crate) manifest: ShardManifest,
     pub(crate) bytes: Vec<u8>,
     chunks: Vec<AtomicU8>,
@@ -214,7 +217,7 @@ impl Incoming {
         let slot = filling.slot().clone();
         let map = if often { slot.map_for_arrivals() } else { None };
         let (filling, ended) = (Mutex::new(Some(filling)), RwLock::new(false));
-        Self { slot, map, filling, ended, manifest, bytes, chunks }
+        Self { slot, map, filling, ended, turn: Mutex::default(), manifest, bytes, chunks }
     }
 
     /// Chunks that are not there.
@@ -299,6 +302,7 @@ impl Chunk<'_> {
             payload.read_into(at, scratch)?;
         } else if !self.known {
             self.incoming.writing(|| {
+                let _turn = locked(&self.incoming.turn);
                 let written = slot.file().write_all_at(scratch, at);
                 written.at("write", &slot.path()).map_err(Broken::Place)
             })?;

@@ -1,6 +1,9 @@
 //! Copies that are lost are made again.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
 
 use tierkeep::{begin::Begin, save::Level};
 
@@ -62,4 +65,29 @@ fn a_holder_that_is_lost_is_replaced_while_nobody_saves() {
     world.lose(&first);
     let held = wait_for_holders(&world, 1, 2);
     assert!(held.contains(&"a".to_owned()), "{held:?}");
+}
+
+#[test]
+fn an_older_copy_goes_only_when_the_newer_one_is_confirmed() {
+    let world = World::new(&["a", "b", "c"]);
+    let mut model = Model::new(0, &SIZES);
+    let ckpt = world.open("a", 1);
+    ckpt.begin(&Begin::default()).unwrap();
+    let holds = |node: &str, step| world.holders(step).iter().any(|holder| holder == node);
+    wait(&train(&ckpt, &mut model, 1), Level::Peer);
+    let first = world.holders(1).into_iter().find(|node| node != "a").unwrap();
+    world.forgetful.store(true, Ordering::Relaxed);
+    for step in 2..=4 {
+        wait(&train(&ckpt, &mut model, step), Level::Peer);
+        assert!(holds(&first, 1), "step 1 went, and nobody has said that it has step {step}");
+    }
+    world.forgetful.store(false, Ordering::Relaxed);
+    for step in 5..=7 {
+        wait(&train(&ckpt, &mut model, step), Level::Peer);
+    }
+    let begun = Instant::now();
+    while ["b", "c"].iter().any(|node| holds(node, 1)) {
+        assert!(begun.elapsed() < HEALED_WITHIN, "it is kept for nothing");
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }

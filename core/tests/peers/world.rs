@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -45,6 +45,8 @@ pub(crate) struct World {
     pub(crate) cut: Mutex<BTreeSet<(String, String)>>,
     /// So many of the next chunks have one bit flipped on their way.
     pub(crate) flips: AtomicUsize,
+    /// Nobody confirms what it gave a receipt of.
+    pub(crate) forgetful: AtomicBool,
     /// Chunks that went over the network.
     pub(crate) chunks: AtomicUsize,
     /// Those of them that somebody asked for.
@@ -171,6 +173,11 @@ impl Network for Sim {
 
     fn ask(&self, node: &str, mut request: wire::Request, _: Duration) -> Result<wire::Reply> {
         let machine = self.world.reach(&self.me, node)?;
+        if self.world.forgetful.load(Ordering::Relaxed)
+            && matches!(request.ask, Some(wire::request::Ask::Confirm(_)))
+        {
+            return Err(Error::NotFound { what: "a copy".into() });
+        }
         let own = self.world.reach(&self.me, &self.me)?;
         elsewhere(&own, &machine, request.site.as_mut().unwrap());
         Ok(std::thread::spawn(move || machine.host.answer(request)).join().unwrap())
