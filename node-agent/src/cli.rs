@@ -244,8 +244,11 @@ fn ranks(text: &str) -> Result<RangeInclusive<u32>, String> {
     let number = |text: &str| text.parse::<u32>().map_err(|_| "give it as in 3 or 8-15".to_owned());
     let (first, last) = text.split_once('-').unwrap_or((text, text));
     let (first, last) = (number(first)?, number(last)?);
-    if first > last || last - first >= RANKS_MAX {
-        return Err(format!("a node has 1 to {RANKS_MAX} ranks"));
+    if first > last {
+        return Err(format!("{first} is more than {last}"));
+    }
+    if last - first >= RANKS_MAX {
+        return Err(format!("a node has {RANKS_MAX} ranks at most"));
     }
     Ok(first..=last)
 }

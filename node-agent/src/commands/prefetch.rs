@@ -9,7 +9,7 @@ use tierkeep_proto::control::{PrefetchReply, PrefetchRequest, Prefetched, User};
 use super::reach::Reached;
 use crate::{
     cli::Prefetch,
-    fail::{FAILED, Failure, OK, say},
+    fail::{FAILED, Failure, NOT_FOUND, OK, say},
     show,
 };
 
@@ -44,6 +44,7 @@ pub(crate) fn run(args: &Prefetch, json: bool, out: &mut dyn Write) -> Result<i3
     for node in &reply.silent {
         say(&format!("note: it may have something newer: {node}"));
     }
+    let found = reply.step.is_some();
     let missing = reply.ranks.iter().filter(|rank| rank.trouble.is_some()).count();
     if json {
         show::json(out, &data(reply))?;
@@ -51,9 +52,10 @@ pub(crate) fn run(args: &Prefetch, json: bool, out: &mut dyn Write) -> Result<i3
         for rank in &reply.ranks {
             writeln!(out, "{}", show::safe(&sentence(step, rank)))?;
         }
-    } else {
-        let what = format!("a checkpoint of {} on any node", destination.display());
-        return Err(Error::NotFound { what }.into());
+    }
+    if !found {
+        let why = format!("no node has a checkpoint of {}", destination.display());
+        return Err(Failure::own(NOT_FOUND, why, "it is named as the job names it, on every node"));
     }
     if missing == 0 {
         return Ok(OK);
