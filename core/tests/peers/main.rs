@@ -3,7 +3,9 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod full;
 mod heal;
+mod killed;
 mod world;
 
 use std::{sync::atomic::Ordering, time::Duration};
