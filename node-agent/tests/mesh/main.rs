@@ -3,6 +3,10 @@
 #![allow(clippy::unwrap_used, clippy::disallowed_methods)] // Tests: real sockets, real time.
 
 mod bad;
+mod cut;
+mod killed;
+mod offering;
+mod process;
 mod strangers;
 mod wire;
 mod world;
