@@ -239,13 +239,14 @@ impl Host {
         };
         let (place, shelf) = self.shelf(site, rank)?;
         let store = shelf.store().0.to_vec();
-        // Asked again: what has come so far stays.
+        // Asked again: what has come so far stays, unless its file was cut short by somebody.
         let before = locked(&self.transfers).open.iter().find_map(|(ticket, (t, _))| match t {
             Transfer::In { place: p, incoming } if *p == place => Some((*ticket, incoming.clone())),
             _ => None,
         });
         if let Some((ticket, incoming)) = before {
-            if incoming.bytes == offer.manifest && !incoming.missing().is_empty() {
+            let goes_on = !incoming.missing().is_empty() && incoming.has_its_length();
+            if incoming.bytes == offer.manifest && goes_on {
                 return Ok(Answer::Taken(wire::Taken { ticket: ticket.to_vec(), store }));
             }
             locked(&self.transfers).open.remove(&ticket);

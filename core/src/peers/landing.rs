@@ -226,6 +226,11 @@ impl Incoming {
         self.chunks.iter().enumerate().filter(|(_, c)| !there(c)).map(|(i, _)| i).collect()
     }
 
+    /// Whether the file is as long as it was: nobody has cut it short.
+    pub(crate) fn has_its_length(&self) -> bool {
+        self.slot.file_len().is_ok_and(|len| len == self.manifest.payload.length)
+    }
+
     /// The slot; `None`: another call has taken it. Nothing lands here any more.
     pub(crate) fn take(&self) -> Option<Filling> {
         *self.ended.write().unwrap_or_else(PoisonError::into_inner) = true;

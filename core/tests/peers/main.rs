@@ -3,8 +3,10 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod full;
 mod heal;
 mod prefetch;
+mod killed;
 mod world;
 
 use std::{sync::atomic::Ordering, time::Duration};

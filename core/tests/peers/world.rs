@@ -13,13 +13,13 @@ use std::{
 use tierkeep::{
     Error, Result,
     checkpointer::Checkpointer,
-    host::Host,
+    host::{Host, Settings},
     peers::{Chunks, Landing, Network, Ticket},
     placement::Node,
     save::Level,
     tier::Source,
 };
-use tierkeep_proto::peer as wire;
+use tierkeep_proto::peer::{self as wire, request::Ask};
 
 use crate::common::{self, Model, SIZES, settings, wait};
 
@@ -51,6 +51,12 @@ pub(crate) struct World {
     pub(crate) chunks: AtomicUsize,
     /// Those of them that somebody asked for.
     pub(crate) fetched: AtomicUsize,
+    /// Once so many more chunks have got through, this node is lost.
+    pub(crate) aim: Mutex<Option<(usize, String)>>,
+    /// This node answers so many more questions, and then it is lost.
+    pub(crate) answers: Mutex<Option<(String, usize)>>,
+    /// These tell what they have and give nothing of it.
+    pub(crate) only_names: Mutex<BTreeSet<String>>,
 }
 
 impl World {
@@ -61,8 +67,14 @@ impl World {
     }
 
     pub(crate) fn begin(self: &Arc<Self>, name: &str) {
+        self.begin_with(name, None);
+    }
+
+    /// One with a budget.
+    pub(crate) fn begin_with(self: &Arc<Self>, name: &str, ram_bytes_max: Option<u64>) {
         let ram = tempfile::Builder::new().prefix("tierkeep-test-").tempdir_in("/dev/shm").unwrap();
-        let (host, listener) = Host::open(settings(ram.path())).unwrap();
+        let settings = Settings { ram_bytes_max, ..settings(ram.path()) };
+        let (host, listener) = Host::open(settings).unwrap();
         host.meet(Arc::new(Sim { me: name.into(), world: self.clone() }));
         let serving = host.clone();
         std::thread::spawn(move || serving.serve(&listener).unwrap());
@@ -78,6 +90,35 @@ impl World {
         machine.host.end();
     }
 
+    /// The same at this moment, by whoever of its own threads it may be.
+    fn lose_now(self: &Arc<Self>, name: String) {
+        let (world, gone) = (self.clone(), name.clone());
+        std::thread::spawn(move || world.lose(&gone));
+        while !self.lost.lock().unwrap().contains(&name) {
+            std::thread::yield_now();
+        }
+    }
+
+    /// Loses the node that is aimed at, if so many chunks have got through by now.
+    fn fire(self: &Arc<Self>) {
+        let mut aim = self.aim.lock().unwrap();
+        match aim.take() {
+            Some((0, name)) => self.lose_now(name),
+            Some((more, name)) => *aim = Some((more - 1, name)),
+            None => {}
+        }
+    }
+
+    /// Loses the node that is asked, if it was to answer no more.
+    fn asked(self: &Arc<Self>, node: &str) {
+        let mut answers = self.answers.lock().unwrap();
+        match answers.take_if(|(name, _)| name == node) {
+            Some((name, 0)) => self.lose_now(name),
+            Some((name, more)) => *answers = Some((name, more - 1)),
+            None => {}
+        }
+    }
+
     pub(crate) fn machine(&self, name: &str) -> Arc<Machine> {
         self.machines.lock().unwrap()[name].clone()
     }
@@ -88,10 +129,7 @@ impl World {
         let machines = self.machines.lock().unwrap();
         let machine = machines.get(to).filter(|_| machines.contains_key(from)).cloned();
         let cut = cut.contains(&pair(from, to)) || cut.contains(&pair(to, from));
-        machine.filter(|_| !cut).ok_or_else(|| Error::Io {
-            what: format!("reach {to}"),
-            source: std::io::ErrorKind::HostUnreachable.into(),
-        })
+        machine.filter(|_| !cut).ok_or_else(|| out_of_reach(to))
     }
 
     pub(crate) fn open(&self, node: &str, replicas: u32) -> Checkpointer {
@@ -123,6 +161,11 @@ impl World {
         };
         machines.iter().filter(|(_, m)| holds(m)).map(|(name, _)| name.clone()).collect()
     }
+}
+
+fn out_of_reach(node: &str) -> Error {
+    let source = std::io::ErrorKind::HostUnreachable.into();
+    Error::Io { what: format!("reach {node}"), source }
 }
 
 pub(crate) fn has_manifest(dir: &Path) -> bool {
@@ -172,11 +215,16 @@ impl Network for Sim {
     }
 
     fn ask(&self, node: &str, mut request: wire::Request, _: Duration) -> Result<wire::Reply> {
+        self.world.asked(node);
         let machine = self.world.reach(&self.me, node)?;
         if self.world.forgetful.load(Ordering::Relaxed)
-            && matches!(request.ask, Some(wire::request::Ask::Confirm(_)))
+            && matches!(request.ask, Some(Ask::Confirm(_)))
         {
             return Err(Error::NotFound { what: "a copy".into() });
+        }
+        let names = matches!(&request.ask, Some(Ask::Look(look)) if look.names_only);
+        if !names && self.world.only_names.lock().unwrap().contains(node) {
+            return Err(out_of_reach(node));
         }
         let own = self.world.reach(&self.me, &self.me)?;
         elsewhere(&own, &machine, request.site.as_mut().unwrap());
@@ -190,7 +238,9 @@ impl Network for Sim {
         from: &dyn Source,
         chunks: &Chunks<'_>,
     ) -> Result<()> {
-        while let Some(chunk) = chunks.next() {
+        loop {
+            self.world.fire();
+            let Some(chunk) = chunks.next() else { return Ok(()) };
             let machine = self.world.reach(&self.me, node).inspect_err(|_| chunks.again(chunk))?;
             let at = chunk as u64 * chunks.chunk_bytes();
             let len = (from.len() - at).min(chunks.chunk_bytes());
@@ -200,7 +250,6 @@ impl Network for Sim {
             let incoming = machine.host.incoming(ticket)?;
             common::arrive(incoming.chunk(chunk)?, &bytes, chunk, chunks)?;
         }
-        Ok(())
     }
 
     fn pull(
@@ -210,7 +259,9 @@ impl Network for Sim {
         into: &dyn Landing,
         chunks: &Chunks<'_>,
     ) -> Result<()> {
-        while let Some(chunk) = chunks.next() {
+        loop {
+            self.world.fire();
+            let Some(chunk) = chunks.next() else { return Ok(()) };
             let machine = self.world.reach(&self.me, node).inspect_err(|_| chunks.again(chunk))?;
             let outgoing = machine.host.outgoing(ticket)?;
             let (at, len) = outgoing.chunk(chunk as u64)?;
@@ -220,7 +271,6 @@ impl Network for Sim {
             self.world.on_its_way(&mut bytes);
             common::arrive(into.chunk(chunk)?, &bytes, chunk, chunks)?;
         }
-        Ok(())
     }
 }
 

@@ -2,8 +2,8 @@
 //!
 //! # Invariants
 //!
-//! - A connection that says nothing ends in seconds, and at once where there is no room for one that may
-//!   say something.
+//! - A connection that says nothing, or not all of a greeting, ends in seconds, and at once where there is
+//!   no room for one that may say something.
 //! - Questions are answered on threads of their own, so many at once: a disk that hangs keeps no chunk
 //!   waiting.
 
@@ -92,7 +92,7 @@ pub async fn serve(
     }
 }
 
-/// Connections that have said nothing yet, oldest first.
+/// Connections that have not said enough to be led anywhere, oldest first.
 #[derive(Clone, Default)]
 struct Silent(Arc<Mutex<(u64, BTreeMap<u64, AbortHandle>)>>);
 
@@ -114,7 +114,7 @@ impl Silent {
     }
 }
 
-/// Dropped when a connection has said something, or is over.
+/// Dropped when a connection has said enough, or is over.
 struct Said {
     silent: Silent,
     id: u64,
@@ -229,14 +229,19 @@ impl House {
     }
 }
 
-/// Whether it begins as HTTP/2 does, `PRI`: no method of a chunk has these letters first.
+/// What HTTP/2 begins with.
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// Whether it begins as HTTP/2 does. All of that is waited for here: whoever serves HTTP/2 would wait for the
+/// rest for ever.
 async fn asks_questions(stream: &TcpStream) -> std::io::Result<bool> {
-    let mut seen = [0; 2];
+    let mut seen = [0; PREFACE.len()];
     loop {
-        match (stream.peek(&mut seen).await?, &seen) {
-            (0, _) => return Err(std::io::ErrorKind::UnexpectedEof.into()),
-            (1, b"P\0") => sleep(Duration::from_millis(10)).await, // It could be a PUT yet.
-            (_, seen) => return Ok(seen == b"PR"),
+        match stream.peek(&mut seen).await? {
+            0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+            n if !PREFACE.starts_with(&seen[..n]) => return Ok(false),
+            n if n == seen.len() => return Ok(true),
+            _ => sleep(Duration::from_millis(20)).await, // It could be a PUT yet.
         }
     }
 }

@@ -1,14 +1,18 @@
 //! Agents that carry shards to each other over real sockets of this machine: with certificates and
-//! without, and what strangers and bad peers do to them.
+//! without, and what strangers, bad peers and sudden ends do to them.
 #![allow(clippy::unwrap_used, clippy::disallowed_methods)] // Tests: real sockets, real time.
 
 mod bad;
+mod cut;
+mod killed;
+mod offering;
+mod process;
+mod strangers;
 mod wire;
 mod world;
 
 use std::{
-    io::{Read, Write},
-    net::TcpStream,
+    io::Write,
     path::Path,
     sync::Arc,
     time::{Duration, Instant},
@@ -135,67 +139,4 @@ fn certificates_are_read_again_when_their_files_change() {
     std::fs::File::create(place("c").join("cert.pem")).unwrap().write_all(b"-----BEGIN").unwrap();
     std::thread::sleep(Duration::from_millis(1_200));
     c.ask("a", &run).unwrap();
-}
-
-#[test]
-fn strangers_at_the_port_keep_nobody_from_it() {
-    let a = Agent::start("a", &[], None);
-    let b = Agent::start("b", &[a.at], None);
-    b.sees(&["a", "b"]);
-    let dir = tempfile::tempdir().unwrap();
-    let run = dir.path().join("run");
-    b.ask("a", &run).unwrap();
-    // So many that say nothing; the limit of open files is this process's for both ends.
-    let count = std::env::var("TIERKEEP_STRANGERS").map_or(1_500, |n| n.parse().unwrap());
-    let (_, most) = rustix_limit();
-    let count = count.min(usize::try_from(most / 2).unwrap_or(count).saturating_sub(200));
-    let held: Vec<TcpStream> = (0..count).filter_map(|_| TcpStream::connect(a.at).ok()).collect();
-    assert!(held.len() > 600, "{}", held.len());
-    let begun = Instant::now();
-    let fresh = Agent::start("c", &[a.at], None);
-    fresh.sees(&["a", "b", "c"]);
-    fresh.ask("a", &run).unwrap();
-    println!("{} silent connections; answered after {:?}", held.len(), begun.elapsed());
-    drop(held);
-    // Words that mean nothing, cut anywhere.
-    let good = format!(
-        "PUT /chunks/{}/0 HTTP/1.1\r\nhost: x\r\ncontent-length: 4096\r\n\r\n",
-        "a".repeat(32)
-    );
-    for cut in (0..good.len()).step_by(7) {
-        let mut stranger = TcpStream::connect(a.at).unwrap();
-        stranger.write_all(&good.as_bytes()[..cut]).unwrap();
-    }
-    for noise in
-        [&b"\0\0\0\0\0\0\0"[..], b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\xff\xff\xff\xff\xff", b"GET"]
-    {
-        let mut stranger = TcpStream::connect(a.at).unwrap();
-        stranger.write_all(noise).unwrap();
-        stranger.shutdown(std::net::Shutdown::Write).unwrap();
-        let mut said = Vec::new();
-        let _ = stranger.read_to_end(&mut said); // Whatever it is, it ends.
-    }
-    for (path, status) in [
-        (format!("/chunks/{}/0", "a".repeat(32)), "404"),
-        ("/chunks/../0".into(), "404"),
-        ("/chunks/x/0".into(), "404"),
-        (format!("/chunks/{}/-1", "a".repeat(32)), "404"),
-        ("/".into(), "404"),
-    ] {
-        let mut stranger = TcpStream::connect(a.at).unwrap();
-        let text = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
-        stranger.write_all(text.as_bytes()).unwrap();
-        let mut said = String::new();
-        stranger.read_to_string(&mut said).unwrap();
-        assert!(said.starts_with(&format!("HTTP/1.1 {status}")), "{path}: {said}");
-    }
-    b.ask("a", &run).unwrap();
-}
-
-fn rustix_limit() -> (u64, u64) {
-    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
-    let most = limit.maximum.unwrap_or(1 << 20);
-    let wanted = rustix::process::Rlimit { current: limit.maximum, maximum: limit.maximum };
-    let _ = rustix::process::setrlimit(rustix::process::Resource::Nofile, wanted);
-    (limit.current.unwrap_or(0), most)
 }

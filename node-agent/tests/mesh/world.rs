@@ -187,7 +187,11 @@ pub(crate) fn save(ckpt: &Checkpointer, step: u64, data: &[u8]) -> Save {
 
 /// The state comes back on `agent`, which had nothing of it.
 pub(crate) fn comes_back(agent: &Agent, destination: &Path, step: u64, data: &[u8]) {
-    let ckpt = agent.open(destination);
+    resumes(&agent.open(destination), step, data);
+}
+
+/// It begins at `step`, bit for bit.
+pub(crate) fn resumes(ckpt: &Checkpointer, step: u64, data: &[u8]) {
     let found = ckpt.begin(&Begin::default()).unwrap().expect("a checkpoint");
     assert_eq!(found.step().0, step);
     let mut into = vec![0; data.len()];

@@ -1,0 +1,99 @@
+//! Agents that are killed in the middle of a transfer: a chunk of it has arrived, the last one has not.
+
+use std::path::{Path, PathBuf};
+
+use tierkeep::{
+    begin::Begin,
+    checkpointer::Checkpointer,
+    save::{Level, Save},
+};
+
+use crate::{
+    bad::run_whose_copy_is_on_b,
+    offering::file_in,
+    process::{Process, wait_for},
+    world::{PATIENCE, bytes, resumes, save},
+};
+
+const CHUNK_BYTES: usize = 4 << 20;
+
+/// Saves a step on `from`; returns when half of it has arrived at `to`.
+fn save_half(ckpt: &Checkpointer, from: &Process, to: &Process, step: u64, data: &[u8]) -> Save {
+    let saved = save(ckpt, step, data);
+    assert!(saved.poll(Level::Ram, false, PATIENCE).unwrap());
+    let dir = of_step(from.ram.path(), step).unwrap();
+    let whole = std::fs::read(file_in(&dir, ".safetensors").unwrap()).unwrap();
+    let last = whole.len() - 1000;
+    wait_for("a chunk arrives", || {
+        let slot = file_in(to.ram.path(), ".slot");
+        let there = slot.and_then(|slot| std::fs::read(slot).ok());
+        let Some(there) = there.filter(|there| there.len() == whole.len()) else { return false };
+        assert!(there[last..] != whole[last..], "it is all there");
+        there[..CHUNK_BYTES] == whole[..CHUNK_BYTES]
+    });
+    saved
+}
+
+/// Where a step's shards lie in a node's memory.
+fn of_step(ram: &Path, step: u64) -> Option<PathBuf> {
+    let runs = std::fs::read_dir(ram).unwrap().flatten();
+    runs.map(|run| run.path().join(format!("{step:020}"))).find(|dir| dir.is_dir())
+}
+
+/// Nothing of a step has a name that a reader knows.
+fn has_nothing_of(node: &Process, step: u64) {
+    let dir = of_step(node.ram.path(), step);
+    let named = dir.and_then(|dir| file_in(&dir, ""));
+    assert_eq!(named, None);
+}
+
+#[test]
+fn a_holder_killed_in_the_middle_is_replaced_and_holds_nothing_half_when_it_is_back() {
+    let disk = tempfile::tempdir().unwrap();
+    let run = run_whose_copy_is_on_b(disk.path());
+    let [mut a, mut b, c] = Process::start_all(disk.path(), ["a", "b", "c"]);
+    let ckpt = a.open(&run);
+    ckpt.begin(&Begin::default()).unwrap();
+    let data = bytes(3);
+    let saved = save_half(&ckpt, &a, &b, 1, &data);
+    b.kill();
+    assert!(saved.poll(Level::Peer, false, PATIENCE).unwrap(), "{:?}", saved.progress());
+    assert!(of_step(c.ram.path(), 1).is_some());
+    b.begin();
+    b.sees(&["a", "b", "c"]);
+    has_nothing_of(&b, 1);
+    // And what half came is in nobody's way: it goes on there.
+    a.kill();
+    drop(ckpt);
+    std::fs::remove_dir_all(&run).unwrap();
+    b.sees(&["b", "c"]);
+    resumes(&b.open(&run), 1, &data);
+}
+
+#[test]
+fn a_sender_killed_in_the_middle_sends_again_when_it_is_back_and_nothing_half_is_resumed_from() {
+    let disk = tempfile::tempdir().unwrap();
+    let run = run_whose_copy_is_on_b(disk.path());
+    let [mut a, b, c] = Process::start_all(disk.path(), ["a", "b", "c"]);
+    let ckpt = a.open(&run);
+    ckpt.begin(&Begin::default()).unwrap();
+    let first = bytes(1);
+    let saved = save_half(&ckpt, &a, &b, 1, &first);
+    a.kill();
+    has_nothing_of(&b, 1);
+    a.begin();
+    assert!(saved.poll(Level::Peer, false, PATIENCE).unwrap(), "{:?}", saved.progress());
+    assert!(of_step(b.ram.path(), 1).is_some());
+    // Killed again, and gone for good with all that it had.
+    let second = bytes(2);
+    drop(save_half(&ckpt, &a, &b, 2, &second));
+    a.kill();
+    has_nothing_of(&b, 2);
+    drop(ckpt);
+    std::fs::remove_dir_all(&run).unwrap();
+    c.sees(&["b", "c"]);
+    let ckpt = c.open(&run);
+    resumes(&ckpt, 1, &first);
+    let saved = save(&ckpt, 2, &second);
+    assert!(saved.poll(Level::Peer, false, PATIENCE).unwrap(), "{:?}", saved.progress());
+}
