@@ -6,7 +6,8 @@
 ##   make test     everything: check, Rust tests, doctests, Python tests
 ##   make check    formatting, lints, types, stubs and tidiness; no behaviour
 ##   make lab      start a cluster of agents on this machine to play with, in network namespaces
-##   make bench    measure against the bars in benches/RESULTS.md; minutes, wants a quiet machine
+##   make bench    measure against the bars in benches/RESULTS.md, into build/measured.md; minutes, wants a
+##                 quiet machine
 ##   make bench-nodes
 ##                 the same between nodes, in network namespaces: half an hour, wants root, 12 GiB of
 ##                 free memory and a quiet machine; prints JSON
@@ -148,7 +149,7 @@ lab-tools:
 bench: wheel
 	@command -v fio >/dev/null || { echo "error: fio is needed; on Debian: apt-get install fio" >&2; exit 1; }
 	cargo build --quiet --release --package tierkeep-benches
-	$(BIN)/python benches/run.py --write
+	$(BIN)/python benches/run.py --write build/measured.md
 
 bench-nodes: wheel lab-tools
 	@command -v openssl >/dev/null || { echo "error: openssl is needed; on Debian: apt-get install openssl" >&2; exit 1; }

@@ -1,6 +1,6 @@
-"""Every bar of the first release, measured in one run and written to benches/RESULTS.md.
+"""Every bar of the first release, measured in one run.
 
-`python benches/run.py [--rounds N] [--dir DIR] [--write]`. Figures are medians; ratios are medians
+`python benches/run.py [--rounds N] [--dir DIR] [--write FILE]`. Figures are medians; ratios are medians
 of the ratios of neighbours in time, because machines are shared and drift.
 """
 
@@ -347,7 +347,7 @@ def main() -> None:
     parser.add_argument("--dir", type=pathlib.Path, default=ROOT / "build")
     parser.add_argument("--only", help="names of measurements, joined by commas")
     parser.add_argument("--lines", type=pathlib.Path, help="write the table's lines there, as JSON")
-    parser.add_argument("--write", action="store_true", help="write benches/RESULTS.md")
+    parser.add_argument("--write", type=pathlib.Path, help="write the table to this file")
     arguments = parser.parse_args()
     arguments.dir.mkdir(parents=True, exist_ok=True)
     table, base, rounds = Table(), arguments.dir, arguments.rounds
@@ -370,14 +370,15 @@ def main() -> None:
             table.lines += apart(name, arguments)
     if arguments.lines is not None:
         arguments.lines.write_text(json.dumps(table.lines))
-    if arguments.write:
+    if arguments.write is not None:
         text = (
             "# Measured\n\n"
             f"On {machine()}; medians of {rounds} or more, ratios of neighbours in one run "
             "(`make bench`).\nThe reference is memcpy of the same tensors into warm shared memory, "
             f"one thread.\n\n{table.markdown()}\n"
         )
-        (HERE / "RESULTS.md").write_text(text)
+        arguments.write.parent.mkdir(parents=True, exist_ok=True)
+        arguments.write.write_text(text)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
 //! Agents that are killed in the middle of a transfer: a chunk of it has arrived, the last one has not.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs::File,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+};
 
 use tierkeep::{
     begin::Begin,
@@ -23,13 +27,18 @@ fn save_half(ckpt: &Checkpointer, from: &Process, to: &Process, step: u64, data:
     assert!(saved.poll(Level::Ram, false, PATIENCE).unwrap());
     let dir = of_step(from.ram.path(), step).unwrap();
     let whole = std::fs::read(file_in(&dir, ".safetensors").unwrap()).unwrap();
-    let last = whole.len() - 1000;
+    // Whether what lies before `end` has come.
+    let has = |slot: &File, end: usize| {
+        let mut there = vec![0; 1000];
+        let begin = end - there.len();
+        let read = slot.read_exact_at(&mut there, begin as u64);
+        read.is_ok() && there == whole[begin..end]
+    };
     wait_for("a chunk arrives", || {
-        let slot = file_in(to.ram.path(), ".slot");
-        let there = slot.and_then(|slot| std::fs::read(slot).ok());
-        let Some(there) = there.filter(|there| there.len() == whole.len()) else { return false };
-        assert!(there[last..] != whole[last..], "it is all there");
-        there[..CHUNK_BYTES] == whole[..CHUNK_BYTES]
+        let slot = file_in(to.ram.path(), ".slot").and_then(|slot| File::open(slot).ok());
+        let Some(slot) = slot.filter(|slot| has(slot, CHUNK_BYTES)) else { return false };
+        assert!(!has(&slot, whole.len()), "it is all there");
+        true
     });
     saved
 }

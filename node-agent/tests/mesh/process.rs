@@ -64,8 +64,8 @@ impl Process {
         command.args(["agent", "--ram-dir"]).arg(self.ram.path());
         command.arg("--socket").arg(self.socket()).arg("--cluster-key").arg(&self.key);
         command.args(["--node", &self.name, "--gossip", &self.at, "--seeds", &self.seeds]);
-        // A chunk a second: whoever looks sees it arrive.
-        command.args(["--insecure", "--peer-rate", "4MiB"]);
+        // A chunk in two seconds: whoever looks sees it arrive.
+        command.args(["--insecure", "--peer-rate", "2MiB"]);
         command.env("TIERKEEP_AGENT_CONFIG", "/dev/null").stderr(Stdio::null());
         self.agent = Some(command.spawn().unwrap());
         wait_for(&format!("{} serves", self.name), || self.socket().exists());
