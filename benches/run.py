@@ -1,7 +1,7 @@
 """Every bar of the first release, measured in one run.
 
-`python benches/run.py [--rounds N] [--dir DIR] [--write FILE]`. Figures are medians; ratios are medians
-of the ratios of neighbours in time, because machines are shared and drift.
+`python benches/run.py [--rounds N] [--dir DIR] [--write FILE]`. Figures are medians; ratios are
+medians of the ratios of neighbours in time, because machines are shared and drift.
 """
 
 from __future__ import annotations
