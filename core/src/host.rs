@@ -28,6 +28,7 @@ mod peer;
 mod peers;
 mod rounds;
 mod seat;
+mod shelves;
 mod tell;
 mod users;
 mod view;
@@ -261,7 +262,8 @@ impl Host {
         });
         let ground = Ground::Agent { budget, start, nonce, peers };
         // What was held here for the rank is its own.
-        self.give_up_shelf(&(crate::config::real(&config.destination), config.rank));
+        let place = (crate::config::real(&config.destination), config.rank);
+        self.give_up_shelf(&place, &config.ram_dir());
         // Whoever had the rank here has left its chair.
         Keeper::open(config, ground, &|tier| tier, &|_| Ok(()))
     }

@@ -25,8 +25,8 @@ use crate::common::{self, Model, SIZES, settings, wait};
 
 /// One agent, its disk and its memory.
 pub(crate) struct Machine {
-    pub(crate) disk: tempfile::TempDir,
-    pub(crate) ram: tempfile::TempDir,
+    pub(crate) disk: Arc<tempfile::TempDir>,
+    pub(crate) ram: Arc<tempfile::TempDir>,
     pub(crate) host: Arc<Host>,
 }
 
@@ -58,11 +58,20 @@ impl World {
 
     pub(crate) fn begin(self: &Arc<Self>, name: &str) {
         let ram = tempfile::Builder::new().prefix("tierkeep-test-").tempdir_in("/dev/shm").unwrap();
+        self.begin_at(name, Arc::new(tempfile::tempdir().unwrap()), Arc::new(ram));
+    }
+
+    fn begin_at(
+        self: &Arc<Self>,
+        name: &str,
+        disk: Arc<tempfile::TempDir>,
+        ram: Arc<tempfile::TempDir>,
+    ) {
         let (host, listener) = Host::open(settings(ram.path())).unwrap();
         host.meet(Arc::new(Sim { me: name.into(), world: self.clone() }));
         let serving = host.clone();
         std::thread::spawn(move || serving.serve(&listener).unwrap());
-        let machine = Machine { disk: tempfile::tempdir().unwrap(), ram, host };
+        let machine = Machine { disk, ram, host };
         self.lost.lock().unwrap().remove(name);
         self.machines.lock().unwrap().insert(name.into(), Arc::new(machine));
     }
@@ -72,6 +81,16 @@ impl World {
         let machine = self.machines.lock().unwrap().remove(name).unwrap();
         self.lost.lock().unwrap().insert(name.into());
         machine.host.end();
+    }
+
+    /// The agent ends, and another one begins where it was; `between` happens in between.
+    pub(crate) fn restart(self: &Arc<Self>, name: &str, between: impl FnOnce(&Machine)) {
+        let machine = self.machines.lock().unwrap().remove(name).unwrap();
+        machine.host.end();
+        between(&machine);
+        let (disk, ram) = (machine.disk.clone(), machine.ram.clone());
+        drop(machine); // The host has its locks until the last thread of it is gone.
+        self.begin_at(name, disk, ram);
     }
 
     pub(crate) fn machine(&self, name: &str) -> Arc<Machine> {
