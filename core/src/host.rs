@@ -29,6 +29,7 @@ mod peers;
 mod prefetch;
 mod rounds;
 mod seat;
+mod shelves;
 mod tell;
 mod users;
 mod view;
@@ -268,7 +269,7 @@ impl Host {
         // What was held here for the rank is its own.
         let place = (crate::config::real(&config.destination), config.rank);
         self.wait_for_prefetch(&place, config.lock_wait);
-        self.give_up_shelf(&place);
+        self.give_up_shelf(&place, &config.ram_dir());
         // Whoever had the rank here has left its chair.
         Keeper::open(config, ground, &|tier| tier, &|_| Ok(()))
     }

@@ -41,7 +41,7 @@ use crate::{
     error::{Doing, Error, Result},
     names::{CheckpointKey, Id, Rank},
     observe::{Observer, locked},
-    ownership::{FileId, Ownership},
+    ownership::{FileId, Ownership, rank_lock},
     peers::{Peers, commons::Led},
     place::{Desk, Place},
     restore::{
@@ -157,7 +157,7 @@ impl Keeper {
             Ground::Agent { budget, start, nonce, peers } => (budget, start, nonce, false, peers),
         };
         let ram = wrap(Arc::new(MemoryTier::open(&config.ram_dir(), budget.clone())?));
-        let lock = config.destination.join(format!("_locks/rank-{:06}", config.rank));
+        let lock = rank_lock(&config.destination, Rank(config.rank));
         let ownership = Ownership::take_over(
             &lock,
             &format!("rank {} of {}", config.rank, config.destination.display()),

@@ -14,7 +14,7 @@ use std::{
     collections::HashMap,
     fs::{File, OpenOptions},
     os::unix::fs::{FileExt, MetadataExt},
-    path::Path,
+    path::{Path, PathBuf},
     sync::{
         Arc, LazyLock, Mutex,
         atomic::{AtomicU64, Ordering},
@@ -25,6 +25,7 @@ use std::{
 use crate::{
     clock::{Clock, Deadline},
     error::{Doing, Error, Result},
+    names::Rank,
     observe::locked,
     sys,
     tier::publish::make_dirs,
@@ -181,6 +182,11 @@ pub fn is_held(path: &Path) -> Result<bool> {
         Err(e) => Err(e).at("open", path),
         Ok(file) => Ok(sys::holder(&file).at("ask for the lock of", path)?.is_some()),
     }
+}
+
+/// The lock of a rank of the run in this directory.
+pub(crate) fn rank_lock(destination: &Path, rank: Rank) -> PathBuf {
+    destination.join(format!("_locks/rank-{:06}", rank.0))
 }
 
 fn id_of(meta: &std::fs::Metadata) -> FileId {

@@ -10,7 +10,11 @@ use crate::{
     attempt,
     error::Result,
     names::{AttemptRef, Rank},
-    peers::{Peers, commons::Led, key_of, odd},
+    peers::{
+        Peers,
+        commons::{Led, ask_who_leads},
+        key_of, odd,
+    },
     place::Place,
     wire::convert,
 };
@@ -124,11 +128,7 @@ fn leader(place: &Place, peers: &Peers, decision: u32, asking: &mut Asking) -> O
     // Not everybody asks the same ones.
     let first = usize::from(u16::from_le_bytes([place.nonce.0[0], place.nonce.0[1]]));
     let node = &others.get((first + asking.asked) % others.len().max(1))?.name;
-    if let Ok(Answer::Led(said)) = peers.ask(node, Ask::WhoLeads(wire::WhoLeads {}))
-        && let Ok(record) = convert::record_of(&said.record)
-    {
-        peers.commons.lead(&peers.site, Led { node: said.node, record, bytes: said.record });
-    }
+    let _ = ask_who_leads(peers, node); // The next one may know.
     asking.asked += 1;
     asking.pause = (2 * asking.pause).clamp(ASK_PAUSE, ASK_PAUSE_MAX);
     asking.next = now + asking.pause;

@@ -20,6 +20,7 @@ use crate::{
     observe::locked,
     peers::{
         Peers, Site,
+        commons::ask_who_leads,
         hold::{Owner, Shelf},
         send::{Outbound, inform, send},
     },
@@ -31,6 +32,9 @@ const HEAL_AFTER: Duration = Duration::from_secs(10);
 
 /// Where that failed, it is tried again.
 const AGAIN: Duration = Duration::from_secs(30);
+
+/// Agents that are asked who leads, where this one does not know.
+const ASKED_MAX: usize = 3;
 
 /// What is known of a rank whose node is gone.
 #[derive(Debug)]
@@ -68,7 +72,9 @@ impl Host {
         let work = move || {
             let _turn = turn;
             for patient in &patients {
-                host.heal_one(patient);
+                if !host.hears_of_newer(patient, &alive) {
+                    host.heal_one(patient);
+                }
             }
         };
         if let Err(e) = std::thread::Builder::new().name("tierkeep-heal".into()).spawn(work) {
@@ -85,10 +91,8 @@ impl Host {
         for (place, (site, shelf)) in locked(&self.shelves).iter() {
             let lost = |owner: &Owner| owner.replicas > 0 && !alive.contains(&owner.node);
             let Some(owner) = shelf.owner().filter(lost) else { continue };
-            let newer = |led: &crate::peers::commons::Led| {
-                led.record.attempt.number > owner.attempt && alive.contains(&led.node)
-            };
-            if self.commons.led_at(&place.0, site.uid).is_some_and(|led| newer(&led)) {
+            let held = !shelf.held().is_empty();
+            if !held || self.is_led_anew(place, site, &owner, alive) == Some(true) {
                 continue;
             }
             known.insert(place.clone());
@@ -112,6 +116,35 @@ impl Host {
             std::cmp::Reverse(patient.shelf.held().into_iter().next())
         });
         due
+    }
+
+    /// Whether a newer attempt's leader lives; `None`: nobody has told this agent who leads.
+    fn is_led_anew(
+        &self,
+        place: &(PathBuf, u32),
+        site: &Site,
+        owner: &Owner,
+        alive: &BTreeSet<String>,
+    ) -> Option<bool> {
+        let led = self.commons.led_at(&place.0, site.uid)?;
+        Some(led.record.attempt.number > owner.attempt && alive.contains(&led.node))
+    }
+
+    /// The same, where this agent was away when it was told: any other one knows it.
+    fn hears_of_newer(&self, patient: &Patient, alive: &BTreeSet<String>) -> bool {
+        let Patient { place, site, owner, .. } = patient;
+        let led = || self.is_led_anew(place, site, owner, alive);
+        let Some(network) = self.network.get().filter(|_| led().is_none()) else {
+            return led() == Some(true);
+        };
+        let (network, commons) = (network.clone(), self.commons.clone());
+        let peers = Peers { network, site: site.clone(), commons };
+        for node in peers.others().iter().take(ASKED_MAX) {
+            if let Err(e) = ask_who_leads(&peers, &node.name) {
+                tracing::debug!("{} does not say who leads: {}", node.name, e.chain());
+            }
+        }
+        led() == Some(true)
     }
 
     fn heal_one(&self, patient: &Patient) {

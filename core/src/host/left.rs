@@ -39,7 +39,7 @@ const DIR: &str = "_agent";
 /// A trainer's words are some hundred bytes; longer is nobody's of ours.
 const BYTES_MAX: u64 = 1 << 20;
 
-fn name(rank: u32) -> String {
+pub(super) fn name(rank: u32) -> String {
     format!("{DIR}/{rank:06}")
 }
 
@@ -69,7 +69,7 @@ impl Seat {
 impl Host {
     /// Owns again what an agent before has owned, each rank on a thread of its own.
     pub(super) fn own_what_is_left(self: &Arc<Self>) {
-        for file in self.users.roots().iter().flat_map(|root| kept_below(root)) {
+        for file in self.users.roots().iter().flat_map(|root| kept_below(root, DIR)) {
             let host = self.clone();
             let own = move || {
                 if let Err(e) = host.own_again(&file) {
@@ -82,16 +82,21 @@ impl Host {
         }
     }
 
-    pub(super) fn own_again(self: &Arc<Self>, file: &Path) -> Result<()> {
+    /// What an agent before this one has left in a user's ram tier. This thread acts for that user from
+    /// here on: what a name leads to may change under our feet.
+    pub(super) fn read_as_its_user(&self, file: &Path) -> Result<(Who, Vec<u8>)> {
         let meta = std::fs::symlink_metadata(file).at("stat", file)?;
         if !meta.is_file() || meta.len() > BYTES_MAX {
-            return Err(Error::damaged(file.display().to_string(), "it is no trainer's words"));
+            return Err(Error::damaged(file.display().to_string(), "no agent has left it so"));
         }
-        // As its user from here on: what a name leads to may change under our feet.
-        let uid = meta.uid();
-        let who = Who { uid, gid: meta.gid(), groups: vec![meta.gid()] };
+        let who = Who { uid: meta.uid(), gid: meta.gid(), groups: vec![meta.gid()] };
         self.users.act_as(&who)?;
-        let bytes = read_words(file).at("read", file)?;
+        Ok((who, read_words(file).at("read", file)?))
+    }
+
+    pub(super) fn own_again(self: &Arc<Self>, file: &Path) -> Result<()> {
+        let (who, bytes) = self.read_as_its_user(file)?;
+        let uid = who.uid;
         let kept = wire::Kept::decode(bytes.as_slice()).ok();
         let Some(wire::Kept { open: Some(open), pid, started }) = kept else {
             return Err(Error::damaged(file.display().to_string(), "it is no trainer's words"));
@@ -137,11 +142,11 @@ fn read_words(file: &Path) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// What was kept below a user's ram tier.
-fn kept_below(root: &Path) -> Vec<PathBuf> {
-    let list = |dir: &Path| -> Vec<PathBuf> {
-        let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+/// What was kept below a user's ram tier, in each run's directory of this name.
+pub(super) fn kept_below(root: &Path, dir: &str) -> Vec<PathBuf> {
+    let list = |at: &Path| -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(at).into_iter().flatten().flatten();
         entries.map(|entry| entry.path()).collect()
     };
-    list(root).iter().flat_map(|run| list(&run.join(DIR))).collect()
+    list(root).iter().flat_map(|run| list(&run.join(dir))).collect()
 }

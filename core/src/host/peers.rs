@@ -23,7 +23,7 @@ use crate::{
     observe::locked,
     peers::{
         Incoming, SMALL_BYTES, Site, Ticket,
-        hold::{Offered, Owner, Shelf},
+        hold::{Offered, Owner},
         key_of,
     },
     tier::{Source, Tier, TierKind, disk::DiskTier, find_record, memory::MemoryTier},
@@ -83,14 +83,14 @@ impl Outgoing {
 
 /// A transfer.
 #[derive(Clone, Debug)]
-enum Transfer {
+pub(super) enum Transfer {
     In { place: (PathBuf, u32), incoming: Arc<Incoming> },
     Out(Arc<Outgoing>),
 }
 
 #[derive(Debug, Default)]
 pub(super) struct Transfers {
-    open: HashMap<Ticket, (Transfer, Duration)>,
+    pub(super) open: HashMap<Ticket, (Transfer, Duration)>,
 }
 
 impl Host {
@@ -192,38 +192,6 @@ impl Host {
 
     pub(super) fn ram_dir(&self, site: &Site) -> PathBuf {
         crate::config::ram_dir(&self.users.root_of(site.uid), &site.destination)
-    }
-
-    /// Whether this node owns the rank.
-    fn owns(&self, place: &(PathBuf, u32)) -> bool {
-        let chair = locked(&self.chairs).get(place).cloned();
-        // One that somebody opens or closes at this moment counts.
-        chair.is_some_and(|chair| chair.try_lock().is_none_or(|taken| taken.is_some()))
-    }
-
-    /// The slots for a rank of another node.
-    pub(super) fn shelf(&self, site: &Site, rank: Rank) -> Result<((PathBuf, u32), Arc<Shelf>)> {
-        let place = (crate::config::real(&site.destination), rank.0);
-        let mut shelves = locked(&self.shelves);
-        if self.owns(&place) {
-            return Err(Error::Fenced { why: format!("{rank} is here itself") });
-        }
-        if let Some((_, shelf)) = shelves.get(&place) {
-            return Ok((place, shelf.clone()));
-        }
-        let ram_dir = self.ram_dir(site);
-        let budget = self.users.budget(site.uid, &self.settings, &ram_dir)?;
-        let shelf = Arc::new(Shelf::open(ram_dir, rank, budget)?);
-        shelves.insert(place.clone(), (site.clone(), shelf.clone()));
-        Ok((place, shelf))
-    }
-
-    /// The rank itself comes to this node: what was held for it is its own now.
-    pub(super) fn give_up_shelf(&self, place: &(PathBuf, u32)) {
-        let shelf = locked(&self.shelves).remove(place);
-        shelf.iter().for_each(|(_, shelf)| shelf.end());
-        let theirs = |t: &Transfer| matches!(t, Transfer::In { place: p, .. } if p == place);
-        locked(&self.transfers).open.retain(|_, (transfer, _)| !theirs(transfer));
     }
 
     fn offer(&self, site: &Site, from: String, offer: wire::Offer) -> Result<Answer> {

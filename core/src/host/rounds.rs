@@ -18,6 +18,7 @@ use crate::{
 impl Host {
     /// Looks after ranks that have nobody.
     pub(super) fn go_round(self: &Arc<Self>) {
+        self.know_shelves_again();
         let mut worked = true;
         let mut grace = Some(Deadline::after(&self.clock, LEFT_AFTER));
         while !self.is_ending() {

@@ -6,14 +6,18 @@ use std::{
     sync::{Arc, Mutex, Weak},
 };
 
-use super::Site;
+use tierkeep_proto::peer::{self as wire, reply::Answer, request::Ask};
+
+use super::{Peers, Site, odd};
 use crate::{
     agree::{board::Board, home::Line},
     attempt::AttemptRecord,
     config::real,
+    error::Result,
     names::AttemptRef,
     observe::locked,
     placement::{Node, Placement, Shard, place},
+    wire::convert,
 };
 
 /// Who leads a run, as it was told last.
@@ -127,6 +131,19 @@ impl Commons {
             leads.insert(run(site), led);
         }
     }
+}
+
+/// Asks another agent who leads; what it says is known from here on.
+///
+/// # Errors
+/// It does not answer, or does not know.
+pub(crate) fn ask_who_leads(peers: &Peers, node: &str) -> Result<()> {
+    let Answer::Led(said) = peers.ask(node, Ask::WhoLeads(wire::WhoLeads {}))? else {
+        return Err(odd(node));
+    };
+    let record = convert::record_of(&said.record)?;
+    peers.commons.lead(&peers.site, Led { node: said.node, record, bytes: said.record });
+    Ok(())
 }
 
 fn run(site: &Site) -> Run {

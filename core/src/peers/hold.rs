@@ -2,7 +2,7 @@
 //! acknowledged last, one for what comes next.
 //!
 //! They lie in the run's ram tier like the slots of any rank: should the rank itself come to this node,
-//! its shard is there.
+//! its shard is there. Beside them lies a `note` of whose they are.
 //!
 //! # Invariants
 //!
@@ -14,7 +14,12 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, Weak},
 };
 
-use super::Incoming;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Incoming,
+    note::{self, Note},
+};
 use crate::{
     commit::{publish_shard, read_manifest},
     error::{Error, Result},
@@ -41,18 +46,21 @@ const STORE: &str = "_store";
 pub(crate) struct Shelf {
     arena: Arc<Arena>,
     ram: Arc<dyn Tier>,
+    destination: PathBuf,
     rank: Rank,
     store: Id,
     /// Held while the slots are changed. True: they are their own rank's.
     over: Mutex<bool>,
-    /// As of the last offer.
+    /// As of the last offer, or as an agent before this one noted it.
     owner: Mutex<Option<Owner>>,
     /// What arrives in one of the slots.
     arriving: Mutex<Vec<Weak<Incoming>>>,
+    /// What the note beside the slots says.
+    noted: Mutex<Option<Owner>>,
 }
 
 /// For whom something is held.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Owner {
     /// The rank's own node.
     pub(crate) node: String,
@@ -71,15 +79,21 @@ pub(crate) enum Offered {
 }
 
 impl Shelf {
-    /// Finds what an agent before this one held.
-    pub(crate) fn open(ram_dir: PathBuf, rank: Rank, budget: Budget) -> Result<Self> {
+    /// Finds what an agent before this one held. `destination`: the run's directory.
+    pub(crate) fn open(
+        destination: PathBuf,
+        ram_dir: PathBuf,
+        rank: Rank,
+        budget: Budget,
+    ) -> Result<Self> {
         let ram: Arc<dyn Tier> = Arc::new(MemoryTier::open(&ram_dir, budget.clone())?);
         let store = store(&*ram)?;
         let signal = Arc::new(Signal::default());
         let arena = Arena::new(ram.clone(), ram_dir, rank, SLOTS, budget, signal, false);
         arena.adopt()?;
-        let (over, owner, arriving) = (Mutex::default(), Mutex::default(), Mutex::default());
-        Ok(Self { arena, ram, rank, store, over, owner, arriving })
+        let (over, owner, noted) = (Mutex::default(), Mutex::default(), Mutex::default());
+        let arriving = Mutex::default();
+        Ok(Self { arena, ram, destination, rank, store, over, owner, noted, arriving })
     }
 
     /// The rank itself has come to this node: nothing here touches its slots any more.
@@ -103,9 +117,31 @@ impl Shelf {
         self.store
     }
 
-    /// For whom it is, as far as an offer to this agent said so.
+    /// For whom it is, as far as that is known.
     pub(crate) fn owner(&self) -> Option<Owner> {
         locked(&self.owner).clone()
+    }
+
+    /// Knows again what an agent before this one noted. An offer that was quicker knows better.
+    pub(crate) fn recall(&self, owner: Owner) {
+        let mut known = locked(&self.owner);
+        if known.is_none() {
+            *locked(&self.noted) = Some(owner.clone());
+            *known = Some(owner);
+        }
+    }
+
+    /// Notes beside the slots whose they are, where that has changed. What is held is held without it.
+    fn remember(&self) {
+        let Some(owner) = self.owner() else { return };
+        // Where it fails, that is told once: not at each step.
+        if locked(&self.noted).replace(owner.clone()).as_ref() == Some(&owner) {
+            return;
+        }
+        if let Err(e) = Note::new(&self.destination, self.rank, owner).keep(&*self.ram) {
+            let run = self.destination.display();
+            tracing::warn!("{run}, {}: no note of whose copy it is: {}", self.rank, e.chain());
+        }
     }
 
     /// What is held, the newest first.
@@ -141,6 +177,7 @@ impl Shelf {
         if self.holds(key) {
             let (_, there) = read_manifest(&*self.ram, key, self.rank, None)?;
             if there == manifest {
+                self.remember();
                 return Ok(Offered::Held);
             }
             return Err(Error::Fenced { why: format!("another {key} of {} is held", self.rank) });
@@ -170,6 +207,7 @@ impl Shelf {
             // An answer that was lost, asked for again.
             return if self.holds(&key) { Ok(()) } else { Err(super::send::late(&key)) };
         };
+        self.remember();
         let len = incoming.manifest.payload.length;
         let payload = SlotPayload { slot: filling.slot().clone(), len };
         let name = key.file(&incoming.manifest.payload.file);
@@ -189,6 +227,8 @@ impl Shelf {
         let _changing = self.changing()?;
         if self.arena.holds().iter().all(|key| !keep.contains(key)) {
             self.arena.give_back()?;
+            note::forget(&*self.ram, self.rank)?;
+            *locked(&self.noted) = None;
         }
         Ok(self.arena.holds().is_empty())
     }

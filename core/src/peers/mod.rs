@@ -22,6 +22,7 @@ pub(crate) mod commons;
 pub(crate) mod fetch;
 pub(crate) mod hold;
 mod landing;
+pub(crate) mod note;
 pub(crate) mod remote;
 pub(crate) mod send;
 

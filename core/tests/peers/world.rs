@@ -25,8 +25,8 @@ use crate::common::{self, Model, SIZES, settings, wait};
 
 /// One agent, its disk and its memory.
 pub(crate) struct Machine {
-    pub(crate) disk: tempfile::TempDir,
-    pub(crate) ram: tempfile::TempDir,
+    pub(crate) disk: Arc<tempfile::TempDir>,
+    pub(crate) ram: Arc<tempfile::TempDir>,
     pub(crate) host: Arc<Host>,
 }
 
@@ -73,12 +73,23 @@ impl World {
     /// One with a budget.
     pub(crate) fn begin_with(self: &Arc<Self>, name: &str, ram_bytes_max: Option<u64>) {
         let ram = tempfile::Builder::new().prefix("tierkeep-test-").tempdir_in("/dev/shm").unwrap();
+        let disk = Arc::new(tempfile::tempdir().unwrap());
+        self.begin_at(name, disk, Arc::new(ram), ram_bytes_max);
+    }
+
+    fn begin_at(
+        self: &Arc<Self>,
+        name: &str,
+        disk: Arc<tempfile::TempDir>,
+        ram: Arc<tempfile::TempDir>,
+        ram_bytes_max: Option<u64>,
+    ) {
         let settings = Settings { ram_bytes_max, ..settings(ram.path()) };
         let (host, listener) = Host::open(settings).unwrap();
         host.meet(Arc::new(Sim { me: name.into(), world: self.clone() }));
         let serving = host.clone();
         std::thread::spawn(move || serving.serve(&listener).unwrap());
-        let machine = Machine { disk: tempfile::tempdir().unwrap(), ram, host };
+        let machine = Machine { disk, ram, host };
         self.lost.lock().unwrap().remove(name);
         self.machines.lock().unwrap().insert(name.into(), Arc::new(machine));
     }
@@ -117,6 +128,16 @@ impl World {
             Some((name, more)) => *answers = Some((name, more - 1)),
             None => {}
         }
+    }
+
+    /// The agent ends, and another one begins where it was; `between` happens in between.
+    pub(crate) fn restart(self: &Arc<Self>, name: &str, between: impl FnOnce(&Machine)) {
+        let machine = self.machines.lock().unwrap().remove(name).unwrap();
+        machine.host.end();
+        between(&machine);
+        let (disk, ram) = (machine.disk.clone(), machine.ram.clone());
+        drop(machine); // The host has its locks until the last thread of it is gone.
+        self.begin_at(name, disk, ram, None);
     }
 
     pub(crate) fn machine(&self, name: &str) -> Arc<Machine> {
