@@ -2,8 +2,8 @@
 //!
 //! # Invariants
 //!
-//! - Holders are told to keep the newest step that is held elsewhere, and what this attempt resumed from until
-//!   there is one: they let go of nothing else that might be needed.
+//! - Holders are told to keep the newest step that is held elsewhere, and what this attempt resumed from
+//!   until there is one: they let go of nothing else that might be needed.
 //! - A step older than that goes only when the holders of the newer one have said, after all ranks had their
 //!   receipts, that they still have it. They are asked again before the next step goes out: where one has it
 //!   no more, nobody else lets go of what is older, and the next step is what mends it.
