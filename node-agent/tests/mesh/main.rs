@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::disallowed_methods)] // Tests: real sockets, real time.
 
 mod bad;
+mod told;
 mod wire;
 mod world;
 
