@@ -51,7 +51,7 @@ pub use self::{
     peers::Outgoing,
     prefetch::{Prefetched, RankPrefetched},
     users::UID,
-    view::RankView,
+    view::{PeersView, RankView},
 };
 use self::{
     chair::Chair,
@@ -60,6 +60,7 @@ use self::{
     peers::Transfers,
     seat::Seat,
     users::Users,
+    view::Tally,
 };
 use crate::{
     clock::{Clock, Deadline, SystemClock},
@@ -119,6 +120,8 @@ pub struct Host {
     /// In the hands of whoever heals them.
     healer: Arc<()>,
     commons: Arc<Commons>,
+    /// What went to and from other agents.
+    tally: Arc<Tally>,
     /// The other agents, where there are any.
     network: OnceLock<Arc<dyn Network>>,
     /// One agent a socket, one a ram tier.
@@ -178,6 +181,7 @@ impl Host {
             prefetching: Mutex::default(),
             healer: Arc::default(),
             commons: Arc::default(),
+            tally: Arc::default(),
             network: OnceLock::new(),
             _locks: locks,
         };
@@ -305,8 +309,10 @@ impl Host {
     /// What it owns, for people.
     #[must_use]
     pub fn ranks(&self) -> Vec<RankView> {
+        let nodes = self.network.get().map(|network| network.nodes()).unwrap_or_default();
+        let alive = nodes.into_iter().map(|node| node.name).collect();
         let seats = self.seats().into_iter();
-        let mut views: Vec<RankView> = seats.map(|seat| seat.view(&self.clock)).collect();
+        let mut views: Vec<RankView> = seats.map(|seat| seat.view(&self.clock, &alive)).collect();
         views.sort_by(|a, b| (&a.destination, a.rank).cmp(&(&b.destination, b.rank)));
         views
     }

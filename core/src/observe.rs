@@ -67,6 +67,12 @@ pub struct Counters {
     pub peer_ns: AtomicU64,
     /// Checkpoints that were seen to be held on other nodes.
     pub peer_whole: AtomicU64,
+    /// Steps that did not get all their copies on other nodes.
+    pub peer_failed: AtomicU64,
+    /// Copies that another node refused, or did not take: the next one was asked.
+    pub peer_refused: AtomicU64,
+    /// Bytes that came back from other nodes, for a restore.
+    pub peer_fetched_bytes: AtomicU64,
     /// Chunks that did not match their checksum.
     pub checksum_failures: AtomicU64,
     /// Copies that were written anew from a good one.

@@ -243,11 +243,14 @@ fn pages_for_probes_and_prometheus() {
         format!("tierkeep_saves_skipped_total{{{of}}} 0"),
         format!("tierkeep_checksum_failures_total{{{of}}} 0"),
         format!("tierkeep_repairs_total{{{of}}} 0"),
+        format!("tierkeep_copies_wanted{{{of}}} 0"),
         "tierkeep_ranks 1".into(),
         "# EOF".into(),
     ] {
         assert!(page.lines().any(|l| l == line), "no {line} in\n{page}");
     }
+    // It has no others: nothing is told of them.
+    assert!(!page.contains("tierkeep_nodes") && !page.contains("tier=\"peer\""), "{page}");
     let number = |name: &str| -> f64 {
         let line = page.lines().find(|l| l.starts_with(name));
         line.unwrap_or_else(|| panic!("no {name} in\n{page}"))

@@ -12,6 +12,7 @@ use crate::{
     commit::{Listing, publish_shard},
     error::{Error, ErrorKind, Result},
     names::{CheckpointKey, Rank},
+    observe::add,
     peers::{
         Incoming, Peers,
         fetch::fetch,
@@ -167,7 +168,9 @@ fn copy_here(
     let manifest = there.manifest();
     let name = key.file(&manifest.payload.file);
     let receipt = place.ram.put(&name, &there.payload())?;
-    publish_shard(&*place.ram, &manifest.identity, there.manifest_bytes(), receipt)
+    publish_shard(&*place.ram, &manifest.identity, there.manifest_bytes(), receipt)?;
+    add(&place.observer.counters.peer_fetched_bytes, manifest.payload.length);
+    Ok(())
 }
 
 /// Fetches it from tiers that were looked at, and knows who did not answer.
@@ -220,6 +223,7 @@ fn fetch_now(
     let receipt = place.ram.put(&name, &slot)?;
     publish_shard(&*place.ram, &identity, &first.bytes, receipt)?;
     place.arena.hold(filling, key.clone());
+    add(&place.observer.counters.peer_fetched_bytes, payload.length);
     let took = place.clock.monotonic().saturating_sub(begun);
     let from: Vec<&str> = holders.iter().map(|holder| holder.node.as_str()).collect();
     place.observer.info(

@@ -1,10 +1,13 @@
 //! What others ask of a cascade: how far it is, and to end.
 
+use std::collections::BTreeSet;
+
 use super::{Cascade, Shard, Work};
 use crate::{
     error::Error,
     names::{AttemptRef, CheckpointKey, Step},
     observe::locked,
+    peers::send::PeerReceipt,
     save::{Level, Save},
 };
 
@@ -75,6 +78,19 @@ impl Cascade {
     /// The newest step that this rank knows to be sealed on disk.
     pub(crate) fn sealed(&self) -> Option<u64> {
         locked(&self.work).sealed
+    }
+
+    /// The newest step of which all ranks have their copies on other nodes.
+    pub(crate) fn on_peers(&self) -> Option<u64> {
+        locked(&self.work).copies.whole.as_ref().map(|key| key.step.0)
+    }
+
+    /// How many copies this rank's shard is to have on other nodes, and how many nodes that are `alive` have
+    /// the last one that was sent.
+    pub(crate) fn copies(&self, alive: &BTreeSet<String>) -> (usize, usize) {
+        let there = |receipt: &&PeerReceipt| alive.contains(&receipt.node);
+        let there = locked(&self.work).copies.receipts.iter().filter(there).count();
+        (self.parts.replicas, there)
     }
 
     /// True where what is newest in RAM is sealed on disk, or nothing is there.

@@ -224,6 +224,7 @@ impl Cascade {
                     // Our own bytes: nobody else could have them either.
                     Err(e @ Error::Damaged { .. }) => return Err(e),
                     Err(e) => {
+                        add(&self.parts.observer.counters.peer_refused, 1);
                         trouble.push(format!("{node}: {}", e.chain()));
                         refused.insert(node);
                     }
@@ -484,6 +485,7 @@ impl Cascade {
         drop(work);
         let why = format!("it is not on other nodes: {why}");
         let error = Error::Skipped { step: Step(step), why };
+        add(&self.parts.observer.counters.peer_failed, 1);
         self.parts.observer.error("peers_failed", Some(step), error.to_string());
         if let Some(shard) = shard {
             shard.save.fail(Level::Peer, &error);

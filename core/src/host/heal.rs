@@ -17,7 +17,7 @@ use crate::{
     commit::read_manifest,
     error::Result,
     names::{CheckpointKey, Rank},
-    observe::locked,
+    observe::{add, locked},
     peers::{
         Peers, Site,
         commons::ask_who_leads,
@@ -191,7 +191,7 @@ impl Host {
             while copies.len() < owner.replicas {
                 let next = next_holder(&peers, rank, owner.replicas, &copies, &refused);
                 let Some(node) = next else { break };
-                match copy_to(&peers, &node, shelf, rank, owner, key) {
+                match self.copy_to(&peers, &node, shelf, rank, owner, key) {
                     Ok(()) => copies.insert(node),
                     Err(e) => {
                         tracing::debug!("{node} takes no copy of {key}, {rank}: {}", e.chain());
@@ -202,6 +202,34 @@ impl Host {
             first.get_or_insert(copies);
         }
         Ok(first.unwrap_or_default())
+    }
+
+    fn copy_to(
+        &self,
+        peers: &Peers,
+        node: &str,
+        shelf: &Shelf,
+        rank: Rank,
+        owner: &Owner,
+        key: &CheckpointKey,
+    ) -> Result<()> {
+        let ram = &**shelf.ram();
+        let (manifest, bytes) = read_manifest(ram, key, rank, None)?;
+        let source = ram.open(&key.file(&manifest.payload.file))?;
+        inform(peers, node, &[ram])?;
+        let outbound = Outbound {
+            key,
+            rank,
+            manifest: &bytes,
+            payload: &manifest.payload,
+            source: &*source,
+            arrived: &|bytes| add(&self.tally.healed_bytes, bytes),
+            attempt: owner.attempt,
+            replicas: owner.replicas,
+            owner: Some(&owner.node),
+            keep: &[],
+        };
+        send(peers, node, &outbound).map(drop)
     }
 }
 
@@ -221,31 +249,4 @@ fn next_holder(
     let placed = place(&nodes, &[Shard { name, node }], replicas.min(nodes.len()));
     let holders = placed.holders.into_iter().flatten().map(|index| nodes[index].name.clone());
     holders.into_iter().find(|node| !copies.contains(node))
-}
-
-fn copy_to(
-    peers: &Peers,
-    node: &str,
-    shelf: &Shelf,
-    rank: Rank,
-    owner: &Owner,
-    key: &CheckpointKey,
-) -> Result<()> {
-    let ram = &**shelf.ram();
-    let (manifest, bytes) = read_manifest(ram, key, rank, None)?;
-    let source = ram.open(&key.file(&manifest.payload.file))?;
-    inform(peers, node, &[ram])?;
-    let outbound = Outbound {
-        key,
-        rank,
-        manifest: &bytes,
-        payload: &manifest.payload,
-        source: &*source,
-        arrived: &|_| {},
-        attempt: owner.attempt,
-        replicas: owner.replicas,
-        owner: Some(&owner.node),
-        keep: &[],
-    };
-    send(peers, node, &outbound).map(drop)
 }

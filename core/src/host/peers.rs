@@ -10,7 +10,7 @@ use std::{collections::HashMap, path::PathBuf, sync::Arc, time::Duration};
 
 use tierkeep_proto::peer::{self as wire, reply::Answer, request::Ask};
 
-use super::{Host, peer::Who};
+use super::{Host, peer::Who, view::Tally};
 use crate::{
     attempt,
     begin::roster::ROSTER,
@@ -20,7 +20,7 @@ use crate::{
     names::{
         ATTEMPTS, AttemptDir, BAD, CheckpointKey, Id, Rank, parse_payload_name, parse_step_dir,
     },
-    observe::locked,
+    observe::{add, locked},
     peers::{
         Incoming, SMALL_BYTES, Site, Ticket,
         hold::{Offered, Owner},
@@ -45,6 +45,7 @@ pub struct Outgoing {
     chunk_bytes: u64,
     /// It may wait for a disk.
     waits: bool,
+    tally: Arc<Tally>,
 }
 
 impl std::fmt::Debug for Outgoing {
@@ -63,7 +64,9 @@ impl Outgoing {
         let at = at.ok_or_else(|| {
             Error::invalid(format!("chunk {index} of a file of {} bytes", self.source.len()))
         })?;
-        Ok((at, (self.source.len() - at).min(self.chunk_bytes)))
+        let length = (self.source.len() - at).min(self.chunk_bytes);
+        add(&self.tally.given_bytes, length); // Whoever asks where it is reads it.
+        Ok((at, length))
     }
 
     /// The file, where its bytes lie in memory.
@@ -110,7 +113,10 @@ impl Host {
         self.act_as(&site)?;
         match request.ask {
             Some(Ask::Look(look)) => self.look(&site, &look),
-            Some(Ask::Offer(offer)) => self.offer(&site, request.from, offer),
+            Some(Ask::Offer(offer)) => {
+                let offered = self.offer(&site, request.from, offer);
+                offered.inspect_err(|_| add(&self.tally.offers_refused, 1))
+            }
             Some(Ask::Finish(finish)) => self.finish(&finish.ticket),
             Some(Ask::Open(open)) => self.open_for(&site, &open),
             Some(Ask::Records(records)) => self.keep_records(&site, records),
@@ -240,7 +246,7 @@ impl Host {
         let missing: Vec<u64> = incoming.missing().iter().map(|chunk| *chunk as u64).collect();
         if missing.is_empty() {
             // The ticket stays for a while: the answer may be lost, and asked for again.
-            shelf.publish(&incoming)?;
+            add(&self.tally.received_bytes, shelf.publish(&incoming)?);
         }
         Ok(Answer::Finished(wire::Finished { missing, store }))
     }
@@ -315,7 +321,12 @@ impl Host {
         let absent = || Error::NotFound { what: open.name.clone() };
         let source = self.tier_of(site, kind).ok_or_else(absent)?.open(&open.name)?;
         let length = source.len();
-        let outgoing = Outgoing { source, chunk_bytes, waits: kind != TierKind::Ram };
+        let outgoing = Outgoing {
+            source,
+            chunk_bytes,
+            waits: kind != TierKind::Ram,
+            tally: self.tally.clone(),
+        };
         let ticket = self.ticket_for(Transfer::Out(Arc::new(outgoing)))?;
         Ok(Answer::Opened(wire::Opened { ticket: ticket.to_vec(), length }))
     }

@@ -102,6 +102,9 @@ fn new_counts(counters: &Counters, told: &mut wire::Counts) -> Option<wire::Coun
         peer_bytes: counters.peer_bytes.load(Ordering::Relaxed),
         peer_ns: counters.peer_ns.load(Ordering::Relaxed),
         peer_whole: counters.peer_whole.load(Ordering::Relaxed),
+        peer_failed: counters.peer_failed.load(Ordering::Relaxed),
+        peer_refused: counters.peer_refused.load(Ordering::Relaxed),
+        peer_fetched_bytes: counters.peer_fetched_bytes.load(Ordering::Relaxed),
     };
     let before = std::mem::replace(told, now);
     let new = wire::Counts {
@@ -118,6 +121,9 @@ fn new_counts(counters: &Counters, told: &mut wire::Counts) -> Option<wire::Coun
         peer_bytes: now.peer_bytes - before.peer_bytes,
         peer_ns: now.peer_ns - before.peer_ns,
         peer_whole: now.peer_whole - before.peer_whole,
+        peer_failed: now.peer_failed - before.peer_failed,
+        peer_refused: now.peer_refused - before.peer_refused,
+        peer_fetched_bytes: now.peer_fetched_bytes - before.peer_fetched_bytes,
     };
     (new != wire::Counts::default()).then_some(new)
 }

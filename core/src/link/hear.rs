@@ -244,6 +244,9 @@ fn count(counters: &Counters, new: &wire::Counts) {
         (&counters.peer_bytes, new.peer_bytes),
         (&counters.peer_ns, new.peer_ns),
         (&counters.peer_whole, new.peer_whole),
+        (&counters.peer_failed, new.peer_failed),
+        (&counters.peer_refused, new.peer_refused),
+        (&counters.peer_fetched_bytes, new.peer_fetched_bytes),
     ] {
         add(counter, n);
     }

@@ -151,6 +151,11 @@ impl Shelf {
         held
     }
 
+    /// Bytes that its slots have room for.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.arena.bytes()
+    }
+
     /// Where it lies, for reading.
     pub(crate) fn ram(&self) -> &Arc<dyn Tier> {
         &self.ram
@@ -199,13 +204,13 @@ impl Shelf {
         Ok(Offered::Wanted(incoming))
     }
 
-    /// Every chunk of it is there: it is held from here on.
-    pub(crate) fn publish(&self, incoming: &Incoming) -> Result<()> {
+    /// Every chunk of it is there: it is held from here on. Bytes that were not held before.
+    pub(crate) fn publish(&self, incoming: &Incoming) -> Result<u64> {
         let _changing = self.changing()?;
         let key = incoming.manifest.identity.key();
         let Some(filling) = incoming.take() else {
             // An answer that was lost, asked for again.
-            return if self.holds(&key) { Ok(()) } else { Err(super::send::late(&key)) };
+            return if self.holds(&key) { Ok(0) } else { Err(super::send::late(&key)) };
         };
         self.remember();
         let len = incoming.manifest.payload.length;
@@ -215,7 +220,7 @@ impl Shelf {
         publish_shard(&*self.ram, &incoming.manifest.identity, &incoming.bytes, receipt)?;
         self.arena.hold(filling, key);
         self.arena.tidy();
-        Ok(())
+        Ok(len)
     }
 
     pub(crate) fn holds(&self, key: &CheckpointKey) -> bool {

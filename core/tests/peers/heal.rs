@@ -128,6 +128,8 @@ fn a_holder_whose_agent_was_restarted_makes_copies_of_a_lost_node_again() {
     world.lose("a");
     drop(ckpt);
     assert_eq!(wait_for_holders(&world, 3, 2), ["b", "c"]);
+    let told = |node: &str| world.machine(node).host.peers().unwrap();
+    assert_eq!((told("b").healed_bytes > 4 << 20, told("c").held_shards > 0), (true, true));
     // The new copy is as good as the first, and its agent knows as well whose it is.
     assert_eq!(notes(&world.machine("c")).len(), 1);
     world.lose("b");

@@ -7,6 +7,7 @@ mod full;
 mod heal;
 mod prefetch;
 mod killed;
+mod told;
 mod world;
 
 use std::{sync::atomic::Ordering, time::Duration};
@@ -213,6 +214,7 @@ fn what_a_liar_offers_is_refused() {
     refused(site(), offer(1, "00000002-aaaaaaaa", 0, manifest.clone()), "it is of attempt");
     refused(site(), offer(1, &attempt, 1, manifest.clone()), "it is of rank 0");
     refused(site(), offer(1, "../../etc", 0, manifest.clone()), "without the name of an attempt");
+    assert_eq!(b.host.peers().unwrap().offers_refused, 5);
     for path in ["/tmp/../etc/run", "relative/run", "/tmp/x/..", "/tmp/_run"] {
         let site = wire::Site { destination: path.into(), ..site() };
         let asked = offer(1, &attempt, 0, manifest.clone());

@@ -3,7 +3,7 @@
 use std::{io::Write, time::Duration};
 
 use serde::Serialize;
-use tierkeep_proto::control::{Counters, Rank, StatusReply};
+use tierkeep_proto::control::{Counters, Peers, Rank, StatusReply};
 
 use super::{cluster, reach::Reached};
 use crate::{
@@ -19,6 +19,19 @@ pub(super) struct Data {
     ram_bytes: u64,
     ram_limit_bytes: u64,
     ranks: Vec<RankData>,
+    peers: Option<PeersData>,
+}
+
+#[derive(Serialize)]
+struct PeersData {
+    nodes_alive: u64,
+    nodes_lost: u64,
+    held_shards: u64,
+    held_bytes: u64,
+    received_bytes: u64,
+    given_bytes: u64,
+    healed_bytes: u64,
+    offers_refused: u64,
 }
 
 #[derive(Serialize)]
@@ -39,6 +52,9 @@ struct RankData {
     attempt: Option<u32>,
     ram_step: Option<u64>,
     disk_step: Option<u64>,
+    peer_step: Option<u64>,
+    copies_wanted: u64,
+    copies_there: u64,
     carrying: Option<u64>,
     busy: bool,
     slot_bytes: u64,
@@ -58,6 +74,12 @@ struct CountersData {
     disk_passed_over: u64,
     checksum_failures: u64,
     repairs: u64,
+    peer_bytes: u64,
+    peer_s: f64,
+    peer_whole: u64,
+    peer_failed: u64,
+    peer_refused: u64,
+    peer_fetched_bytes: u64,
 }
 
 pub(super) fn run(args: &Status, json: bool, out: &mut dyn Write) -> Result<i32, Failure> {
@@ -71,20 +93,24 @@ pub(super) fn run(args: &Status, json: bool, out: &mut dyn Write) -> Result<i32,
         return Ok(OK);
     }
     writeln!(out, "{}", headline(&status))?;
+    if let Some(peers) = &status.peers {
+        writeln!(out, "{}", others(peers))?;
+    }
     if status.ranks.is_empty() {
         say("note: no trainer has come yet");
         return Ok(OK);
     }
     writeln!(out)?;
-    let head = ["RUN", "RANK", "TRAINER", "ATTEMPT", "IN RAM", "ON DISK", "SLOTS", "NOTES"];
+    let head =
+        ["RUN", "RANK", "TRAINER", "ATTEMPT", "IN RAM", "ON DISK", "ON PEERS", "SLOTS", "NOTES"];
     let mut rows = vec![head.map(String::from).to_vec()];
     rows.extend(status.ranks.iter().map(|rank| {
-        let [run, number, trainer, ram, disk] = place(rank);
+        let [run, number, trainer, ram, disk, peers] = place(rank);
         let attempt = or_dash(rank.attempt);
         let slots = show::bytes(rank.slot_bytes);
-        vec![run, number, trainer, attempt, ram, disk, slots, notes(rank).join("; ")]
+        vec![run, number, trainer, attempt, ram, disk, peers, slots, notes(rank).join("; ")]
     }));
-    show::table(out, "", &rows, &[1, 3, 4, 5, 6])?;
+    show::table(out, "", &rows, &[1, 3, 4, 5, 6, 7])?;
     Ok(OK)
 }
 
@@ -100,15 +126,30 @@ pub(super) fn headline(status: &StatusReply) -> String {
     )
 }
 
-/// Run, rank, trainer, newest step in RAM and on disk.
-pub(super) fn place(rank: &Rank) -> [String; 5] {
+/// `3 live nodes, 1 lost; 4 shards held for ranks of other nodes, in 1.2 GiB`
+pub(super) fn others(peers: &Peers) -> String {
+    let count = |n: u64, what: &str| show::count(usize::try_from(n).unwrap_or(usize::MAX), what);
+    let lost =
+        if peers.nodes_lost > 0 { format!(", {} lost", peers.nodes_lost) } else { "".into() };
+    format!(
+        "{}{lost}; {} held for ranks of other nodes, in {}",
+        count(peers.nodes_alive, "live node"),
+        count(peers.held_shards, "shard"),
+        show::bytes(peers.held_bytes)
+    )
+}
+
+/// Run, rank, trainer, newest step in RAM, on disk and on other nodes.
+pub(super) fn place(rank: &Rank) -> [String; 6] {
     let trainer = match (rank.pid, rank.gone_ms) {
         (Some(pid), _) => format!("pid {pid}"),
         (None, Some(gone)) => format!("gone {}", seconds(gone)),
         (None, None) => "gone".into(),
     };
     let number = format!("{}/{}", rank.rank, rank.world);
-    [path(&rank.destination), number, trainer, or_dash(rank.ram_step), or_dash(rank.disk_step)]
+    let steps = [rank.ram_step, rank.disk_step, rank.peer_step];
+    let [ram, disk, peers] = steps.map(or_dash);
+    [path(&rank.destination), number, trainer, ram, disk, peers]
 }
 
 /// What is on its way, and what is wrong.
@@ -122,6 +163,10 @@ pub(super) fn notes(rank: &Rank) -> Vec<String> {
     if let Some(trouble) = &rank.trouble {
         notes.push(format!("nothing goes to disk: {trouble}"));
     }
+    if rank.ram_step.is_some() && rank.copies_there < rank.copies_wanted {
+        let (there, wanted) = (rank.copies_there, rank.copies_wanted);
+        notes.push(format!("{there} of {wanted} copies on other nodes"));
+    }
     let counters = rank.counters.unwrap_or_default();
     let mut count = |n: u64, one: &str, what: &str| {
         if n > 0 {
@@ -131,6 +176,7 @@ pub(super) fn notes(rank: &Rank) -> Vec<String> {
     };
     count(counters.saves_failed, "save", "failed");
     count(counters.saves_skipped, "save", "passed over");
+    count(counters.peer_failed, "step", "without all copies on other nodes");
     count(counters.checksum_failures, "chunk", "damaged");
     count(counters.repairs, "copy", "repaired");
     notes
@@ -156,6 +202,20 @@ pub(super) fn data(agent: &Reached, status: &StatusReply) -> Data {
         ram_bytes: status.ram_bytes,
         ram_limit_bytes: status.ram_limit_bytes,
         ranks: status.ranks.iter().map(rank_data).collect(),
+        peers: status.peers.as_ref().map(peers_data),
+    }
+}
+
+fn peers_data(peers: &Peers) -> PeersData {
+    PeersData {
+        nodes_alive: peers.nodes_alive,
+        nodes_lost: peers.nodes_lost,
+        held_shards: peers.held_shards,
+        held_bytes: peers.held_bytes,
+        received_bytes: peers.received_bytes,
+        given_bytes: peers.given_bytes,
+        healed_bytes: peers.healed_bytes,
+        offers_refused: peers.offers_refused,
     }
 }
 
@@ -175,6 +235,9 @@ fn rank_data(rank: &Rank) -> RankData {
         attempt: rank.attempt,
         ram_step: rank.ram_step,
         disk_step: rank.disk_step,
+        peer_step: rank.peer_step,
+        copies_wanted: rank.copies_wanted,
+        copies_there: rank.copies_there,
         carrying: rank.carrying,
         busy: rank.busy,
         slot_bytes: rank.slot_bytes,
@@ -190,6 +253,12 @@ fn rank_data(rank: &Rank) -> RankData {
             disk_passed_over: counters.disk_passed_over,
             checksum_failures: counters.checksum_failures,
             repairs: counters.repairs,
+            peer_bytes: counters.peer_bytes,
+            peer_s: Duration::from_nanos(counters.peer_ns).as_secs_f64(),
+            peer_whole: counters.peer_whole,
+            peer_failed: counters.peer_failed,
+            peer_refused: counters.peer_refused,
+            peer_fetched_bytes: counters.peer_fetched_bytes,
         },
     }
 }

@@ -9,7 +9,7 @@ use tierkeep_proto::control::{Counters, Rank, StatusReply};
 
 use super::{
     reach::Reached,
-    status::{data, headline, notes, place},
+    status::{data, headline, notes, others, place},
 };
 use crate::{
     cli::Top,
@@ -66,19 +66,26 @@ fn snapshot(
         sum(|rates| rates.ram),
         sum(|rates| rates.disk)
     )?;
+    if let Some(peers) = &now.peers {
+        writeln!(out, "{}; to other nodes {}", others(peers), sum(|rates| rates.peers))?;
+    }
     if now.ranks.is_empty() {
         return Ok(());
     }
     writeln!(out)?;
-    let head = ["RUN", "RANK", "TRAINER", "IN RAM", "ON DISK", "TO RAM", "TO DISK", "NOTES"];
+    let head = [
+        "RUN", "RANK", "TRAINER", "IN RAM", "ON DISK", "ON PEERS", "TO RAM", "TO DISK", "TO PEERS",
+        "NOTES",
+    ];
     let mut rows = vec![head.map(String::from).to_vec()];
     rows.extend(now.ranks.iter().zip(rates).map(|(rank, rates)| {
-        let [run, number, trainer, ram, disk] = place(rank);
-        let (to_ram, to_disk) =
-            (per_second(rates.map(|r| r.ram)), per_second(rates.map(|r| r.disk)));
-        vec![run, number, trainer, ram, disk, to_ram, to_disk, notes(rank).join("; ")]
+        let mut row = place(rank).to_vec();
+        let of: [fn(Rates) -> f64; 3] = [|r| r.ram, |r| r.disk, |r| r.peers];
+        row.extend(of.map(|of| per_second(rates.map(of))));
+        row.push(notes(rank).join("; "));
+        row
     }));
-    Ok(show::table(out, "", &rows, &[1, 3, 4, 5, 6])?)
+    Ok(show::table(out, "", &rows, &[1, 3, 4, 5, 6, 7, 8])?)
 }
 
 /// Bytes a second since the last look.
@@ -86,6 +93,7 @@ fn snapshot(
 struct Rates {
     ram: f64,
     disk: f64,
+    peers: f64,
 }
 
 /// `None` where there was no last look at this rank, by this owner.
@@ -99,7 +107,11 @@ fn rates(rank: &Rank, now: &StatusReply, before: Option<&StatusReply>) -> Option
     let (new, old) = (rank.counters.unwrap_or_default(), old.counters.unwrap_or_default());
     let rate =
         |of: fn(&Counters) -> u64| of(&new).checked_sub(of(&old)).map(|n| n as f64 / seconds);
-    Some(Rates { ram: rate(|c| c.captured_bytes)?, disk: rate(|c| c.disk_bytes)? })
+    Some(Rates {
+        ram: rate(|c| c.captured_bytes)?,
+        disk: rate(|c| c.disk_bytes)?,
+        peers: rate(|c| c.peer_bytes)?,
+    })
 }
 
 /// `412.0 MiB/s`
@@ -153,7 +165,8 @@ mod tests {
         assert!(shown.contains("; to RAM 4.0 MiB/s, to disk 1.0 MiB/s\n"), "{shown}");
         let row = shown.lines().last().unwrap();
         let cells: Vec<&str> = row.split_whitespace().collect();
-        assert_eq!(cells, ["/ckpt/run", "0/1", "gone", "-", "-", "4.0", "MiB/s", "1.0", "MiB/s"]);
+        let rates = ["4.0", "MiB/s", "1.0", "MiB/s", "0", "B/s"];
+        assert_eq!(cells, [&["/ckpt/run", "0/1", "gone", "-", "-", "-"][..], &rates].concat());
     }
 
     #[test]

@@ -20,7 +20,7 @@ use std::{
 use tierkeep::{
     Error, ErrorKind, Result,
     clock::{Clock, SystemClock},
-    host::{Drained, Held, Host, Prefetched, RankPrefetched, RankView, RunAcross},
+    host::{Drained, Held, Host, PeersView, Prefetched, RankPrefetched, RankView, RunAcross},
     tier::TierKind,
 };
 use tierkeep_proto::control::{
@@ -183,8 +183,9 @@ impl Agent for Service {
         &self,
         _: Request<wire::StatusRequest>,
     ) -> std::result::Result<Response<wire::StatusReply>, Status> {
-        let asked = self.statuses.ask(ANSWER_WITHIN, |host| (host.memory(), host.ranks())).await;
-        let (memory, ranks) = asked.map_err(|e| refused(&e))?;
+        let look = |host: &Host| (host.memory(), host.ranks(), host.peers());
+        let asked = self.statuses.ask(ANSWER_WITHIN, look).await;
+        let (memory, ranks, others) = asked.map_err(|e| refused(&e))?;
         let (ram_bytes, ram_limit_bytes) = memory.map_err(|e| refused(&e))?;
         Ok(Response::new(wire::StatusReply {
             version: env!("CARGO_PKG_VERSION").into(),
@@ -192,6 +193,7 @@ impl Agent for Service {
             ram_bytes,
             ram_limit_bytes,
             ranks: ranks.into_iter().map(rank).collect(),
+            peers: others.map(peers),
         }))
     }
 
@@ -308,6 +310,9 @@ fn rank(view: RankView) -> wire::Rank {
         attempt: view.attempt,
         ram_step: view.in_ram,
         disk_step: view.on_disk,
+        peer_step: view.on_peers,
+        copies_wanted: view.copies_wanted,
+        copies_there: view.copies_there,
         carrying: view.carrying,
         busy: view.busy,
         slot_bytes: view.slot_bytes,
@@ -323,7 +328,26 @@ fn rank(view: RankView) -> wire::Rank {
             disk_passed_over: view.disk_passed_over,
             checksum_failures: view.checksum_failures,
             repairs: view.repairs,
+            peer_bytes: view.peer_bytes,
+            peer_ns: view.peer_ns,
+            peer_whole: view.peer_whole,
+            peer_failed: view.peer_failed,
+            peer_refused: view.peer_refused,
+            peer_fetched_bytes: view.peer_fetched_bytes,
         }),
+    }
+}
+
+fn peers(view: PeersView) -> wire::Peers {
+    wire::Peers {
+        nodes_alive: view.nodes_alive,
+        nodes_lost: view.nodes_lost,
+        held_shards: view.held_shards,
+        held_bytes: view.held_bytes,
+        received_bytes: view.received_bytes,
+        given_bytes: view.given_bytes,
+        healed_bytes: view.healed_bytes,
+        offers_refused: view.offers_refused,
     }
 }
 

@@ -138,11 +138,12 @@ async fn ready(State(asking): State<Asking>) -> Response {
 }
 
 async fn numbers(State(asking): State<Asking>) -> Response {
-    let seen = asking.ask(ANSWER_WITHIN, |host| (host.memory(), host.ranks())).await;
-    let page = seen.and_then(|(memory, ranks)| {
+    let look = |host: &Host| (host.memory(), host.ranks(), host.peers());
+    let seen = asking.ask(ANSWER_WITHIN, look).await;
+    let page = seen.and_then(|(memory, ranks, peers)| {
         // Ranks are told whatever the file system does.
         let memory = memory.inspect_err(|e| tracing::warn!("no RAM to count: {}", e.chain()));
-        metrics::page(memory.ok(), &ranks)
+        metrics::page(memory.ok(), ranks, peers)
     });
     match page {
         Ok(page) => ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], page).into_response(),

@@ -9,15 +9,22 @@ use prometheus_client::{
     metrics::{MetricType, gauge::ConstGauge},
     registry::{Registry, Unit},
 };
-use tierkeep::{Error, Result, host::RankView};
+use tierkeep::{
+    Error, Result,
+    host::{PeersView, RankView},
+};
 
 /// What the page is.
 pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// The page: bytes in RAM and the limit, where they are known, and the ranks.
-pub(super) fn page(memory: Option<(u64, u64)>, ranks: &[RankView]) -> Result<String> {
+/// The page: bytes in RAM and the limit, where they are known, the ranks, and what the agent is to others.
+pub(super) fn page(
+    memory: Option<(u64, u64)>,
+    ranks: Vec<RankView>,
+    peers: Option<PeersView>,
+) -> Result<String> {
     let mut registry = Registry::with_prefix("tierkeep");
-    registry.register_collector(Box::new(Seen { memory, ranks: ranks.to_vec() }));
+    registry.register_collector(Box::new(Seen { memory, ranks, peers }));
     let mut page = String::new();
     let written = text::encode(&mut page, &registry);
     written.map(|()| page).map_err(|e| Error::Bug(format!("the page of metrics: {e}")))
@@ -27,12 +34,13 @@ pub(super) fn page(memory: Option<(u64, u64)>, ranks: &[RankView]) -> Result<Str
 struct Seen {
     memory: Option<(u64, u64)>,
     ranks: Vec<RankView>,
+    peers: Option<PeersView>,
 }
 
-/// A number of a rank: its name without unit, what it is, the number; `None` where there is none yet.
-type Number<N> = (&'static str, &'static str, Option<Unit>, fn(&RankView) -> N);
+/// A number of something: its name without unit, what it is, its unit, the number.
+type Number<T> = (&'static str, &'static str, Option<Unit>, fn(&T) -> u64);
 
-const GAUGES: [Number<u64>; 5] = [
+const GAUGES: [Number<RankView>; 7] = [
     ("trainer_up", "Whether the rank's trainer lives", None, |r| r.pid.is_some().into()),
     ("attempt", "The rank's attempt, 0 before it has begun", None, |r| {
         r.attempt.unwrap_or(0).into()
@@ -43,10 +51,14 @@ const GAUGES: [Number<u64>; 5] = [
     ("disk_trouble", "Whether something keeps steps from the disk", None, |r| {
         r.trouble.is_some().into()
     }),
+    ("copies_wanted", "Copies of the rank's shard that are to be on other nodes", None, |r| {
+        r.copies_wanted
+    }),
+    ("copies_there", "Live nodes that hold the shard that was sent last", None, |r| r.copies_there),
     ("slot", "Memory of the rank's slots", Some(Unit::Bytes), |r| r.slot_bytes),
 ];
 
-const COUNTERS: [Number<u64>; 9] = [
+const COUNTERS: [Number<RankView>; 14] = [
     ("saves", "Saves that were published in RAM", None, |r| r.saves),
     ("saves_failed", "Saves that failed at the agent", None, |r| r.saves_failed),
     ("saves_skipped", "Saves passed over because every slot was in use", None, |r| r.saves_skipped),
@@ -56,10 +68,42 @@ const COUNTERS: [Number<u64>; 9] = [
     ("disk_passed_over", "Steps in RAM that were passed over for disk", None, |r| {
         r.disk_passed_over
     }),
+    ("peer", "Bytes sent to other nodes, all copies together", Some(Unit::Bytes), |r| r.peer_bytes),
+    ("peer_fetched", "Bytes that came back from other nodes", Some(Unit::Bytes), |r| {
+        r.peer_fetched_bytes
+    }),
+    ("peer_whole", "Checkpoints seen held on other nodes", None, |r| r.peer_whole),
+    ("peer_failed", "Steps that did not get all their copies on other nodes", None, |r| {
+        r.peer_failed
+    }),
+    ("peer_refused", "Copies that another node refused or did not take", None, |r| r.peer_refused),
     ("checksum_failures", "Chunks that did not match their checksum", None, |r| {
         r.checksum_failures
     }),
     ("repairs", "Copies written anew from a good one", None, |r| r.repairs),
+];
+
+const SECONDS: [Number<RankView>; 2] = [
+    ("disk", "Time spent carrying to disk", Some(Unit::Seconds), |r| r.disk_ns),
+    ("peer", "Time spent sending to other nodes", Some(Unit::Seconds), |r| r.peer_ns),
+];
+
+const PEER_GAUGES: [Number<PeersView>; 4] = [
+    ("nodes_alive", "Agents seen alive, this one among them", None, |p| p.nodes_alive),
+    ("nodes_lost", "Agents that were alive and are not any more", None, |p| p.nodes_lost),
+    ("held_shards", "Shards held for ranks of other nodes", None, |p| p.held_shards),
+    ("held", "Memory of the slots for ranks of other nodes", Some(Unit::Bytes), |p| p.held_bytes),
+];
+
+const PEER_COUNTERS: [Number<PeersView>; 4] = [
+    ("held_received", "Bytes of shards that came to be held", Some(Unit::Bytes), |p| {
+        p.received_bytes
+    }),
+    ("given", "Bytes that other nodes read here", Some(Unit::Bytes), |p| p.given_bytes),
+    ("healed", "Bytes sent for ranks whose node is lost", Some(Unit::Bytes), |p| p.healed_bytes),
+    ("offers_refused", "Shards not taken when other nodes offered them", None, |p| {
+        p.offers_refused
+    }),
 ];
 
 impl Collector for Seen {
@@ -82,10 +126,20 @@ impl Collector for Seen {
             let head = to.encode_descriptor(name, help, unit.as_ref(), MetricType::Counter)?;
             self.each(head, |to, rank| sum(to, of(rank)))?;
         }
-        let (unit, help) = (Unit::Seconds, "Time spent carrying to disk");
-        let head = to.encode_descriptor("disk", help, Some(&unit), MetricType::Counter)?;
-        #[allow(clippy::cast_precision_loss)] // Below 2^53 ns, 104 days of carrying, exact.
-        self.each(head, |to, rank| sum(to, rank.disk_ns as f64 / 1e9))
+        for (name, help, unit, of) in &SECONDS {
+            let head = to.encode_descriptor(name, help, unit.as_ref(), MetricType::Counter)?;
+            #[allow(clippy::cast_precision_loss)] // Below 2^53 ns, 104 days of carrying, exact.
+            self.each(head, |to, rank| sum(to, of(rank) as f64 / 1e9))?;
+        }
+        let Some(peers) = &self.peers else { return Ok(()) };
+        for (name, help, unit, of) in &PEER_GAUGES {
+            number(&mut to, name, help, unit.as_ref(), of(peers))?;
+        }
+        for (name, help, unit, of) in &PEER_COUNTERS {
+            let mut head = to.encode_descriptor(name, help, unit.as_ref(), MetricType::Counter)?;
+            sum(&mut head, of(peers))?;
+        }
+        Ok(())
     }
 }
 
@@ -100,7 +154,8 @@ impl Seen {
         )?;
         for rank in &self.ranks {
             let (run, number) = labels(rank);
-            for (tier, step) in [("ram", rank.in_ram), ("disk", rank.on_disk)] {
+            let steps = [("ram", rank.in_ram), ("disk", rank.on_disk), ("peer", rank.on_peers)];
+            for (tier, step) in steps {
                 let labels = [("tier", tier), ("run", run.as_str()), ("rank", number.as_str())];
                 if let Some(step) = step {
                     to.encode_family(&labels)?.encode_gauge(&step)?;

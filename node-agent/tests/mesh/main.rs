@@ -8,6 +8,7 @@ mod killed;
 mod offering;
 mod process;
 mod strangers;
+mod told;
 mod wire;
 mod world;
 
