@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
@@ -86,7 +86,7 @@ impl World {
     ) {
         let settings = Settings { ram_bytes_max, ..settings(ram.path()) };
         let (host, listener) = Host::open(settings).unwrap();
-        host.meet(Arc::new(Sim { me: name.into(), world: self.clone() }));
+        host.meet(Arc::new(Sim { me: name.into(), world: Arc::downgrade(self) }));
         let serving = host.clone();
         std::thread::spawn(move || serving.serve(&listener).unwrap());
         let machine = Machine { disk, ram, host };
@@ -197,10 +197,25 @@ pub(crate) fn has_manifest(dir: &Path) -> bool {
     })
 }
 
+/// What it has in memory goes with it.
+impl Drop for World {
+    fn drop(&mut self) {
+        let machines = self.machines.get_mut().unwrap_or_else(PoisonError::into_inner);
+        machines.values().for_each(|machine| machine.host.end());
+    }
+}
+
 /// What one node sees of the others.
 pub(crate) struct Sim {
     me: String,
-    world: Arc<World>,
+    /// It owns the agents that own this.
+    world: Weak<World>,
+}
+
+impl Sim {
+    fn world(&self) -> Result<Arc<World>> {
+        self.world.upgrade().ok_or_else(|| out_of_reach("anybody"))
+    }
 }
 
 impl std::fmt::Debug for Sim {
@@ -222,8 +237,9 @@ impl Network for Sim {
     }
 
     fn nodes(&self) -> Vec<Node> {
-        let names = self.world.machines.lock().unwrap().keys().cloned().collect::<Vec<_>>();
-        let seen = names.into_iter().filter(|n| self.world.reach(&self.me, n).is_ok());
+        let Ok(world) = self.world() else { return Vec::new() };
+        let names = world.machines.lock().unwrap().keys().cloned().collect::<Vec<_>>();
+        let seen = names.into_iter().filter(|n| world.reach(&self.me, n).is_ok());
         seen.map(|name| Node { domains: vec![name.clone()], name }).collect()
     }
 
@@ -232,22 +248,22 @@ impl Network for Sim {
     }
 
     fn lost(&self) -> Vec<String> {
-        self.world.lost.lock().unwrap().iter().cloned().collect()
+        let world = self.world();
+        world.map_or_else(|_| Vec::new(), |w| w.lost.lock().unwrap().iter().cloned().collect())
     }
 
     fn ask(&self, node: &str, mut request: wire::Request, _: Duration) -> Result<wire::Reply> {
-        self.world.asked(node);
-        let machine = self.world.reach(&self.me, node)?;
-        if self.world.forgetful.load(Ordering::Relaxed)
-            && matches!(request.ask, Some(Ask::Confirm(_)))
-        {
+        let world = self.world()?;
+        world.asked(node);
+        let machine = world.reach(&self.me, node)?;
+        if world.forgetful.load(Ordering::Relaxed) && matches!(request.ask, Some(Ask::Confirm(_))) {
             return Err(Error::NotFound { what: "a copy".into() });
         }
         let names = matches!(&request.ask, Some(Ask::Look(look)) if look.names_only);
-        if !names && self.world.only_names.lock().unwrap().contains(node) {
+        if !names && world.only_names.lock().unwrap().contains(node) {
             return Err(out_of_reach(node));
         }
-        let own = self.world.reach(&self.me, &self.me)?;
+        let own = world.reach(&self.me, &self.me)?;
         elsewhere(&own, &machine, request.site.as_mut().unwrap());
         Ok(std::thread::spawn(move || machine.host.answer(request)).join().unwrap())
     }
@@ -259,15 +275,16 @@ impl Network for Sim {
         from: &dyn Source,
         chunks: &Chunks<'_>,
     ) -> Result<()> {
+        let world = self.world()?;
         loop {
-            self.world.fire();
+            world.fire();
             let Some(chunk) = chunks.next() else { return Ok(()) };
-            let machine = self.world.reach(&self.me, node).inspect_err(|_| chunks.again(chunk))?;
+            let machine = world.reach(&self.me, node).inspect_err(|_| chunks.again(chunk))?;
             let at = chunk as u64 * chunks.chunk_bytes();
             let len = (from.len() - at).min(chunks.chunk_bytes());
             let mut bytes = vec![0; usize::try_from(len).unwrap()];
             from.read_at(at, &mut bytes)?;
-            self.world.on_its_way(&mut bytes);
+            world.on_its_way(&mut bytes);
             let incoming = machine.host.incoming(ticket)?;
             common::arrive(incoming.chunk(chunk)?, &bytes, chunk, chunks)?;
         }
@@ -280,16 +297,17 @@ impl Network for Sim {
         into: &dyn Landing,
         chunks: &Chunks<'_>,
     ) -> Result<()> {
+        let world = self.world()?;
         loop {
-            self.world.fire();
+            world.fire();
             let Some(chunk) = chunks.next() else { return Ok(()) };
-            let machine = self.world.reach(&self.me, node).inspect_err(|_| chunks.again(chunk))?;
+            let machine = world.reach(&self.me, node).inspect_err(|_| chunks.again(chunk))?;
             let outgoing = machine.host.outgoing(ticket)?;
             let (at, len) = outgoing.chunk(chunk as u64)?;
             let mut bytes = vec![0; usize::try_from(len).unwrap()];
             outgoing.read_at(at, &mut bytes)?;
-            self.world.fetched.fetch_add(1, Ordering::Relaxed);
-            self.world.on_its_way(&mut bytes);
+            world.fetched.fetch_add(1, Ordering::Relaxed);
+            world.on_its_way(&mut bytes);
             common::arrive(into.chunk(chunk)?, &bytes, chunk, chunks)?;
         }
     }

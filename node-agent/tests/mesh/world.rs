@@ -120,7 +120,7 @@ impl Agent {
         config.ram_root = self.ram.path().into();
         config.agent = Some(self.ram.path().join("agent.sock"));
         config.attempt_wait = Duration::from_secs(8);
-        // What is on disk when its job ends is let go of by other nodes.
+        // What comes back comes from other nodes.
         config.disk_every = 1 << 40;
         wish(&mut config);
         Checkpointer::open(config).unwrap()
