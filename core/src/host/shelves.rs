@@ -3,6 +3,8 @@
 //! # Invariants
 //!
 //! - A rank that this node owns, or that a live process here owns without it, has no shelf.
+//! - What a dead trainer has left here is a shelf's as soon as a newer attempt leads: the rank is elsewhere
+//!   now, and says itself what is still needed of it. Nothing goes with the change.
 //! - What an agent before this one noted is known again before anybody is healed by it, or not at all: a note
 //!   that is damaged, or lies where it does not belong, is told once and heals nobody.
 //! - Whose a note is says the file's user, never what is in it; it is read as that user.
@@ -18,6 +20,7 @@ use tierkeep_proto::peer as wire;
 use super::{Host, left, peers::Transfer};
 use crate::{
     error::{Error, Result},
+    keeper::Ending,
     names::Rank,
     observe::locked,
     ownership,
@@ -41,6 +44,7 @@ impl Host {
     pub(super) fn shelf(&self, site: &Site, rank: Rank) -> Result<((PathBuf, u32), Arc<Shelf>)> {
         let place = (crate::config::real(&site.destination), rank.0);
         let ram_dir = self.ram_dir(site);
+        self.leave_to_shelf(site, &place);
         let mut shelves = locked(&self.shelves);
         if self.owns(&place) {
             return Err(Error::Fenced { why: format!("{rank} is here itself") });
@@ -52,6 +56,31 @@ impl Host {
         let shelf = Arc::new(Shelf::open(site.destination.clone(), ram_dir, rank, budget)?);
         shelves.insert(place.clone(), (site.clone(), shelf.clone()));
         Ok((place, shelf))
+    }
+
+    /// Gives up a rank whose trainer was here and is dead, where a newer attempt has it elsewhere.
+    fn leave_to_shelf(&self, site: &Site, place: &(PathBuf, u32)) {
+        let Some(chair) = locked(&self.chairs).get(place).cloned() else { return };
+        // Somebody opens or closes it at this moment: then it has somebody.
+        let Some(mut taken) = chair.try_lock() else { return };
+        let Some(seat) = taken.clone().filter(|seat| seat.who.uid == site.uid) else { return };
+        let newest = self.commons.led(site).map(|led| led.record.attempt.number);
+        let own = seat.keeper.running().map(|(record, _)| record.attempt.number);
+        if own.is_none() || newest <= own {
+            return;
+        }
+        seat.look_for_death(&self.clock);
+        if seat.trainer().is_some() {
+            return; // It hears of the newer attempt by itself.
+        }
+        seat.end(Ending::HandOver);
+        if let Err(e) = seat.forget() {
+            tracing::warn!("{}: {}", seat.name(), e.chain());
+        }
+        tracing::info!("{} has gone to another node: what is here is held for it", seat.name());
+        *taken = None;
+        drop(taken);
+        self.forget(place, &chair);
     }
 
     /// The rank itself comes to this node: what was held for it is its own now.

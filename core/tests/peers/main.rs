@@ -300,3 +300,23 @@ fn a_rank_that_does_not_save_has_the_shard_of_one_that_does_from_another_node() 
     let job = start(["a", "c"]);
     assert_eq!(job.each(|ckpt| common::resume(ckpt, &SIZES).unwrap()), [1, 1]);
 }
+
+#[test]
+fn ranks_that_change_places_have_their_copies_where_they_were_before() {
+    let world = World::new(&["a", "b"]);
+    let job = Job::start(&world, &["a", "b"], 2, 1);
+    assert_eq!(job.resume(), 0);
+    job.train(1..=3, Level::Peer);
+    drop(job);
+    let mut step = 3;
+    for nodes in [["b", "a"], ["a", "b"], ["b", "a"]] {
+        let job = Job::start(&world, &nodes, 2, 1);
+        assert_eq!(job.resume(), step);
+        job.train(step + 1..=step + 2, Level::Peer);
+        step += 2;
+    }
+    // Each node has both ranks of the newest step: the other one can go.
+    world.lose("b");
+    let job = Job::start(&world, &["a"], 2, 1);
+    assert_eq!(job.resume(), step);
+}
