@@ -224,6 +224,7 @@ impl Cascade {
                     // Our own bytes: nobody else could have them either.
                     Err(e @ Error::Damaged { .. }) => return Err(e),
                     Err(e) => {
+                        tracing::debug!("{node} takes no copy of {key}, {rank}: {}", e.chain());
                         add(&self.parts.observer.counters.peer_refused, 1);
                         trouble.push(format!("{node}: {}", e.chain()));
                         refused.insert(node);
