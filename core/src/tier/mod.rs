@@ -25,6 +25,7 @@
 pub mod buffer;
 pub mod disk;
 pub mod memory;
+pub mod object;
 pub(crate) mod posix;
 pub mod publish;
 pub mod wrap;
@@ -47,6 +48,8 @@ pub enum TierKind {
     Disk,
     /// Survives the node: another node's RAM or disk.
     Peer,
+    /// Survives the cluster: a bucket.
+    Object,
 }
 
 impl fmt::Display for TierKind {
@@ -55,6 +58,7 @@ impl fmt::Display for TierKind {
             Self::Ram => "ram",
             Self::Disk => "disk",
             Self::Peer => "peer",
+            Self::Object => "object",
         })
     }
 }
@@ -91,6 +95,11 @@ pub trait Payload: Sync {
     /// thread.
     fn block_bytes(&self) -> u64 {
         CHUNK_BYTES
+    }
+    /// CRC-32 of `len` bytes from `offset`, whole chunks, as it was taken when they were copied out of the
+    /// training state; `None` where that is not known.
+    fn crc32(&self, _offset: u64, _len: u64) -> Option<u32> {
+        None
     }
     /// The slot that holds them, if one does: the memory tier then moves it instead of copying.
     fn slot(&self) -> Option<&crate::snapshot::slot::Slot> {

@@ -150,7 +150,7 @@ pub(crate) fn source(file: File, path: PathBuf, may_direct: bool) -> Result<Box<
     Ok(Box::new(PosixSource { file, len: meta.len(), path, direct, may_direct }))
 }
 
-fn same_bytes(there: &dyn Source, payload: &dyn Payload) -> Result<bool> {
+pub(super) fn same_bytes(there: &dyn Source, payload: &dyn Payload) -> Result<bool> {
     let (mut ours, mut theirs) = (AlignedBuf::new(1), AlignedBuf::new(1));
     let mut offset = 0;
     while offset < payload.len() {

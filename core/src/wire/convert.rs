@@ -220,6 +220,7 @@ pub(crate) fn tier(kind: TierKind) -> wire::Tier {
         TierKind::Ram => wire::Tier::Ram,
         TierKind::Disk => wire::Tier::Disk,
         TierKind::Peer => wire::Tier::Peer,
+        TierKind::Object => wire::Tier::Object,
     }
 }
 
@@ -228,6 +229,7 @@ pub(crate) fn tier_kind(said: i32) -> Result<TierKind> {
         Ok(wire::Tier::Ram) => Ok(TierKind::Ram),
         Ok(wire::Tier::Disk) => Ok(TierKind::Disk),
         Ok(wire::Tier::Peer) => Ok(TierKind::Peer),
+        Ok(wire::Tier::Object) => Ok(TierKind::Object),
         _ => Err(Error::invalid(format!("there is no tier {said} here"))),
     }
 }

@@ -1,0 +1,243 @@
+//! Where a bucket is: one string, and options under the names that `object_store` uses.
+//!
+//! ```text
+//! s3://bucket/prefix/run     AWS_* in the environment, or options such as aws_endpoint
+//! gs://bucket/prefix/run     GOOGLE_*
+//! az://container/prefix/run  AZURE_*
+//! ```
+
+use std::{collections::BTreeMap, fmt, str::FromStr, sync::Arc, time::Duration};
+
+use object_store::{
+    BackoffConfig, ClientConfigKey, ObjectStore, RetryConfig,
+    aws::{AmazonS3Builder, AmazonS3ConfigKey},
+    azure::{AzureConfigKey, MicrosoftAzureBuilder},
+    gcp::{GoogleCloudStorageBuilder, GoogleConfigKey},
+    path::Path,
+};
+
+use super::{explain::explain, hands::hands, library::Library, s3::S3, wire::Wire};
+use crate::error::{Error, Result};
+
+/// Options by the names that `object_store` uses, as in `aws_endpoint`.
+pub type Options = BTreeMap<String, String>;
+
+/// Which protocol is spoken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scheme {
+    /// Amazon S3, and everything that speaks it.
+    S3,
+    /// Google Cloud Storage.
+    Gcs,
+    /// Azure Blob Storage.
+    Azure,
+}
+
+impl fmt::Display for Scheme {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::S3 => "s3",
+            Self::Gcs => "gs",
+            Self::Azure => "az",
+        })
+    }
+}
+
+/// A place in a bucket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Address {
+    scheme: Scheme,
+    bucket: String,
+    prefix: Path,
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}://{}", self.scheme, self.bucket)?;
+        if self.prefix.is_root() { Ok(()) } else { write!(f, "/{}", self.prefix) }
+    }
+}
+
+/// Whether this is the address of a bucket and not a directory: `s3://...`.
+#[must_use]
+pub fn is_url(text: &str) -> bool {
+    text.split_once("://").is_some_and(|(scheme, _)| {
+        !scheme.is_empty() && scheme.bytes().all(|b| b.is_ascii_alphanumeric())
+    })
+}
+
+impl FromStr for Address {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let wrong = |why: &str| {
+            Error::invalid(format!("{text:?} is no address: {why}, as in s3://bucket/prefix/run"))
+        };
+        let (scheme, rest) = text.split_once("://").ok_or_else(|| wrong("it has no scheme"))?;
+        let scheme = match scheme {
+            "s3" => Scheme::S3,
+            "gs" => Scheme::Gcs,
+            "az" => Scheme::Azure,
+            _ => return Err(wrong("the schemes are s3, gs, az and file")),
+        };
+        let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
+        if bucket.is_empty() {
+            return Err(wrong("it names no bucket"));
+        }
+        if bucket.contains(['?', '#', '@', ':', '\\']) || prefix.contains(['?', '#', '\\']) {
+            return Err(wrong("a bucket and a path are all that it can hold"));
+        }
+        let prefix = prefix.trim_end_matches('/');
+        let is_bad = |part: &str| part.is_empty() || part == "." || part == "..";
+        if !prefix.is_empty() && prefix.split('/').any(is_bad) {
+            return Err(wrong("a part of its path is empty or made of dots"));
+        }
+        let prefix = Path::parse(prefix).map_err(|e| wrong(&e.to_string()))?;
+        Ok(Self { scheme, bucket: bucket.into(), prefix })
+    }
+}
+
+/// How an operation that failed by the network or the server is tried again by the library.
+fn retries() -> RetryConfig {
+    RetryConfig {
+        backoff: BackoffConfig {
+            init_backoff: Duration::from_millis(100),
+            max_backoff: Duration::from_secs(5),
+            base: 2.0,
+        },
+        max_retries: 6,
+        retry_timeout: Duration::from_secs(60),
+    }
+}
+
+/// What a client is told of the network: the same for our requests and the library's.
+type Told<'a> = &'a dyn Fn(ClientConfigKey) -> Option<String>;
+
+impl Address {
+    /// The protocol.
+    #[must_use]
+    pub fn scheme(&self) -> Scheme {
+        self.scheme
+    }
+
+    /// The bucket, or container.
+    #[must_use]
+    pub fn bucket(&self) -> &str {
+        &self.bucket
+    }
+
+    /// Where in the bucket; no `/` at either end.
+    #[must_use]
+    pub(super) fn prefix(&self) -> &Path {
+        &self.prefix
+    }
+
+    /// Where the settings that matter come from, for messages.
+    pub(super) fn hint(&self) -> String {
+        let variables = match self.scheme {
+            Scheme::S3 => "AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID and what else AWS_* says",
+            Scheme::Gcs => "GOOGLE_APPLICATION_CREDENTIALS and what else GOOGLE_* says",
+            Scheme::Azure => "AZURE_STORAGE_ACCOUNT_NAME and what else AZURE_* says",
+        };
+        format!("{self}, with {variables}")
+    }
+
+    /// Opens the two ways to the store. Nothing is asked of it yet.
+    ///
+    /// # Errors
+    /// An option is unknown, or they do not fit together.
+    pub(super) fn connect(&self, options: &Options) -> Result<(Arc<dyn ObjectStore>, Arc<dyn Wire>)> {
+        let failed = |e| explain(self, format!("use {self}"), e);
+        hands(); // What TLS needs is installed there.
+        match self.scheme {
+            Scheme::S3 => {
+                let mut builder = AmazonS3Builder::from_env();
+                for (name, value) in options {
+                    let key = AmazonS3ConfigKey::from_str(name).map_err(failed)?;
+                    builder = builder.with_config(key, value);
+                }
+                let endpoint = builder.get_config_value(&AmazonS3ConfigKey::S3Endpoint);
+                let endpoint =
+                    endpoint.or_else(|| builder.get_config_value(&AmazonS3ConfigKey::Endpoint));
+                if endpoint.is_some_and(|url| url.starts_with("http://")) {
+                    builder = builder.with_allow_http(true); // Written out: nothing more is to be asked.
+                }
+                let builder = builder.with_bucket_name(&self.bucket).with_retry(retries());
+                let http = client(&|key| builder.get_config_value(&AmazonS3ConfigKey::Client(key)))?;
+                let store = builder.build().map_err(failed)?;
+                Ok((Arc::new(store.clone()), Arc::new(S3::new(store, http))))
+            }
+            Scheme::Gcs => {
+                let mut builder = GoogleCloudStorageBuilder::from_env();
+                for (name, value) in options {
+                    let key = GoogleConfigKey::from_str(name).map_err(failed)?;
+                    builder = builder.with_config(key, value);
+                }
+                let builder = builder.with_bucket_name(&self.bucket).with_retry(retries());
+                let store = Arc::new(builder.build().map_err(failed)?);
+                Ok((store.clone(), Arc::new(Library::new(store))))
+            }
+            Scheme::Azure => {
+                let mut builder = MicrosoftAzureBuilder::from_env();
+                for (name, value) in options {
+                    let key = AzureConfigKey::from_str(name).map_err(failed)?;
+                    builder = builder.with_config(key, value);
+                }
+                let builder = builder.with_container_name(&self.bucket).with_retry(retries());
+                let store = Arc::new(builder.build().map_err(failed)?);
+                Ok((store.clone(), Arc::new(Library::new(store))))
+            }
+        }
+    }
+}
+
+/// A client for bodies that are streamed, which the library's own interface cannot send.
+fn client(told: Told<'_>) -> Result<reqwest::Client> {
+    let wrong = |e: reqwest::Error| Error::invalid(format!("the client's options: {e}"));
+    let mut builder = reqwest::Client::builder()
+        .http1_only() // Many streams over one connection share one flow's share of the network.
+        .connect_timeout(Duration::from_secs(5))
+        .user_agent(concat!("tierkeep/", env!("CARGO_PKG_VERSION")));
+    if let Some(url) = told(ClientConfigKey::ProxyUrl) {
+        let mut proxy = reqwest::Proxy::all(url).map_err(wrong)?;
+        if let Some(excludes) = told(ClientConfigKey::ProxyExcludes) {
+            proxy = proxy.no_proxy(reqwest::NoProxy::from_string(&excludes));
+        }
+        builder = builder.proxy(proxy);
+    }
+    if told(ClientConfigKey::AllowInvalidCertificates).is_some_and(|v| v == "true") {
+        builder = builder.tls_danger_accept_invalid_certs(true);
+    }
+    builder.build().map_err(wrong)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_a_bucket_and_a_path_and_nothing_else() {
+        for (text, bucket, prefix) in
+            [("s3://b/a/run", "b", "a/run"), ("gs://b", "b", ""), ("az://c/run/", "c", "run")]
+        {
+            let address: Address = text.parse().expect(text);
+            assert_eq!((address.bucket(), address.prefix().as_ref()), (bucket, prefix));
+            assert_eq!(address.to_string(), text.trim_end_matches('/'));
+        }
+        for bad in [
+            "", "b/x", "s3:/b", "s3://", "s3:///x", "http://b/x", "s3://b//x", "s3://b/../x", "s3://b/a/./x",
+            "s3://k:s@b/x", "s3://b/x?versionId=1", "s3://b/x#y", "s3://b/a\\b", "s3://b/a\nb",
+        ] {
+            assert!(bad.parse::<Address>().is_err(), "{bad:?} was taken");
+        }
+        assert!(is_url("s3://b") && is_url("file:///x") && !is_url("/a/b") && !is_url("a/b://c"));
+    }
+
+    #[test]
+    fn an_unknown_option_is_refused_by_name() {
+        let address: Address = "s3://b/run".parse().expect("address");
+        let options = Options::from([("aws_endpont".into(), "http://x".into())]);
+        let e = address.connect(&options).map(drop).expect_err("a slip of the pen");
+        assert!(e.chain().contains("aws_endpont"), "{}", e.chain());
+    }
+}

@@ -1,0 +1,293 @@
+//! The tier that survives the cluster: a bucket that speaks S3, Google's or Azure's protocol.
+//!
+//! `object_store` is the client: credentials, signatures, listings, reads, small files and their conditional
+//! creation. What is here is what it does not have: uploads that are taken up again, checked by the
+//! checksums of the save, and counted; and words for mistakes.
+//!
+//! Objects do not change: a name that is there has all its bytes, and has had them since it appeared. There
+//! are no directories. A reader of an object that is deleted is told that it is not there.
+//!
+//! # Invariants
+//!
+//! - A receipt is given for an object whose length, and checksum where the store keeps one, were asked for
+//!   after it was written.
+//! - `create` has one winner, by the store's own conditional write.
+//! - No call waits for ever: a request that makes no progress for half a minute is sent again, and given up
+//!   after a few tries.
+
+pub mod address;
+mod explain;
+mod hands;
+mod library;
+mod s3;
+mod upload;
+mod wire;
+
+use std::sync::Arc;
+
+use backon::BlockingRetryable;
+use futures_util::TryStreamExt;
+use object_store::{
+    GetOptions, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, path::Path,
+};
+
+use self::{
+    address::{Address, Options},
+    explain::explain,
+    hands::wait,
+    upload::{Met, Upload, patience},
+    wire::Wire,
+};
+use super::{
+    Created, Entry, Payload, Receipt, Source, Tier, TierKind, buffer::AlignedBuf, posix::same_bytes,
+};
+use crate::{
+    error::{Error, Result},
+    record::RECORD_BYTES_MAX,
+};
+
+/// Requests at a time for one payload. One connection is given 50 to 90 MB/s by the large stores.
+const IN_FLIGHT: usize = 16;
+
+/// A place in a bucket.
+#[derive(Debug)]
+pub struct ObjectTier {
+    address: Address,
+    store: Arc<dyn ObjectStore>,
+    wire: Arc<dyn Wire>,
+}
+
+impl ObjectTier {
+    /// Opens it. Nothing is asked of the store yet: [`ObjectTier::check`] does.
+    ///
+    /// # Errors
+    /// The options do not fit the address.
+    pub fn open(address: &Address, options: &Options) -> Result<Self> {
+        let (store, wire) = address.connect(options)?;
+        Ok(Self { address: address.clone(), store, wire })
+    }
+
+    /// Asks whether the bucket is there and may be listed.
+    ///
+    /// # Errors
+    /// One sentence that names what is wrong and what to do.
+    pub fn check(&self) -> Result<()> {
+        self.list("").map(drop)
+    }
+
+    /// How many uploads below this place were begun and not ended; `None` where the store does not tell.
+    ///
+    /// # Errors
+    /// The store did not answer.
+    pub fn unfinished(&self) -> Result<Option<usize>> {
+        let found = wait(self.wire.unfinished(self.address.prefix()));
+        let found = found.map_err(|e| e.explained(&self.address, format!("list the uploads in {}", self.address)))?;
+        Ok(found.map(|uploads| uploads.len()))
+    }
+
+    fn path(&self, name: &str) -> Result<Path> {
+        let good = |part: &str| !part.is_empty() && part != "." && part != ".." && !part.contains('\0');
+        let wrong = || Error::invalid(format!("{name:?} is not a name in a tier"));
+        if !name.split('/').all(good) {
+            return Err(wrong());
+        }
+        let prefix = self.address.prefix().as_ref();
+        let full = if prefix.is_empty() { name.into() } else { format!("{prefix}/{name}") };
+        Path::parse(full).map_err(|_| wrong())
+    }
+
+    fn label(&self, name: &str) -> String {
+        format!("{}/{name}", self.address)
+    }
+
+    fn explained(&self, verb: &str, name: &str, e: object_store::Error) -> Error {
+        explain(&self.address, format!("{verb} {}", self.label(name)), e)
+    }
+
+    fn send(&self, to: &Path, payload: &dyn Payload) -> Result<()> {
+        let (wire, address) = (self.wire.clone(), &self.address);
+        Upload { wire, address, to, payload, in_flight: IN_FLIGHT }.run()
+    }
+}
+
+impl Tier for ObjectTier {
+    fn kind(&self) -> TierKind {
+        TierKind::Object
+    }
+
+    fn address(&self) -> String {
+        self.address.to_string()
+    }
+
+    fn put(&self, name: &str, payload: &dyn Payload) -> Result<Receipt> {
+        let path = self.path(name)?;
+        let receipt = Receipt { tier: TierKind::Object, name: name.into(), length: payload.len() };
+        // A name has a random word of its writer: nobody else makes it between this look and the write.
+        let (wire, address) = (self.wire.clone(), &self.address);
+        let upload = Upload { wire, address, to: &path, payload, in_flight: IN_FLIGHT };
+        match upload.meets()? {
+            None => upload.run()?,
+            Some(Met::Same) => {}
+            Some(Met::Unknown) if same_bytes(&*self.open(name)?, payload)? => {}
+            Some(_) => return Err(Error::invalid(format!("{} is there already", self.label(name)))),
+        }
+        Ok(receipt)
+    }
+
+    fn create(&self, name: &str, bytes: &[u8]) -> Result<Created> {
+        let path = self.path(name)?;
+        let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
+        match wait(self.store.put_opts(&path, PutPayload::from(bytes.to_vec()), options)) {
+            Ok(_) => Ok(Created::New),
+            Err(object_store::Error::AlreadyExists { .. }) => Ok(Created::Exists),
+            Err(e) => Err(self.explained("create", name, e)),
+        }
+    }
+
+    fn open(&self, name: &str) -> Result<Box<dyn Source>> {
+        let path = self.path(name)?;
+        let failed = |e| self.explained("read", name, e);
+        if name.ends_with(".json") {
+            // One request instead of two: it is read whole.
+            let got = wait(self.store.get(&path)).map_err(failed)?;
+            if got.meta.size <= RECORD_BYTES_MAX {
+                let bytes = wait(got.bytes()).map_err(failed)?;
+                return Ok(Box::new(Record(bytes.to_vec())));
+            }
+        }
+        let meta = wait(self.store.head(&path)).map_err(failed)?;
+        let (store, address) = (self.store.clone(), self.address.clone());
+        Ok(Box::new(Object { store, address, path, len: meta.size }))
+    }
+
+    fn list(&self, dir: &str) -> Result<Vec<Entry>> {
+        let path = if dir.is_empty() { self.address.prefix().clone() } else { self.path(dir)? };
+        let listed = wait(self.store.list_with_delimiter(Some(&path)));
+        let listed = listed.map_err(|e| self.explained("list", dir, e))?;
+        let entry = |path: &Path, is_dir| {
+            path.filename().map(|name| Entry { name: name.into(), is_dir })
+        };
+        let dirs = listed.common_prefixes.iter().filter_map(|path| entry(path, true));
+        let files = listed.objects.iter().filter_map(|meta| entry(&meta.location, false));
+        let mut entries: Vec<Entry> = dirs.chain(files).collect();
+        entries.sort();
+        Ok(entries)
+    }
+
+    fn confirm(&self, _dir: &str) -> Result<()> {
+        Ok(()) // What a store lists, it has.
+    }
+
+    fn delete(&self, name: &str) -> Result<()> {
+        let path = self.path(name)?;
+        match wait(self.store.delete(&path)) {
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+            Err(e) => Err(self.explained("delete", name, e)),
+        }
+    }
+
+    fn mend(&self, name: &str, offset: u64, bytes: &[u8]) -> Result<()> {
+        let path = self.path(name)?;
+        let source = self.open(name)?;
+        // An object is replaced as a whole: whoever reads it meanwhile has the old one or the new one.
+        self.send(&path, &Mended { source: &*source, offset, bytes })
+    }
+
+    fn retire(&self, name: &str) -> Result<()> {
+        self.delete(name)
+    }
+}
+
+/// A small object, read whole.
+struct Record(Vec<u8>);
+
+impl Source for Record {
+    fn len(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<()> {
+        let begin = usize::try_from(offset).unwrap_or(usize::MAX).min(self.0.len());
+        let there = &self.0[begin..];
+        let count = there.len().min(into.len());
+        into[..count].copy_from_slice(&there[..count]);
+        Ok(())
+    }
+}
+
+/// A large one, read in ranges.
+struct Object {
+    store: Arc<dyn ObjectStore>,
+    address: Address,
+    path: Path,
+    len: u64,
+}
+
+impl Object {
+    async fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), object_store::Error> {
+        let options = GetOptions::new().with_range(Some(offset..offset + into.len() as u64));
+        let got = self.store.get_opts(&self.path, options).await?;
+        let mut blocks = got.into_stream();
+        let mut at = 0;
+        while let Some(block) = blocks.try_next().await? {
+            let room = into.len() - at;
+            let count = block.len().min(room);
+            into[at..at + count].copy_from_slice(&block[..count]);
+            at += count;
+        }
+        if at < into.len() {
+            let source = format!("{at} of {} bytes came", into.len()).into();
+            return Err(object_store::Error::Generic { store: "object", source });
+        }
+        Ok(())
+    }
+}
+
+impl Source for Object {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<()> {
+        let there = usize::try_from(self.len.saturating_sub(offset)).unwrap_or(usize::MAX);
+        let count = there.min(into.len());
+        if count == 0 {
+            return Ok(());
+        }
+        let into = &mut into[..count];
+        let broke_off = |e: &object_store::Error| matches!(e, object_store::Error::Generic { .. });
+        let mut again = || wait(self.read(offset, into));
+        let read = (&mut again).retry(patience()).when(broke_off).call();
+        read.map_err(|e| {
+            let what = format!("read {}://{}/{}", self.address.scheme(), self.address.bucket(), self.path);
+            explain(&self.address, what, e)
+        })
+    }
+}
+
+/// An object with some of its bytes replaced.
+struct Mended<'a> {
+    source: &'a dyn Source,
+    offset: u64,
+    bytes: &'a [u8],
+}
+
+impl Payload for Mended<'_> {
+    fn len(&self) -> u64 {
+        self.source.len()
+    }
+
+    fn block<'a>(&'a self, offset: u64, len: usize, scratch: &'a mut AlignedBuf) -> Result<&'a [u8]> {
+        scratch.ensure(len);
+        let there = usize::try_from(self.len().saturating_sub(offset)).unwrap_or(usize::MAX).min(len);
+        self.source.read_at(offset, &mut scratch[..there])?;
+        scratch[there..len].fill(0);
+        let (begin, end) = (self.offset.max(offset), (self.offset + self.bytes.len() as u64).min(offset + there as u64));
+        if begin < end {
+            let at = |x: u64, from: u64| usize::try_from(x - from).unwrap_or(usize::MAX);
+            scratch[at(begin, offset)..at(end, offset)]
+                .copy_from_slice(&self.bytes[at(begin, self.offset)..at(end, self.offset)]);
+        }
+        Ok(&scratch[..len])
+    }
+}

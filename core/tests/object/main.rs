@@ -1,0 +1,32 @@
+//! The object tier against real servers, and against a proxy between it and them.
+#![allow(clippy::unwrap_used, clippy::disallowed_methods, clippy::print_stdout)] // Tests.
+
+mod proxy;
+mod servers;
+mod uploads;
+
+use servers::Place;
+use tierkeep::{
+    testing::contract::{self, Lack},
+    tier::{Tier, object::ObjectTier},
+};
+
+fn open(place: &Place) -> ObjectTier {
+    ObjectTier::open(&place.url.parse().expect("address"), &place.options).expect("open")
+}
+
+#[test]
+fn a_bucket_that_speaks_s3_keeps_the_contract() {
+    let place = servers::s3();
+    open(&place).check().expect("the bucket is there");
+    contract::holds(&|| Box::new(open(&place)) as Box<dyn Tier>);
+}
+
+#[test]
+fn a_bucket_that_speaks_googles_protocol_keeps_the_contract() {
+    let place = servers::gcs();
+    open(&place).check().expect("the bucket is there");
+    // fake-gcs-server: neither preconditions nor uploads in parts in the protocol that `object_store` speaks.
+    let lacks = [Lack::CreateOnce, Lack::Parts];
+    contract::holds_but(&|| Box::new(open(&place)) as Box<dyn Tier>, &lacks);
+}

