@@ -9,6 +9,7 @@ use crate::{
     error::{Doing, Error, Result},
     names::{Id, check_run_name},
     state::replicas::Rule,
+    tier::object::address::is_url,
 };
 
 /// The settings of one rank's handle on a run.
@@ -222,6 +223,9 @@ pub(crate) fn absolute(path: &Path) -> Result<PathBuf> {
     }
     if path.as_os_str().as_encoded_bytes().contains(&0) {
         return Err(Error::invalid(format!("the destination {path:?} has a NUL in it")));
+    }
+    if let Some(url) = path.to_str().filter(|text| is_url(text)) {
+        return Ok(url.trim_end_matches('/').into());
     }
     std::path::absolute(path).at("find", path)
 }

@@ -103,6 +103,19 @@ impl PayloadInfo {
         chunk_len(self.length, self.chunk_bytes, index)
     }
 
+    /// CRC-32 of `len` bytes from `offset`, from those of the chunks; `None` where it is not whole chunks.
+    #[must_use]
+    pub fn crc32(&self, offset: u64, len: u64) -> Option<u32> {
+        let end = offset.checked_add(len).filter(|end| *end <= self.length)?;
+        let whole = |at: u64| at.is_multiple_of(self.chunk_bytes);
+        if !whole(offset) || (!whole(end) && end != self.length) {
+            return None;
+        }
+        let index = |at: u64| usize::try_from(at.div_ceil(self.chunk_bytes)).ok();
+        let chunks = self.chunks.get(index(offset)?..index(end)?)?;
+        Some(combine(chunks, len, self.chunk_bytes))
+    }
+
     fn check(&self) -> Result<(), String> {
         if self.algorithm != "crc32" || self.codec != "none" {
             return Err(format!("checksum {:?}, codec {:?}", self.algorithm, self.codec));

@@ -17,7 +17,15 @@ use crate::{
     },
     retain,
     snapshot::arena::SLOTS,
-    tier::{Tier, TierKind, disk::DiskTier, memory::MemoryTier},
+    tier::{
+        Tier, TierKind,
+        disk::DiskTier,
+        memory::MemoryTier,
+        object::{
+            self,
+            address::{Options, is_url},
+        },
+    },
 };
 
 /// The tiers of one run, for reading.
@@ -77,12 +85,34 @@ impl Reader {
     /// # Errors
     /// There is no such directory in either tier.
     pub fn open(destination: &Path, ram_root: Option<&Path>) -> Result<Self> {
+        Self::open_with(destination, ram_root, &Options::new())
+    }
+
+    /// The same, where the destination may be in a bucket (`s3://bucket/root/run`) that is reached with
+    /// `options`, beside what the environment says.
+    ///
+    /// # Errors
+    /// As [`Reader::open`]; or the bucket does not answer, or not to these credentials.
+    pub fn open_with(
+        destination: &Path,
+        ram_root: Option<&Path>,
+        options: &Options,
+    ) -> Result<Self> {
         let destination = &*config::absolute(destination)?;
         let root = ram_root.map_or_else(config::default_ram_root, Into::into);
         let ram = config::ram_dir(&root, destination);
         let mut tiers: Vec<Arc<dyn Tier>> = Vec::new();
         if is_dir(&ram)? {
             tiers.push(Arc::new(MemoryTier::reader(&ram)));
+        }
+        if let Some(url) = destination.to_str().filter(|text| is_url(text)) {
+            let bucket = object::open(url, options)?;
+            if bucket.list("")?.is_empty() && tiers.is_empty() {
+                let what = format!("run {url} (no object lies there, nor a run in {})", root.display());
+                return Err(Error::NotFound { what });
+            }
+            tiers.push(bucket);
+            return Ok(Self { tiers });
         }
         if destination.is_file() {
             return Err(Error::invalid(format!(
@@ -119,11 +149,12 @@ impl Reader {
         self.tiers.iter().map(|t| &**t).collect()
     }
 
-    /// The tier that a run's records, pins and marks lie in: disk where there is one.
+    /// The tier that a run's records, pins and marks lie in: a disk or a bucket where there is one.
     #[must_use]
     pub fn home(&self) -> &dyn Tier {
-        let disk = self.tiers.iter().find(|t| t.kind() == TierKind::Disk);
-        &**disk.unwrap_or(&self.tiers[0])
+        let keeps = |kind| matches!(kind, TierKind::Disk | TierKind::Object);
+        let home = self.tiers.iter().find(|t| keeps(t.kind()));
+        &**home.unwrap_or(&self.tiers[0])
     }
 
     fn durable_first(&self) -> Vec<&dyn Tier> {

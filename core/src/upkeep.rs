@@ -28,13 +28,13 @@ pub struct Plan {
     ranks: Vec<u32>,
 }
 
-/// Plans a collection of the disk tier.
+/// Plans a collection of the disk tier, or of a bucket.
 ///
 /// # Errors
-/// There is no disk tier, or it did not answer.
+/// There is no such tier, or it did not answer.
 pub fn plan(reader: &Reader, policy: &Policy) -> Result<Plan> {
     let disk = reader.home();
-    if disk.kind() != TierKind::Disk {
+    if !matches!(disk.kind(), TierKind::Disk | TierKind::Object) {
         return Err(Error::invalid(format!(
             "{} is a ram tier: it is emptied by the job itself, or by deleting the directory when \
              no process uses it; collect in the destination",
@@ -46,8 +46,11 @@ pub fn plan(reader: &Reader, policy: &Policy) -> Result<Plan> {
     let lineage = lineage_of(&[disk], &found, &attempts)?;
     let newest = attempts.newest();
     let live = match newest {
-        Some(record) => is_held(&start_lock_path(Path::new(&disk.address()), &record.attempt.id))?,
-        None => false,
+        // A bucket has no locks. What is not sealed there, and newer than all that is, is left alone anyway.
+        Some(record) if disk.kind() == TierKind::Disk => {
+            is_held(&start_lock_path(Path::new(&disk.address()), &record.attempt.id))?
+        }
+        _ => false,
     };
     let unsealed_of_live = found
         .iter()
@@ -88,9 +91,13 @@ pub fn plan(reader: &Reader, policy: &Policy) -> Result<Plan> {
 /// # Errors
 /// The tier did not answer; what was begun is finished by the next collection.
 pub fn collect(reader: &Reader, plan: &Plan) -> Result<Collected> {
-    let root = reader.home().address();
-    let disk = DiskTier::open(Path::new(&root))?;
+    let home = reader.home();
     let victims: Vec<Victim> = plan.victims.iter().map(|(v, _)| v.clone()).collect();
+    if home.kind() != TierKind::Disk {
+        return retain::collect(home, &victims, plan.newest);
+    }
+    let root = home.address();
+    let disk = DiskTier::open(Path::new(&root))?;
     let collected = retain::collect(&disk, &victims, plan.newest)?;
     for rank in &plan.ranks {
         let path = Path::new(&root).join(format!("_locks/rank-{rank:06}"));

@@ -16,7 +16,7 @@ use tierkeep::{
     restore::{copy_out::copy_out, read::Restorable, survey::Reach},
     save::{Level, Save},
     state::{Memory, replicas::Rule},
-    tier::TierKind,
+    tier::{TierKind, object::address::Options},
 };
 
 /// Six tensors: of more than a chunk, of odd lengths, of no bytes.
@@ -249,7 +249,8 @@ fn a_rank_that_does_not_save_gets_everything_too_and_a_copied_out_checkpoint_is_
     let elsewhere = Places::new();
     let reader = Reader::open(&places.destination(), Some(places.ram())).unwrap();
     let key = found.key;
-    copy_out(&reader, &key, &[0, 1], &elsewhere.destination(), Some(elsewhere.ram()), &|_| {})
+    let options = Options::new();
+    copy_out(&reader, &key, &[0, 1], &elsewhere.destination(), Some(elsewhere.ram()), &options, &|_| {})
         .unwrap();
     for found in begin(&open(&elsewhere)).into_iter().map(Option::unwrap) {
         read(&found, ALIKE);

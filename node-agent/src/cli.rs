@@ -18,8 +18,9 @@ Exit codes:
 
 /// Look at the checkpoints of a run, and care for them.
 ///
-/// DEST is <root>/<run>, the directory that the job was given; its ram tier is found by itself. A
-/// run's directory in the ram tier can be given too. The job may be down or up.
+/// DEST is <root>/<run>, the directory or the bucket (s3://bucket/root/run, gs://, az://, file://) that the
+/// job was given; its ram tier is found by itself. A run's directory in the ram tier can be given too. The
+/// job may be down or up.
 #[derive(Debug, Parser)]
 #[command(name = "tierkeep", version, after_help = EXIT_CODES, disable_help_subcommand = true)]
 pub(crate) struct Cli {
@@ -31,6 +32,16 @@ pub(crate) struct Cli {
     /// Where the ram tiers lie [default: TIERKEEP_RAM_DIR, else /dev/shm/tierkeep-<uid>]
     #[arg(long, global = true, value_name = "DIR")]
     pub(crate) ram_dir: Option<PathBuf>,
+    /// For the bucket, beside what AWS_*, GOOGLE_* or AZURE_* say, as in aws_endpoint=http://host:9000
+    #[arg(long = "option", global = true, value_name = "NAME=VALUE", value_parser = option)]
+    pub(crate) options: Vec<(String, String)>,
+}
+
+fn option(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.into(), value.into())),
+        _ => Err("it is NAME=VALUE".into()),
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -46,7 +57,7 @@ pub(crate) enum Command {
     /// Clears the marks of ranks that once found no good copy, where all is good now.
     #[command(after_help = EXIT_CODES)]
     Verify(Verify),
-    /// Copy a checkpoint, checked, to the directory of a run: another one, or its own from RAM
+    /// Copy a checkpoint, checked, to the directory of a run, or to a bucket: another one, or its own from RAM
     #[command(after_help = EXIT_CODES)]
     Restore(Restore),
     /// Write the whole tensors of all ranks to a .safetensors or .pt file
@@ -313,7 +324,7 @@ pub(crate) struct Which {
 
 #[derive(Debug, Args)]
 pub(crate) struct Ls {
-    /// The run's directory
+    /// The run's directory, or its place in a bucket
     pub(crate) dest: PathBuf,
     /// Only this step, rank by rank
     #[arg(long, value_name = "N")]
@@ -322,7 +333,7 @@ pub(crate) struct Ls {
 
 #[derive(Debug, Args)]
 pub(crate) struct Inspect {
-    /// The run's directory
+    /// The run's directory, or its place in a bucket
     pub(crate) dest: PathBuf,
     #[command(flatten)]
     pub(crate) which: Which,
@@ -339,7 +350,7 @@ pub(crate) struct Inspect {
 
 #[derive(Debug, Args)]
 pub(crate) struct Verify {
-    /// The run's directory
+    /// The run's directory, or its place in a bucket
     pub(crate) dest: PathBuf,
     /// Only this step
     #[arg(long, value_name = "N", conflicts_with = "all")]
@@ -351,10 +362,10 @@ pub(crate) struct Verify {
 
 #[derive(Debug, Args)]
 pub(crate) struct Restore {
-    /// The run's directory
+    /// The run's directory, or its place in a bucket
     pub(crate) dest: PathBuf,
-    /// The directory to copy to, <root>/<run>: new, or of the same run
-    #[arg(long, value_name = "DIR")]
+    /// Where to copy to, <root>/<run>, a directory or in a bucket: new, or of the same run
+    #[arg(long, value_name = "DEST")]
     pub(crate) to: PathBuf,
     #[command(flatten)]
     pub(crate) which: Which,
@@ -362,7 +373,7 @@ pub(crate) struct Restore {
 
 #[derive(Debug, Args)]
 pub(crate) struct Export {
-    /// The run's directory
+    /// The run's directory, or its place in a bucket
     pub(crate) dest: PathBuf,
     /// The file to write: .safetensors, or .pt or .pth for torch.load
     #[arg(long, value_name = "FILE")]
@@ -383,7 +394,7 @@ pub(crate) struct Export {
 
 #[derive(Debug, Args)]
 pub(crate) struct Pin {
-    /// The run's directory
+    /// The run's directory, or its place in a bucket
     pub(crate) dest: PathBuf,
     /// The step
     pub(crate) step: u64,
@@ -397,7 +408,7 @@ pub(crate) struct Pin {
 
 #[derive(Debug, Args)]
 pub(crate) struct Gc {
-    /// The run's directory
+    /// The run's directory, or its place in a bucket
     pub(crate) dest: PathBuf,
     /// Keep the newest so many
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]

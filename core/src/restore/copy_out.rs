@@ -1,5 +1,5 @@
-//! A checkpoint copied, checked, to another run directory: for a job that goes on elsewhere, or
-//! from RAM to disk before a reboot, with the job down.
+//! A checkpoint copied, checked, to another run directory or a bucket: for a job that goes on elsewhere,
+//! for a backup, or from RAM to disk before a reboot, with the job down.
 //!
 //! # Invariants
 //!
@@ -8,7 +8,7 @@
 //! - Nothing is copied into another run, nor under a live process.
 //! - What is there already with the same bytes is left; nothing is overwritten.
 
-use std::{path::Path, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use crate::{
     attempt,
@@ -21,7 +21,18 @@ use crate::{
     ownership::Ownership,
     reader::Reader,
     restore::read::Restorable,
-    tier::{Payload, Tier, buffer::AlignedBuf, create_same, disk::DiskTier, label},
+    snapshot::slot::Slot,
+    tier::{
+        Payload, Tier, TierKind,
+        buffer::AlignedBuf,
+        create_same,
+        disk::DiskTier,
+        label,
+        object::{
+            self,
+            address::{Options, is_url},
+        },
+    },
 };
 
 /// What was copied.
@@ -35,7 +46,8 @@ pub struct Copied {
     pub bytes: u64,
 }
 
-/// Copies the shards of `savers` at `key` into the run directory `to`, and seals them there.
+/// Copies the shards of `savers` at `key` into the run directory `to`, or a bucket that is reached with
+/// `options`, and seals them there.
 /// `progress` is told the bytes as they go.
 ///
 /// # Errors
@@ -47,6 +59,7 @@ pub fn copy_out(
     savers: &[u32],
     to: &Path,
     ram_root: Option<&Path>,
+    options: &Options,
     progress: &(dyn Fn(u64) + Sync),
 ) -> Result<Copied> {
     let to = config::absolute(to)?;
@@ -59,34 +72,40 @@ pub fn copy_out(
     // All shards are found before a byte is written.
     let shards: Vec<Restorable> =
         savers.iter().map(|r| from.shard(key, Rank(*r))).collect::<Result<_>>()?;
-    check_place(&to, ram_root, &record)?;
-    let disk = DiskTier::open(&to)?;
+    check_place(&to, ram_root, options, &record)?;
+    let url = to.to_str().filter(|text| is_url(text));
+    let place: Arc<dyn Tier> = match url {
+        Some(url) => object::open(url, options)?,
+        None => Arc::new(DiskTier::open(&to)?),
+    };
     let mut locks = Vec::new();
-    for rank in savers {
+    // A bucket has no locks: whoever copies there writes under names of the shard's own writer, the same
+    // bytes, and records that are there stay.
+    for rank in savers.iter().filter(|_| url.is_none()) {
         let path = to.join(format!("_locks/rank-{rank:06}"));
         let what = format!("rank {rank} of {}", to.display());
         locks.push(Ownership::take(&path, &what, Duration::ZERO, &SystemClock)?);
     }
-    if Listing::of(&disk, key)?.deleted {
+    if Listing::of(&*place, key)?.deleted {
         return Err(Error::invalid(format!(
             "{key} is being deleted in {}: `tierkeep gc` finishes that",
             to.display()
         )));
     }
     let name = attempt_file(key.attempt.number);
-    if !create_same(&disk, &name, &record_bytes)? {
+    if !create_same(&*place, &name, &record_bytes)? {
         return Err(Error::invalid(format!(
             "{} is another attempt {}: copy to a new directory",
-            label(&disk, &name),
+            label(&*place, &name),
             key.attempt.number
         )));
     }
     let mut copied = Copied { written: vec![], present: vec![], bytes: 0 };
     for shard in &shards {
-        copy_shard(shard, &disk, &mut copied, progress)?;
+        copy_shard(shard, &place, &mut copied, progress)?;
     }
-    match gather(&disk, key, savers)? {
-        Gathered::Complete(complete) => complete.seal(&disk).map(|_| copied),
+    match gather(&*place, key, savers)? {
+        Gathered::Complete(complete) => complete.seal(&*place).map(|_| copied),
         Gathered::Missing(ranks) => {
             Err(Error::Bug(format!("{key}: ranks {ranks:?} vanished from {}", to.display())))
         }
@@ -98,8 +117,13 @@ pub fn copy_out(
 }
 
 /// The place is free, or belongs to the same run.
-fn check_place(to: &Path, ram_root: Option<&Path>, record: &attempt::AttemptRecord) -> Result<()> {
-    let there = match Reader::open(to, ram_root) {
+fn check_place(
+    to: &Path,
+    ram_root: Option<&Path>,
+    options: &Options,
+    record: &attempt::AttemptRecord,
+) -> Result<()> {
+    let there = match Reader::open_with(to, ram_root, options) {
         Err(e) if e.is_not_found() => return Ok(()),
         other => other?,
     };
@@ -132,35 +156,37 @@ fn check_place(to: &Path, ram_root: Option<&Path>, record: &attempt::AttemptReco
 
 fn copy_shard(
     shard: &Restorable,
-    disk: &DiskTier,
+    place: &Arc<dyn Tier>,
     copied: &mut Copied,
     progress: &(dyn Fn(u64) + Sync),
 ) -> Result<()> {
     let (key, rank, manifest) = (&shard.key, shard.rank, shard.manifest());
     let payload = key.file(&manifest.payload.file);
-    if Listing::of(disk, key)?.manifests.contains(&rank) {
-        is_there(shard, disk)?;
+    if Listing::of(&**place, key)?.manifests.contains(&rank) {
+        is_there(shard, place)?;
         progress(manifest.payload.length);
         copied.present.push(rank);
         return Ok(());
     }
-    // A copy that died left it without a manifest: nobody counts on it, and the lock is ours.
-    disk.delete(&payload)?;
-    let receipt = disk.put(&payload, &Told { payload: &shard.payload(), progress })?;
-    publish_shard(disk, &manifest.identity, shard.manifest_bytes(), receipt)?;
+    // A copy that died left it without a manifest: nobody counts on it, and the lock is ours. In a bucket
+    // it is whole, or not there.
+    if place.kind() != TierKind::Object {
+        place.delete(&payload)?;
+    }
+    let receipt = place.put(&payload, &Told { payload: &shard.payload(), progress })?;
+    publish_shard(&**place, &manifest.identity, shard.manifest_bytes(), receipt)?;
     copied.written.push(rank);
     copied.bytes += manifest.payload.length;
     Ok(())
 }
 
 /// The same shard lies there, every byte of it good.
-fn is_there(shard: &Restorable, disk: &DiskTier) -> Result<()> {
-    let place: std::sync::Arc<dyn Tier> = std::sync::Arc::new(DiskTier::reader(disk.root()));
-    let there = Reader::of(vec![place]).shard(&shard.key, shard.rank)?;
+fn is_there(shard: &Restorable, place: &Arc<dyn Tier>) -> Result<()> {
+    let there = Reader::of(vec![place.clone()]).shard(&shard.key, shard.rank)?;
     if there.manifest_bytes() != shard.manifest_bytes() {
         return Err(Error::invalid(format!(
             "{} is another shard than the one to copy: copy to a new directory",
-            label(disk, &shard.key.manifest(shard.rank))
+            label(&**place, &shard.key.manifest(shard.rank))
         )));
     }
     match there.verify().into_iter().next() {
@@ -175,6 +201,7 @@ struct Told<'a, P> {
     progress: &'a (dyn Fn(u64) + Sync),
 }
 
+#[deny(clippy::missing_trait_methods)]
 impl<P: Payload> Payload for Told<'_, P> {
     fn len(&self) -> u64 {
         self.payload.len()
@@ -189,5 +216,21 @@ impl<P: Payload> Payload for Told<'_, P> {
         let block = self.payload.block(offset, len, scratch)?;
         (self.progress)((len as u64).min(self.len().saturating_sub(offset)));
         Ok(block)
+    }
+
+    fn is_empty(&self) -> bool {
+        self.payload.is_empty()
+    }
+
+    fn block_bytes(&self) -> u64 {
+        self.payload.block_bytes()
+    }
+
+    fn crc32(&self, offset: u64, len: u64) -> Option<u32> {
+        self.payload.crc32(offset, len)
+    }
+
+    fn slot(&self) -> Option<&Slot> {
+        self.payload.slot()
     }
 }

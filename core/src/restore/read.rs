@@ -426,6 +426,10 @@ impl Payload for CheckedPayload<'_> {
         }
         Ok(&scratch[..len])
     }
+
+    fn crc32(&self, offset: u64, len: u64) -> Option<u32> {
+        self.shard.manifest().payload.crc32(offset, len)
+    }
 }
 
 impl CheckedPayload<'_> {

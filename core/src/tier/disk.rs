@@ -55,6 +55,8 @@ const FREE_FILES_MAX: usize = 2;
 #[derive(Debug)]
 pub struct DiskTier {
     dir: PosixDir,
+    /// What it survives: where all nodes see the directory, the cluster.
+    kind: TierKind,
 }
 
 impl DiskTier {
@@ -64,13 +66,20 @@ impl DiskTier {
     /// It is a file, or may not be written.
     pub fn open(root: &Path) -> Result<Self> {
         usable_root(root, true)?;
-        Ok(Self { dir: PosixDir { root: root.into(), durable: true } })
+        Ok(Self::reader(root))
     }
 
     /// Opens `root` for reading only: nothing is made or tried.
     #[must_use]
     pub fn reader(root: &Path) -> Self {
-        Self { dir: PosixDir { root: root.into(), durable: true } }
+        Self { dir: PosixDir { root: root.into(), durable: true }, kind: TierKind::Disk }
+    }
+
+    /// A directory that survives the cluster, on a file system that all nodes share; it is made at the
+    /// first write.
+    #[must_use]
+    pub fn shared(root: &Path) -> Self {
+        Self { kind: TierKind::Object, ..Self::reader(root) }
     }
 
     /// Its directory.
@@ -128,16 +137,17 @@ impl DiskTier {
 
 impl Tier for DiskTier {
     fn kind(&self) -> TierKind {
-        TierKind::Disk
+        self.kind
     }
 
     fn address(&self) -> String {
-        self.dir.root.display().to_string()
+        let root = self.dir.root.display();
+        if self.kind == TierKind::Object { format!("file://{root}") } else { root.to_string() }
     }
 
     fn put(&self, name: &str, payload: &dyn Payload) -> Result<Receipt> {
         let dest = self.dir.path(name)?;
-        let receipt = Receipt { tier: TierKind::Disk, name: name.into(), length: payload.len() };
+        let receipt = Receipt { tier: self.kind, name: name.into(), length: payload.len() };
         if std::fs::symlink_metadata(&dest).is_ok() {
             return self.dir.put_before(name, payload).map(|()| receipt);
         }

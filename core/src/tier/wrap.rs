@@ -144,6 +144,7 @@ struct Paced<'a, T> {
     limited: &'a Limited<T>,
 }
 
+#[deny(clippy::missing_trait_methods)]
 impl<T: Tier> Payload for Paced<'_, T> {
     fn len(&self) -> u64 {
         self.payload.len()
@@ -159,6 +160,12 @@ impl<T: Tier> Payload for Paced<'_, T> {
     }
     fn block_bytes(&self) -> u64 {
         self.payload.block_bytes()
+    }
+    fn is_empty(&self) -> bool {
+        self.payload.is_empty()
+    }
+    fn crc32(&self, offset: u64, len: u64) -> Option<u32> {
+        self.payload.crc32(offset, len)
     }
     fn slot(&self) -> Option<&crate::snapshot::slot::Slot> {
         self.payload.slot()

@@ -30,3 +30,10 @@ fn a_bucket_that_speaks_googles_protocol_keeps_the_contract() {
     let lacks = [Lack::CreateOnce, Lack::Parts];
     contract::holds_but(&|| Box::new(open(&place)) as Box<dyn Tier>, &lacks);
 }
+
+#[test]
+fn a_container_that_speaks_azures_protocol_keeps_the_contract() {
+    let place = servers::azure();
+    open(&place).check().expect("the container is there");
+    contract::holds(&|| Box::new(open(&place)) as Box<dyn Tier>);
+}

@@ -81,12 +81,16 @@ fn dir() -> TempDir {
 
 /// One request, and its answer as text.
 pub(crate) fn http(port: u16, head: &str, body: &str) -> String {
-    let mut stream = TcpStream::connect(("127.0.0.1", port)).expect("connect");
     let length = body.len();
     let request = format!(
         "{head} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Length: {length}\r\n\
          Content-Type: application/json\r\nConnection: close\r\n\r\n{body}"
     );
+    say(port, &request)
+}
+
+fn say(port: u16, request: &str) -> String {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).expect("connect");
     stream.write_all(request.as_bytes()).expect("write");
     let mut answer = String::new();
     stream.read_to_string(&mut answer).expect("read");
@@ -230,4 +234,61 @@ pub(crate) fn gcs() -> Place {
     ];
     let options = options.map(|(name, value)| (name.to_owned(), value));
     Place { url: format!("gs://bucket/{}", unique()), options: options.into() }
+}
+
+/// A place in the container of the server that speaks Azure's protocol.
+pub(crate) fn azure() -> Place {
+    static SERVER: OnceLock<Server> = OnceLock::new();
+    let server = SERVER.get_or_init(|| {
+        let (dir, port) = (dir(), free_port());
+        let args = [
+            "--silent".into(),
+            "--location".into(),
+            dir.path().display().to_string(),
+            "--blobHost".into(),
+            "127.0.0.1".into(),
+            "--blobPort".into(),
+            port.to_string(),
+            "--skipApiVersionCheck".into(),
+            "--disableTelemetry".into(),
+        ];
+        let server = start(dir, port, &installed("azurite/node_modules/.bin/azurite-blob"), &args);
+        make_container(port);
+        server
+    });
+    let options = [
+        ("azure_storage_account_name", AZURE_ACCOUNT.into()),
+        ("azure_storage_account_key", AZURE_KEY.into()),
+        ("azure_endpoint", format!("http://127.0.0.1:{}/{AZURE_ACCOUNT}", server.port)),
+        ("azure_allow_http", "true".into()),
+    ];
+    let options = options.map(|(name, value)| (name.to_owned(), value));
+    Place { url: format!("az://bucket/{}", unique()), options: options.into() }
+}
+
+const AZURE_ACCOUNT: &str = "devstoreaccount1";
+/// Of the emulator, the same everywhere.
+const AZURE_KEY: &str =
+    "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw==";
+
+fn make_container(port: u16) {
+    use object_store::{
+        azure::{AzureAccessKey, AzureAuthorizer, AzureCredential},
+        client::HttpRequestBody,
+    };
+    let target = format!("/{AZURE_ACCOUNT}/bucket?restype=container");
+    let mut request = http::Request::builder()
+        .method("PUT")
+        .uri(format!("http://127.0.0.1:{port}{target}"))
+        .header("content-length", "0")
+        .body(HttpRequestBody::empty())
+        .expect("request");
+    let key = AzureCredential::AccessKey(AzureAccessKey::try_new(AZURE_KEY).expect("key"));
+    AzureAuthorizer::new(&key, AZURE_ACCOUNT).try_authorize(&mut request).expect("sign");
+    let mut head = format!("PUT {target} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n");
+    for (name, value) in request.headers() {
+        head += &format!("{name}: {}\r\n", value.to_str().expect("text"));
+    }
+    let answer = say(port, &format!("{head}\r\n"));
+    assert!(answer.contains(" 201 "), "no container: {answer}");
 }

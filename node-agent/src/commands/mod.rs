@@ -19,6 +19,7 @@ use tierkeep::{
     names::{CheckpointKey, Step},
     reader::{Reader, StepInfo},
     restore::{decide::Wish, survey::Reach},
+    tier::object::address::Options,
 };
 
 use crate::{
@@ -32,13 +33,15 @@ use crate::{
 pub(crate) struct Context<'a> {
     pub(crate) dest: &'a Path,
     pub(crate) ram_dir: Option<&'a Path>,
+    /// For the bucket, where there is one.
+    pub(crate) options: &'a Options,
     pub(crate) json: bool,
     pub(crate) out: &'a mut dyn Write,
 }
 
 impl Context<'_> {
     pub(crate) fn open(&self) -> Result<Reader, Failure> {
-        Ok(Reader::open(self.dest, self.ram_dir)?)
+        Ok(Reader::open_with(self.dest, self.ram_dir, self.options)?)
     }
 }
 
@@ -75,7 +78,8 @@ fn on(
     command: impl FnOnce(&mut Context<'_>) -> Result<i32, Failure>,
 ) -> Result<i32, Failure> {
     let ram_dir = cli.ram_dir.as_deref();
-    let ended = command(&mut Context { dest, ram_dir, json: cli.json, out });
+    let options = cli.options.iter().cloned().collect();
+    let ended = command(&mut Context { dest, ram_dir, options: &options, json: cli.json, out });
     ended.map_err(|failure| failure.about(dest, ram_dir))
 }
 

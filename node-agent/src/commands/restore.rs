@@ -33,9 +33,10 @@ pub(super) fn run(context: &mut Context<'_>, args: &Restore) -> Result<i32, Fail
     let bytes = total(&reader, &key, &savers)?;
     let bar = Bar::new("copying", bytes);
     let add = |bytes| bar.add(bytes);
-    let copied = copy_out(&reader, &key, &savers, &args.to, context.ram_dir, &add)?;
+    let (ram_dir, options) = (context.ram_dir, context.options);
+    let copied = copy_out(&reader, &key, &savers, &args.to, ram_dir, options, &add)?;
     drop(bar);
-    let resume = Reader::open(&args.to, context.ram_dir)?.overview()?.resume;
+    let resume = Reader::open_with(&args.to, ram_dir, options)?.overview()?.resume;
     let numbers = |ranks: &[Rank]| ranks.iter().map(|r| r.0).collect::<Vec<_>>();
     let data = Data {
         step: key.step.0,

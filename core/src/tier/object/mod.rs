@@ -39,7 +39,8 @@ use self::{
     wire::Wire,
 };
 use super::{
-    Created, Entry, Payload, Receipt, Source, Tier, TierKind, buffer::AlignedBuf, posix::same_bytes,
+    Created, Entry, Payload, Receipt, Source, Tier, TierKind, buffer::AlignedBuf, disk::DiskTier,
+    posix::same_bytes,
 };
 use crate::{
     error::{Error, Result},
@@ -55,6 +56,23 @@ pub struct ObjectTier {
     address: Address,
     store: Arc<dyn ObjectStore>,
     wire: Arc<dyn Wire>,
+}
+
+/// Opens the place that `url` names: a bucket, or a directory that several nodes share (`file://`).
+///
+/// # Errors
+/// It is no address, or the options do not fit it.
+pub fn open(url: &str, options: &Options) -> Result<Arc<dyn Tier>> {
+    if let Some(path) = url.strip_prefix("file://") {
+        if !path.starts_with('/') {
+            return Err(Error::invalid(format!("{url:?} is no address: file:// and an absolute path")));
+        }
+        if let Some(name) = options.keys().next() {
+            return Err(Error::invalid(format!("{name:?}: a directory has no options")));
+        }
+        return Ok(Arc::new(DiskTier::shared(std::path::Path::new(path))));
+    }
+    Ok(Arc::new(ObjectTier::open(&url.parse()?, options)?))
 }
 
 impl ObjectTier {

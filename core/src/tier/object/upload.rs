@@ -7,13 +7,14 @@
 //!   checksum of all parts, and its length is asked for afterwards.
 //! - Parts that an earlier process sent are used, and if the whole is then refused, all are sent anew: no
 //!   mixture of two payloads is ever acknowledged.
-//! - Memory is `in_flight` times three blocks, whatever the payload's length.
+//! - Memory is `in_flight` times a block of the payload and half a MiB, whatever the payload's length.
 //! - When it returns well, no unfinished upload of this name is left.
 //! - A request that makes no progress is ended and sent again; none waits for ever.
 
 use std::{
     future::Future,
     io,
+    ops::ControlFlow,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -49,8 +50,8 @@ use crate::{
 const PART_BYTES: u64 = 16 << 20;
 const PARTS_MAX: u64 = 10_000;
 
-/// What is read from the slot at a time, and handed to a connection.
-const BLOCK_BYTES: u64 = 1 << 20;
+/// What is handed to a connection at a time.
+const BLOCK_BYTES: usize = 256 << 10;
 
 /// How long a connection may take no bytes, and an answer may take once all are sent: a store that stalls
 /// for longer is asked on a new connection.
@@ -168,24 +169,26 @@ impl Upload<'_> {
         let mut scratch = AlignedBuf::new(1);
         self.blocks(offset, len, &mut scratch, &mut |bytes| {
             hasher.update(bytes);
-            Ok(())
+            Ok(ControlFlow::Continue(()))
         })?;
         Ok(hasher.finalize())
     }
 
-    /// Hands out the payload's bytes from `offset` on, block by block.
+    /// Hands out the payload's bytes from `offset` on, block by block, until no more are wanted.
     fn blocks(
         &self,
         offset: u64,
         len: u64,
         scratch: &mut AlignedBuf,
-        each: &mut dyn FnMut(&[u8]) -> Result<()>,
+        each: &mut dyn FnMut(&[u8]) -> Result<ControlFlow<()>>,
     ) -> Result<()> {
-        let step = self.payload.block_bytes().clamp(4096, BLOCK_BYTES);
+        let step = self.payload.block_bytes().clamp(4096, CHUNK_BYTES);
         for at in (offset..offset + len).step_by(usize::try_from(step).unwrap_or(4096)) {
             let bytes = usize::try_from((offset + len - at).min(step)).unwrap_or(0);
             let block = self.payload.block(at, padded(bytes), scratch)?;
-            each(&block[..bytes])?;
+            if each(&block[..bytes])?.is_break() {
+                break;
+            }
         }
         Ok(())
     }
@@ -202,33 +205,36 @@ impl Upload<'_> {
             // Whatever happens here, it ends with this try.
             let task = Abort(task);
             let mut scratch = AlignedBuf::new(1);
-            let mut stopped = None;
-            let fed = self.blocks(offset, len, &mut scratch, &mut |bytes| {
-                match wait_within(STALLED, feed.send(Ok(Bytes::copy_from_slice(bytes)))) {
-                    Some(Ok(())) => Ok(()),
-                    // The request has ended before its body did: its answer says why.
-                    Some(Err(_)) => Err(Error::Bug("no more bytes are taken".into())),
-                    None => {
-                        stopped = Some(Failure::NoAnswer(format!(
-                            "a connection took no bytes for {} s",
-                            STALLED.as_secs()
-                        )));
-                        Err(Error::Bug("no bytes are taken".into()))
+            let mut stalled = false;
+            let fed = self.blocks(offset, len, &mut scratch, &mut |block| {
+                for bytes in block.chunks(BLOCK_BYTES) {
+                    match wait_within(STALLED, feed.send(Ok(Bytes::copy_from_slice(bytes)))) {
+                        Some(Ok(())) => {}
+                        // The request has ended before its body did: its answer says why.
+                        Some(Err(_)) => return Ok(ControlFlow::Break(())),
+                        None => {
+                            stalled = true;
+                            return Ok(ControlFlow::Break(()));
+                        }
                     }
                 }
+                Ok(ControlFlow::Continue(()))
             });
-            if let Some(failure) = stopped {
-                return Err(failure.into());
+            match fed {
+                Ok(()) if stalled => {
+                    let why = format!("a connection took no bytes for {} s", STALLED.as_secs());
+                    Err(Failure::NoAnswer(why).into())
+                }
+                Ok(()) => {
+                    drop(feed);
+                    task.answer()
+                }
+                Err(e) => {
+                    // What was begun must not pass for the whole.
+                    let _ = wait_within(STALLED, feed.send(Err(io::Error::other("given up"))));
+                    Err(Trouble::Ours(e))
+                }
             }
-            if let Err(e) = fed
-                && !matches!(e, Error::Bug(_))
-            {
-                // What was begun must not pass for the whole.
-                let _ = wait_within(STALLED, feed.send(Err(io::Error::other("given up"))));
-                return Err(Trouble::Ours(e));
-            }
-            drop(feed);
-            task.answer()
         };
         once.retry(patience()).when(Trouble::may_pass).notify(|trouble, pause| {
             if let Trouble::Theirs(failure) = trouble {
