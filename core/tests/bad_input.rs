@@ -21,6 +21,7 @@ use tierkeep::{
     tier::{
         Payload,
         buffer::{AlignedBuf, padded},
+        object::address::Options,
     },
 };
 
@@ -175,7 +176,8 @@ fn chunks_of_another_size_are_read_verified_copied_and_resumed() {
 
         let copy = Places::new();
         let to = copy.destination();
-        copy_out(&reader, &key, &savers, &to, Some(copy.ram()), &|_| {}).unwrap();
+        let options = Options::new();
+        copy_out(&reader, &key, &savers, &to, Some(copy.ram()), &options, &|_| {}).unwrap();
         for run in [&places, &copy] {
             let ckpt = run.open();
             assert_eq!(resume(&ckpt, &SIZES).unwrap(), 2, "chunks of {chunk_bytes}");

@@ -250,8 +250,16 @@ fn a_rank_that_does_not_save_gets_everything_too_and_a_copied_out_checkpoint_is_
     let reader = Reader::open(&places.destination(), Some(places.ram())).unwrap();
     let key = found.key;
     let options = Options::new();
-    copy_out(&reader, &key, &[0, 1], &elsewhere.destination(), Some(elsewhere.ram()), &options, &|_| {})
-        .unwrap();
+    copy_out(
+        &reader,
+        &key,
+        &[0, 1],
+        &elsewhere.destination(),
+        Some(elsewhere.ram()),
+        &options,
+        &|_| {},
+    )
+    .unwrap();
     for found in begin(&open(&elsewhere)).into_iter().map(Option::unwrap) {
         read(&found, ALIKE);
     }

@@ -57,7 +57,7 @@ pub(crate) enum Command {
     /// Clears the marks of ranks that once found no good copy, where all is good now.
     #[command(after_help = EXIT_CODES)]
     Verify(Verify),
-    /// Copy a checkpoint, checked, to the directory of a run, or to a bucket: another one, or its own from RAM
+    /// Copy a checkpoint, checked, to a run's directory or a bucket: another one, or its own from RAM
     #[command(after_help = EXIT_CODES)]
     Restore(Restore),
     /// Write the whole tensors of all ranks to a .safetensors or .pt file

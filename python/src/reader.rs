@@ -10,6 +10,7 @@ use tierkeep::{
     names::{Rank, Step},
     reader::{self, StepInfo},
     restore::{decide::Wish, survey::Reach},
+    tier::object::address::Options,
 };
 
 use crate::{found::Found, wait};
@@ -31,11 +32,19 @@ type Shards = Vec<(u32, Found)>;
 
 #[pymethods]
 impl Reader {
-    /// The run at `destination`, `<root>/<run>`, and what the ram tier below `ram_dir` has of it.
+    /// The run at `destination`, `<root>/<run>`, and what the ram tier below `ram_dir` has of it. `options`:
+    /// of its bucket, where it lies in one.
     #[new]
-    #[pyo3(signature = (destination, ram_dir = None))]
-    fn open(py: Python<'_>, destination: PathBuf, ram_dir: Option<PathBuf>) -> PyResult<Self> {
-        let core = wait::apart(py, move || reader::Reader::open(&destination, ram_dir.as_deref()))?;
+    #[pyo3(signature = (destination, ram_dir = None, options = None))]
+    fn open(
+        py: Python<'_>,
+        destination: PathBuf,
+        ram_dir: Option<PathBuf>,
+        options: Option<Options>,
+    ) -> PyResult<Self> {
+        let options = options.unwrap_or_default();
+        let open = move || reader::Reader::open_with(&destination, ram_dir.as_deref(), &options);
+        let core = wait::apart(py, open)?;
         Ok(Self { core })
     }
 

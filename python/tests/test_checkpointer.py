@@ -56,8 +56,8 @@ def test_a_wrong_argument_is_told(run: Path, options: dict[str, Any], message: s
 @pytest.mark.parametrize(
     ("destination", "message"),
     [
-        ("s3://bucket/run", "the object tier comes with a later version"),
-        ("file:///tmp/run", "the object tier comes with a later version"),
+        ("s3://bucket/run", "a job saves to a directory"),
+        ("file:///tmp/run", "a job saves to a directory"),
         ("", "the destination is empty"),
         ("/tmp/a b", "run name"),
         ("/tmp/_reserved", "reserved"),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tierkeep import _saved
-from tierkeep._address import directory
+from tierkeep._address import anywhere
 from tierkeep._build import Builder, Include, Keys
 from tierkeep._tierkeep import Reader
 from tierkeep._types import MISSING
@@ -24,6 +24,7 @@ def load(
     ram_dir: str | os.PathLike[str] | None = None,
     allow_pickle: Iterable[str] = (),
     threads: int | None = None,
+    storage_options: Mapping[str, str] | None = None,
 ) -> Any:
     """Reads one rank's state of a checkpoint into new memory on the CPU.
 
@@ -32,7 +33,8 @@ def load(
     torch, as numpy arrays where numpy has the dtype.
 
     Args:
-        destination: the run, `<root>/<run>`.
+        destination: the run, `<root>/<run>`: a directory, or a place in a bucket, as in
+            `s3://bucket/root/run` (`gs://`, `az://`; `file://` for a shared directory).
         step: completed training steps; default: the newest complete checkpoint.
         attempt: the attempt that saved it, where two attempts saved the step.
         include: glob patterns over paths, as in `["model/*"]`; only what matches is read. Items of
@@ -41,13 +43,20 @@ def load(
         ram_dir: as in `Checkpointer`.
         allow_pickle: `module:Name` of what may be unpickled.
         threads: of the copy; default: as many as help.
+        storage_options: for the bucket, under the names that Rust's `object_store` uses, as in
+            `{"aws_endpoint": "http://host:9000"}`; beside what AWS_*, GOOGLE_* or AZURE_* say.
 
     Raises:
         CheckpointNotFoundError: there is no such run or step.
+        UnavailableError: the bucket does not answer.
         CorruptError: no tier has a good copy.
         InvalidError: several ranks saved and `rank` is not given; a pattern matches nothing.
     """
-    reader = Reader(directory(destination), None if ram_dir is None else os.fspath(ram_dir))
+    reader = Reader(
+        anywhere(destination, storage_options),
+        None if ram_dir is None else os.fspath(ram_dir),
+        dict(storage_options or {}),
+    )
     ranks = None if rank is None else [rank]
     shards, _ = reader.choose(step, attempt, ranks)
     if len(shards) != 1:

@@ -152,7 +152,10 @@ class Reader:
     """The tiers of one run, for reading."""
 
     def __new__(
-        cls, destination: str | os.PathLike[str], ram_dir: str | os.PathLike[str] | None = None
+        cls,
+        destination: str | os.PathLike[str],
+        ram_dir: str | os.PathLike[str] | None = None,
+        options: dict[str, str] | None = None,
     ) -> Self: ...
     def choose(
         self,

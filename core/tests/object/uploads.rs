@@ -17,6 +17,8 @@ use crate::{
     servers,
 };
 
+type Such = fn(&Request) -> bool;
+
 const NAME: &str = "00000000000000000001/00000001-aabbccdd/rank-000000-01020304.safetensors";
 /// Four parts, the last one short.
 const LEN: usize = (52 << 20) + 4321;
@@ -39,7 +41,12 @@ impl Payload for Held {
         self.bytes.len() as u64
     }
 
-    fn block<'a>(&'a self, offset: u64, len: usize, scratch: &'a mut AlignedBuf) -> Result<&'a [u8]> {
+    fn block<'a>(
+        &'a self,
+        offset: u64,
+        len: usize,
+        scratch: &'a mut AlignedBuf,
+    ) -> Result<&'a [u8]> {
         if offset >= self.breaks_at {
             return Err(Error::Fenced { why: "this process is dead".into() });
         }
@@ -78,7 +85,7 @@ fn survives(what: &str, plan: impl Fn(&Request) -> Fate + Send + Sync + 'static)
 }
 
 /// Does this to the first of such requests.
-fn first(such: fn(&Request) -> bool, fate: Fate) -> impl Fn(&Request) -> Fate {
+fn first(such: Such, fate: Fate) -> impl Fn(&Request) -> Fate {
     let done = AtomicBool::new(false);
     move |request| match such(request) && !done.swap(true, Ordering::Relaxed) {
         true => fate,
@@ -88,8 +95,11 @@ fn first(such: fn(&Request) -> bool, fate: Fate) -> impl Fn(&Request) -> Fate {
 
 #[test]
 fn an_upload_survives_what_happens_to_one_of_its_requests() {
-    let kinds: [(&str, fn(&Request) -> bool); 3] =
-        [("part", Request::is_part), ("begin", Request::is_begin), ("complete", Request::is_complete)];
+    let kinds: [(&str, Such); 3] = [
+        ("part", Request::is_part),
+        ("begin", Request::is_begin),
+        ("complete", Request::is_complete),
+    ];
     let fates = [
         Fate::Refused(500, "InternalError"),
         Fate::Refused(503, "SlowDown"),

@@ -81,7 +81,7 @@ pub(super) fn run(context: &mut Context<'_>, args: &Ls) -> Result<i32, Failure> 
         let data = data(context, &reader, &view);
         show::json(context.out, &data)?;
     } else {
-        steps(context, &view)?;
+        steps(context, &reader, &view)?;
         if args.step.is_some() {
             for info in &view.steps {
                 shards(context, info)?;
@@ -108,11 +108,16 @@ fn talk(context: &Context<'_>, view: &Overview) -> i32 {
     view.trouble.first().map_or(OK, |e| code_of(e.kind()))
 }
 
-fn steps(context: &mut Context<'_>, view: &Overview) -> Result<(), Failure> {
+fn steps(context: &mut Context<'_>, reader: &Reader, view: &Overview) -> Result<(), Failure> {
     if view.steps.is_empty() {
         return Ok(());
     }
-    let head = ["", "STEP", "ATTEMPT", "STATE", "RAM", "DISK", "SIZE", "SAVED (UTC)", "NOTES"];
+    let durable = match reader.home().kind() {
+        TierKind::Object => TierKind::Object,
+        _ => TierKind::Disk,
+    };
+    let place = tier_name(durable).to_uppercase();
+    let head = ["", "STEP", "ATTEMPT", "STATE", "RAM", &place, "SIZE", "SAVED (UTC)", "NOTES"];
     let mut rows = vec![head.map(String::from).to_vec()];
     for info in &view.steps {
         let resume = view.resume.as_ref() == Some(&info.key);
@@ -122,7 +127,7 @@ fn steps(context: &mut Context<'_>, view: &Overview) -> Result<(), Failure> {
             info.key.attempt.number.to_string(),
             state_text(info),
             share(info, TierKind::Ram),
-            share(info, TierKind::Disk),
+            share(info, durable),
             show::bytes(info.bytes()),
             show::time(info.saved_unix_ms),
             notes(info, resume, view.trouble.is_empty()).join(", "),

@@ -135,7 +135,9 @@ impl Address {
     /// Where the settings that matter come from, for messages.
     pub(super) fn hint(&self) -> String {
         let variables = match self.scheme {
-            Scheme::S3 => "AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID and what else AWS_* says",
+            Scheme::S3 => {
+                "AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID and what else AWS_* says"
+            }
             Scheme::Gcs => "GOOGLE_APPLICATION_CREDENTIALS and what else GOOGLE_* says",
             Scheme::Azure => "AZURE_STORAGE_ACCOUNT_NAME and what else AZURE_* says",
         };
@@ -146,7 +148,10 @@ impl Address {
     ///
     /// # Errors
     /// An option is unknown, or they do not fit together.
-    pub(super) fn connect(&self, options: &Options) -> Result<(Arc<dyn ObjectStore>, Arc<dyn Wire>)> {
+    pub(super) fn connect(
+        &self,
+        options: &Options,
+    ) -> Result<(Arc<dyn ObjectStore>, Arc<dyn Wire>)> {
         let failed = |e| explain(self, format!("use {self}"), e);
         hands(); // What TLS needs is installed there.
         match self.scheme {
@@ -163,7 +168,8 @@ impl Address {
                     builder = builder.with_allow_http(true); // Written out: nothing more is to be asked.
                 }
                 let builder = builder.with_bucket_name(&self.bucket).with_retry(retries());
-                let http = client(&|key| builder.get_config_value(&AmazonS3ConfigKey::Client(key)))?;
+                let http =
+                    client(&|key| builder.get_config_value(&AmazonS3ConfigKey::Client(key)))?;
                 let store = builder.build().map_err(failed)?;
                 Ok((Arc::new(store.clone()), Arc::new(S3::new(store, http))))
             }
@@ -225,8 +231,20 @@ mod tests {
             assert_eq!(address.to_string(), text.trim_end_matches('/'));
         }
         for bad in [
-            "", "b/x", "s3:/b", "s3://", "s3:///x", "http://b/x", "s3://b//x", "s3://b/../x", "s3://b/a/./x",
-            "s3://k:s@b/x", "s3://b/x?versionId=1", "s3://b/x#y", "s3://b/a\\b", "s3://b/a\nb",
+            "",
+            "b/x",
+            "s3:/b",
+            "s3://",
+            "s3:///x",
+            "http://b/x",
+            "s3://b//x",
+            "s3://b/../x",
+            "s3://b/a/./x",
+            "s3://k:s@b/x",
+            "s3://b/x?versionId=1",
+            "s3://b/x#y",
+            "s3://b/a\\b",
+            "s3://b/a\nb",
         ] {
             assert!(bad.parse::<Address>().is_err(), "{bad:?} was taken");
         }

@@ -16,16 +16,21 @@ pub(super) struct Refusal {
 }
 
 const DENIED: &str =
-    "these credentials may not do that: they need to list, read, write and delete below the address";
+    "these credentials may not do that: they need to list, read, write and delete there";
 
 /// A mistake of whoever runs the job, which no retry mends: the store's words for it, and ours.
-const MISTAKES: [(&[&str], &str); 7] = [
+const MISTAKES: [(&[&str], &str); 6] = [
     (
         &["token request", "169.254.169.254", "metadata.google.internal", "CredentialsNotFound"],
         "there are no credentials: neither the environment nor this machine's identity service has any",
     ),
     (
-        &["NoSuchBucket", "ContainerNotFound", "The specified bucket does not exist"],
+        &[
+            "NoSuchBucket",
+            "ContainerNotFound",
+            "InvalidBucketName",
+            "The specified bucket does not exist",
+        ],
         "there is no such bucket: create it, or correct the address",
     ),
     (
@@ -41,12 +46,13 @@ const MISTAKES: [(&[&str], &str); 7] = [
         "the bucket is in another region: set aws_region (AWS_REGION) to the bucket's",
     ),
     (
-        &["AccessDenied", "Forbidden", "AuthorizationPermissionMismatch", "InsufficientAccountPermissions"],
+        &[
+            "AccessDenied",
+            "Forbidden",
+            "AuthorizationPermissionMismatch",
+            "InsufficientAccountPermissions",
+        ],
         DENIED,
-    ),
-    (
-        &["InvalidBucketName"],
-        "that is no name of a bucket: correct the address",
     ),
 ];
 
@@ -66,7 +72,7 @@ pub(super) fn explain(address: &Address, doing: String, e: object_store::Error) 
         Theirs::UnknownConfigurationKey { key, .. } => {
             Error::invalid(format!("{key:?} is no option of {}", address.scheme()))
         }
-        other => Error::Io { what: doing, source: io::Error::other(Answer(chain(&other))) },
+        other => no_answer(doing, plainly(chain(&other))),
     }
 }
 
@@ -75,9 +81,11 @@ pub(super) fn refused(address: &Address, doing: String, status: u16, refusal: &R
     let Refusal { code, message } = refusal;
     let known = mistake(code).or_else(|| mistake(message));
     // HEAD has no body to say more in.
-    let known = known.or_else(|| if matches!(status, 401 | 403) { Some(DENIED) } else { None });
+    let known = known.or(matches!(status, 401 | 403).then_some(DENIED));
     match (known, status) {
-        (Some(mistake), _) => Error::invalid(format!("could not {doing}: {mistake} ({})", address.hint())),
+        (Some(mistake), _) => {
+            Error::invalid(format!("could not {doing}: {mistake} ({})", address.hint()))
+        }
         (None, 404) => Error::NotFound { what: doing_object(&doing) },
         (None, _) => {
             let text = format!("the store answered {status} {code} {message}");
@@ -122,8 +130,21 @@ impl std::fmt::Display for Answer {
 
 impl std::error::Error for Answer {}
 
+/// Nobody there: that is all there is to say. What else went wrong is told in the library's words.
+fn plainly(text: String) -> String {
+    let nobody =
+        [("Connection refused", "nothing listens there"), ("dns error", "it has no address")];
+    let known = nobody.iter().find(|(words, _)| text.contains(words));
+    let Some((_, why)) = known else { return text };
+    let url = text
+        .split("://")
+        .nth(1)
+        .and_then(|rest| rest.split(['/', ' ']).next())
+        .unwrap_or("the store");
+    format!("{url} does not answer: {why}; is the endpoint right?")
+}
+
 /// A request that had no answer.
 pub(super) fn no_answer(doing: String, why: String) -> Error {
     Error::Io { what: doing, source: io::Error::other(Answer(why)) }
 }
-

@@ -1,11 +1,7 @@
 //! Where the requests to object storage run: a small runtime of its own, apart from the training and from
 //! the agent's, and the bridge to it from threads that block.
 
-use std::{
-    future::Future,
-    sync::LazyLock,
-    time::Duration,
-};
+use std::{future::Future, sync::LazyLock, time::Duration};
 
 use tokio::runtime::{Builder, Runtime};
 

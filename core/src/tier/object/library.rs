@@ -7,7 +7,9 @@ use std::{fmt, sync::Arc};
 
 use async_trait::async_trait;
 use object_store::{
-    ObjectStore, ObjectStoreExt, PutPayload, multipart::{MultipartStore, PartId}, path::Path,
+    ObjectStore, ObjectStoreExt, PutPayload,
+    multipart::{MultipartStore, PartId},
+    path::Path,
 };
 
 use super::wire::{Body, Failure, Stat, Stored, Tag, Unfinished, Wire};
@@ -52,15 +54,32 @@ impl<S: ObjectStore + MultipartStore + fmt::Display> Wire for Library<S> {
         Ok(self.store.create_multipart(to).await?)
     }
 
-    async fn part(&self, to: &Path, id: &str, index: u32, body: Body, _crc: u32) -> Result<Tag, Failure> {
+    async fn part(
+        &self,
+        to: &Path,
+        id: &str,
+        index: u32,
+        body: Body,
+        _crc: u32,
+    ) -> Result<Tag, Failure> {
         let payload = collected(body).await?;
         let part = self.store.put_part(to, &id.to_owned(), index as usize, payload).await?;
         Ok(Tag(part.content_id))
     }
 
-    async fn complete(&self, to: &Path, id: &str, parts: Vec<Tag>, _crc: u32) -> Result<(), Failure> {
+    async fn complete(
+        &self,
+        to: &Path,
+        id: &str,
+        parts: Vec<Tag>,
+        _crc: u32,
+    ) -> Result<(), Failure> {
         let parts = parts.into_iter().map(|Tag(content_id)| PartId { content_id }).collect();
-        self.store.complete_multipart(to, &id.to_owned(), parts).await.map(drop).map_err(Failure::from)
+        self.store
+            .complete_multipart(to, &id.to_owned(), parts)
+            .await
+            .map(drop)
+            .map_err(Failure::from)
     }
 
     async fn stat(&self, at: &Path) -> Result<Option<Stat>, Failure> {

@@ -65,7 +65,9 @@ pub struct ObjectTier {
 pub fn open(url: &str, options: &Options) -> Result<Arc<dyn Tier>> {
     if let Some(path) = url.strip_prefix("file://") {
         if !path.starts_with('/') {
-            return Err(Error::invalid(format!("{url:?} is no address: file:// and an absolute path")));
+            return Err(Error::invalid(format!(
+                "{url:?} is no address: file:// and an absolute path"
+            )));
         }
         if let Some(name) = options.keys().next() {
             return Err(Error::invalid(format!("{name:?}: a directory has no options")));
@@ -99,12 +101,15 @@ impl ObjectTier {
     /// The store did not answer.
     pub fn unfinished(&self) -> Result<Option<usize>> {
         let found = wait(self.wire.unfinished(self.address.prefix()));
-        let found = found.map_err(|e| e.explained(&self.address, format!("list the uploads in {}", self.address)))?;
+        let found = found.map_err(|e| {
+            e.explained(&self.address, format!("list the uploads in {}", self.address))
+        })?;
         Ok(found.map(|uploads| uploads.len()))
     }
 
     fn path(&self, name: &str) -> Result<Path> {
-        let good = |part: &str| !part.is_empty() && part != "." && part != ".." && !part.contains('\0');
+        let good =
+            |part: &str| !part.is_empty() && part != "." && part != ".." && !part.contains('\0');
         let wrong = || Error::invalid(format!("{name:?} is not a name in a tier"));
         if !name.split('/').all(good) {
             return Err(wrong());
@@ -147,7 +152,9 @@ impl Tier for ObjectTier {
             None => upload.run()?,
             Some(Met::Same) => {}
             Some(Met::Unknown) if same_bytes(&*self.open(name)?, payload)? => {}
-            Some(_) => return Err(Error::invalid(format!("{} is there already", self.label(name)))),
+            Some(_) => {
+                return Err(Error::invalid(format!("{} is there already", self.label(name))));
+            }
         }
         Ok(receipt)
     }
@@ -182,9 +189,8 @@ impl Tier for ObjectTier {
         let path = if dir.is_empty() { self.address.prefix().clone() } else { self.path(dir)? };
         let listed = wait(self.store.list_with_delimiter(Some(&path)));
         let listed = listed.map_err(|e| self.explained("list", dir, e))?;
-        let entry = |path: &Path, is_dir| {
-            path.filename().map(|name| Entry { name: name.into(), is_dir })
-        };
+        let entry =
+            |path: &Path, is_dir| path.filename().map(|name| Entry { name: name.into(), is_dir });
         let dirs = listed.common_prefixes.iter().filter_map(|path| entry(path, true));
         let files = listed.objects.iter().filter_map(|meta| entry(&meta.location, false));
         let mut entries: Vec<Entry> = dirs.chain(files).collect();
@@ -277,7 +283,8 @@ impl Source for Object {
         let mut again = || wait(self.read(offset, into));
         let read = (&mut again).retry(patience()).when(broke_off).call();
         read.map_err(|e| {
-            let what = format!("read {}://{}/{}", self.address.scheme(), self.address.bucket(), self.path);
+            let what =
+                format!("read {}://{}/{}", self.address.scheme(), self.address.bucket(), self.path);
             explain(&self.address, what, e)
         })
     }
@@ -295,12 +302,21 @@ impl Payload for Mended<'_> {
         self.source.len()
     }
 
-    fn block<'a>(&'a self, offset: u64, len: usize, scratch: &'a mut AlignedBuf) -> Result<&'a [u8]> {
+    fn block<'a>(
+        &'a self,
+        offset: u64,
+        len: usize,
+        scratch: &'a mut AlignedBuf,
+    ) -> Result<&'a [u8]> {
         scratch.ensure(len);
-        let there = usize::try_from(self.len().saturating_sub(offset)).unwrap_or(usize::MAX).min(len);
+        let there =
+            usize::try_from(self.len().saturating_sub(offset)).unwrap_or(usize::MAX).min(len);
         self.source.read_at(offset, &mut scratch[..there])?;
         scratch[there..len].fill(0);
-        let (begin, end) = (self.offset.max(offset), (self.offset + self.bytes.len() as u64).min(offset + there as u64));
+        let (begin, end) = (
+            self.offset.max(offset),
+            (self.offset + self.bytes.len() as u64).min(offset + there as u64),
+        );
         if begin < end {
             let at = |x: u64, from: u64| usize::try_from(x - from).unwrap_or(usize::MAX);
             scratch[at(begin, offset)..at(end, offset)]

@@ -232,7 +232,14 @@ impl Wire for S3 {
         Ok(begun.upload_id)
     }
 
-    async fn part(&self, to: &Path, id: &str, index: u32, body: Body, crc: u32) -> Result<Tag, Failure> {
+    async fn part(
+        &self,
+        to: &Path,
+        id: &str,
+        index: u32,
+        body: Body,
+        crc: u32,
+    ) -> Result<Tag, Failure> {
         let request = Request::new(Method::PUT, to)
             .query("partNumber", (index + 1).to_string())
             .query("uploadId", id)
@@ -242,7 +249,13 @@ impl Wire for S3 {
         tag.map(Tag).ok_or_else(|| Failure::NoAnswer("it gave a part no ETag".into()))
     }
 
-    async fn complete(&self, to: &Path, id: &str, parts: Vec<Tag>, crc: u32) -> Result<(), Failure> {
+    async fn complete(
+        &self,
+        to: &Path,
+        id: &str,
+        parts: Vec<Tag>,
+        crc: u32,
+    ) -> Result<(), Failure> {
         let mut text = String::from("<CompleteMultipartUpload>");
         for (number, Tag(tag)) in (1..).zip(&parts) {
             let tag = quick_xml::escape::escape(tag);
@@ -294,7 +307,10 @@ impl Wire for S3 {
             let before = (key.clone(), id.clone());
             for line in page.uploads {
                 let wrong = |e| Failure::NoAnswer(format!("{:?} is no key: {e}", line.key));
-                found.push(Unfinished { to: Path::parse(&line.key).map_err(wrong)?, id: line.upload_id });
+                found.push(Unfinished {
+                    to: Path::parse(&line.key).map_err(wrong)?,
+                    id: line.upload_id,
+                });
             }
             (key, id) = (
                 page.next_key_marker.unwrap_or_default(),

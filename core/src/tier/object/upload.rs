@@ -236,11 +236,14 @@ impl Upload<'_> {
                 }
             }
         };
-        once.retry(patience()).when(Trouble::may_pass).notify(|trouble, pause| {
-            if let Trouble::Theirs(failure) = trouble {
-                tracing::debug!("{}: {failure}: again in {pause:?}", self.deed("write"));
-            }
-        }).call()
+        once.retry(patience())
+            .when(Trouble::may_pass)
+            .notify(|trouble, pause| {
+                if let Trouble::Theirs(failure) = trouble {
+                    tracing::debug!("{}: {failure}: again in {pause:?}", self.deed("write"));
+                }
+            })
+            .call()
     }
 
     /// Asks something short.
@@ -262,7 +265,12 @@ impl Upload<'_> {
         let (resumed, others) = self.found(part, crcs.len())?;
         let done = match resumed {
             Some((id, have)) => {
-                tracing::info!("{}: goes on, {} of {} parts are there", self.deed("write"), have.len(), crcs.len());
+                tracing::info!(
+                    "{}: goes on, {} of {} parts are there",
+                    self.deed("write"),
+                    have.len(),
+                    crcs.len()
+                );
                 self.finish(&id, have, part, crcs, crc)
             }
             None => Ok(false),
@@ -303,7 +311,11 @@ impl Upload<'_> {
 
     /// An upload of this name that was begun, with the parts that fit; and all others.
     #[expect(clippy::type_complexity, reason = "taken apart where it is called")]
-    fn found(&self, part: u64, count: usize) -> Result<(Option<(String, Vec<Stored>)>, Vec<String>), Trouble> {
+    fn found(
+        &self,
+        part: u64,
+        count: usize,
+    ) -> Result<(Option<(String, Vec<Stored>)>, Vec<String>), Trouble> {
         let Some(unfinished) = self.ask(|| self.wire.unfinished(self.to))? else {
             return Ok((None, Vec::new()));
         };
@@ -315,7 +327,9 @@ impl Upload<'_> {
                 other => other?,
             };
             let len = |index: u32| (self.payload.len() - u64::from(index) * part).min(part);
-            have.retain(|stored| (stored.index as usize) < count && stored.len == len(stored.index));
+            have.retain(|stored| {
+                (stored.index as usize) < count && stored.len == len(stored.index)
+            });
             match &best {
                 Some((_, most)) if most.len() >= have.len() => others.push(upload.id),
                 _ => others.extend(best.replace((upload.id, have)).map(|(id, _)| id)),
@@ -403,13 +417,16 @@ impl Upload<'_> {
     /// Whether the object lies there as it is meant to be.
     fn is_there(&self, crc: u32) -> Result<bool, Trouble> {
         let stat = self.ask(|| self.wire.stat(self.to))?;
-        Ok(stat.is_some_and(|stat| stat.len == self.payload.len() && stat.crc32.is_none_or(|c| c == crc)))
+        Ok(stat.is_some_and(|stat| {
+            stat.len == self.payload.len() && stat.crc32.is_none_or(|c| c == crc)
+        }))
     }
 
     /// What the store says of it must be what was sent.
     fn verify(&self, crc: u32) -> Result<()> {
         let deed = || self.deed("verify");
-        let stat = self.ask(|| self.wire.stat(self.to)).map_err(|e| e.explained(self.address, deed()))?;
+        let stat =
+            self.ask(|| self.wire.stat(self.to)).map_err(|e| e.explained(self.address, deed()))?;
         let (len, there) = (self.payload.len(), stat.map_or(0, |stat| stat.len));
         match stat {
             Some(Stat { crc32: Some(other), .. }) if other != crc => Err(Error::damaged(
@@ -434,7 +451,8 @@ impl<T> Abort<Result<T, Failure>> {
             Some(Ok(answer)) => answer.map_err(Trouble::Theirs),
             Some(Err(e)) => Err(Trouble::Ours(Error::Bug(format!("a request ended badly: {e}")))),
             None => {
-                let why = format!("no answer within {} s after all bytes were sent", STALLED.as_secs());
+                let why =
+                    format!("no answer within {} s after all bytes were sent", STALLED.as_secs());
                 Err(Failure::NoAnswer(why).into())
             }
         }
@@ -455,7 +473,10 @@ mod tests {
     fn a_part_is_whole_chunks_and_there_are_never_too_many() {
         for len in [1, PART_BYTES, PART_BYTES + 1, 1 << 30, 156 << 30, 1 << 40, 40 << 40] {
             let part = part_bytes(len);
-            assert!(part.is_multiple_of(CHUNK_BYTES) && len.div_ceil(part) <= PARTS_MAX, "{len}: {part}");
+            assert!(
+                part.is_multiple_of(CHUNK_BYTES) && len.div_ceil(part) <= PARTS_MAX,
+                "{len}: {part}"
+            );
             assert!((5 << 20..5 << 30).contains(&part), "{len}: {part}");
         }
         assert_eq!((part_bytes(1 << 30), part_bytes(1 << 40)), (16 << 20, 108 << 20));

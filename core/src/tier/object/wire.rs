@@ -62,7 +62,9 @@ pub(super) enum Failure {
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Refused(status, refusal) => write!(f, "{status} {} {}", refusal.code, refusal.message),
+            Self::Refused(status, refusal) => {
+                write!(f, "{status} {} {}", refusal.code, refusal.message)
+            }
             Self::NoAnswer(why) => f.write_str(why),
             Self::Library(e) => e.fmt(f),
         }
@@ -97,7 +99,8 @@ impl Failure {
 
     /// The bytes that came are not those that were sent, by the store's own count.
     pub(super) fn is_bad_digest(&self) -> bool {
-        matches!(self, Self::Refused(_, r) if r.code == "BadDigest" || r.code == "XAmzContentChecksumMismatch")
+        let digests = ["BadDigest", "XAmzContentChecksumMismatch"];
+        matches!(self, Self::Refused(_, refusal) if digests.contains(&&*refusal.code))
     }
 
     /// There is no such upload: it was completed or aborted.
@@ -122,9 +125,17 @@ pub(super) trait Wire: Send + Sync + fmt::Debug {
     /// Begins an object in parts.
     async fn begin(&self, to: &Path) -> Result<String, Failure>;
     /// Sends one; the same one again replaces it.
-    async fn part(&self, to: &Path, id: &str, index: u32, body: Body, crc: u32) -> Result<Tag, Failure>;
+    async fn part(
+        &self,
+        to: &Path,
+        id: &str,
+        index: u32,
+        body: Body,
+        crc: u32,
+    ) -> Result<Tag, Failure>;
     /// Makes the object appear, of these parts in this order. `crc`: of all bytes.
-    async fn complete(&self, to: &Path, id: &str, parts: Vec<Tag>, crc: u32) -> Result<(), Failure>;
+    async fn complete(&self, to: &Path, id: &str, parts: Vec<Tag>, crc: u32)
+    -> Result<(), Failure>;
     /// What lies there; `None`: nothing.
     async fn stat(&self, at: &Path) -> Result<Option<Stat>, Failure>;
     /// Uploads below a path that were begun and not ended; `None` where the store does not tell.
