@@ -352,7 +352,13 @@ fn reach_of(
     if !trouble.is_empty() {
         return Ok((Reach::Broken(trouble), None));
     }
-    let Some(first) = first else { return Ok((Reach::Unfinished(Vec::new()), None)) };
+    let Some(first) = first else {
+        let reach = match found.sealed() {
+            true => Reach::Broken(vec!["no rank's shard is left in any tier".into()]),
+            false => Reach::Unfinished(Vec::new()),
+        };
+        return Ok((reach, None));
+    };
     let run = Some(first.identity.run_id);
     let savers = first.identity.savers.clone();
     let missing: Vec<u32> =

@@ -1,7 +1,10 @@
 //! The object tier against real servers, and against a proxy between it and them.
 #![allow(clippy::unwrap_used, clippy::disallowed_methods, clippy::print_stdout)] // Tests.
 
+#[path = "../common/mod.rs"]
+mod common;
 mod proxy;
+mod runs;
 mod servers;
 mod uploads;
 

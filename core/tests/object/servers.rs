@@ -151,39 +151,59 @@ fn seaweed() -> &'static Server {
     })
 }
 
-/// The bucket that all tests share. A server that has just begun to listen may not take it yet.
-fn make_bucket(server: &Server) {
-    use object_store::{
-        ObjectStore as _,
-        aws::AmazonS3Builder,
-        path::Path,
-        signer::{Method, Signer as _},
-    };
-    let store = AmazonS3Builder::new()
-        .with_endpoint(format!("http://127.0.0.1:{}", server.port))
+fn client(port: u16) -> object_store::aws::AmazonS3 {
+    let _ = rustls::crypto::ring::default_provider().install_default(); // Once is enough.
+    object_store::aws::AmazonS3Builder::new()
+        .with_endpoint(format!("http://127.0.0.1:{port}"))
         .with_region("us-east-1")
         .with_allow_http(true)
         .with_bucket_name("bucket")
         .with_access_key_id(KEY.0)
         .with_secret_access_key(KEY.1)
         .build()
-        .expect("client");
-    let runtime =
-        tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
+        .expect("client")
+}
+
+fn wait<T>(work: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.expect("runtime").block_on(work)
+}
+
+/// The bucket that all tests share. A server that has just begun to listen may not take it yet.
+fn make_bucket(server: &Server) {
+    use object_store::{ObjectStore as _, path::Path, signer::{Method, Signer as _}};
+    let store = client(server.port);
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
-        let url =
-            runtime.block_on(store.signed_url(Method::PUT, &Path::ROOT, Duration::from_secs(60)));
-        let url = url.expect("url");
+        let url = wait(store.signed_url(Method::PUT, &Path::ROOT, Duration::from_secs(60))).expect("url");
         let query = url.query().unwrap_or_default();
         let answer = http(server.port, &format!("PUT {}?{query}", url.path()), "");
-        let listed = runtime.block_on(store.list_with_delimiter(None));
-        if answer.contains(" 200 ") && listed.is_ok() {
+        if answer.contains(" 200 ") && wait(store.list_with_delimiter(None)).is_ok() {
             return;
         }
         assert!(Instant::now() < deadline, "no bucket: {answer}");
         std::thread::sleep(Duration::from_millis(100));
     }
+}
+
+/// Puts an object under a key that no path of ours has; `name` follows the place's own key.
+pub(crate) fn put_raw(place: &Place, name: &str) {
+    use object_store::aws::AwsAuthorizer;
+    let port = s3_port();
+    let key = place.url.strip_prefix("s3://bucket/").expect("a bucket of ours");
+    let store = client(port);
+    let credential = wait(store.credentials().get_credential()).expect("credentials");
+    let url = format!("http://127.0.0.1:{port}/bucket/{key}{name}");
+    let body = object_store::client::HttpRequestBody::from(b"foreign".to_vec());
+    let mut request = http::Request::builder().method("PUT").uri(&url).body(body).expect("request");
+    let signer = AwsAuthorizer::new(&credential, "s3", "us-east-1");
+    signer.try_authorize(&mut request, None).expect("sign");
+    let mut head = format!("PUT /bucket/{key}{name} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n");
+    for (name, value) in request.headers().iter().filter(|(name, _)| *name != "host") {
+        head += &format!("{name}: {}\r\n", value.to_str().expect("text"));
+    }
+    let answer = say(port, &format!("{head}Content-Length: 7\r\nConnection: close\r\n\r\nforeign"));
+    assert!(answer.contains(" 200 "), "{name:?}: {answer}");
 }
 
 /// A place in the bucket of the S3 server.
