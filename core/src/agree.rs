@@ -56,6 +56,8 @@ pub(crate) enum Own {
     OnDisk,
     /// Other nodes hold it.
     Held,
+    /// It is in the bucket.
+    InBucket,
 }
 
 impl Own {
@@ -64,12 +66,13 @@ impl Own {
             Self::InRam => "inram-",
             Self::OnDisk => "ondisk-",
             Self::Held => "held-",
+            Self::InBucket => "inbucket-",
         }
     }
 }
 
 /// Between a rank and the leader: nobody else listens to that.
-const OWN: [&str; 5] = ["inram-", "ondisk-", "held-", "alike-", "bye-"];
+const OWN: [&str; 6] = ["inram-", "ondisk-", "held-", "inbucket-", "alike-", "bye-"];
 
 /// Whether a due step is saved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -361,6 +364,47 @@ impl Agreements {
     /// The directory did not answer.
     pub fn forget_copies_before(&self, step: u64) -> Result<()> {
         self.forget(&["copy-", "peers-", "held-"], step)
+    }
+
+    /// The leader: `step` is the next one that goes to the bucket.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn send(&self, step: u64) -> Result<()> {
+        self.record(&format!("send-{step:020}"), CARRY).map(drop)
+    }
+
+    /// The newest step that goes to the bucket, as recorded.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn sent(&self) -> Result<Option<u64>> {
+        Ok(self.steps("send-")?.into_iter().max())
+    }
+
+    /// What became of `step` in the bucket: `seen`, unless another rank has said so before.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn in_bucket(&self, step: u64, seen: InRam) -> Result<InRam> {
+        let said = self.record(&format!("bucket-{step:020}"), &seen.word())?;
+        Ok(said.map_or(seen, |word| InRam::of(&word)))
+    }
+
+    /// What [`in_bucket`](Self::in_bucket) answers, where some rank has decided it.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn was_in_bucket(&self, step: u64) -> Result<Option<InRam>> {
+        Ok(self.said(&format!("bucket-{step:020}"))?.map(|word| InRam::of(&word)))
+    }
+
+    /// Forgets what was said of the bucket and steps before `step`.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub fn forget_sent_before(&self, step: u64) -> Result<()> {
+        self.forget(&["send-", "bucket-", "inbucket-"], step)
     }
 
     /// The step after which all ranks stop: as recorded, else `wish`. It stays for as long as the

@@ -316,6 +316,31 @@ pub fn create(tiers: &[&dyn Tier], mut draft: AttemptRecord) -> Result<AttemptRe
     }
 }
 
+/// Keeps in `to` what it lacks of the records that `from` has. One that is there must be the same.
+///
+/// # Errors
+/// A tier did not answer, or another run's record is there.
+pub(crate) fn keep_missing(attempts: &Attempts, from: &[&dyn Tier], to: &dyn Tier) -> Result<()> {
+    let there: std::collections::BTreeSet<String> =
+        to.list(ATTEMPTS)?.into_iter().map(|entry| entry.name).collect();
+    for record in attempts.records() {
+        let number = record.attempt.number;
+        let lacks = |name: &str| name.rsplit('/').next().is_some_and(|file| !there.contains(file));
+        if !lacks(&attempt_file(number)) && !lacks(&copy_file(number)) {
+            continue;
+        }
+        let (_, bytes) = read(from, number)?;
+        for name in [attempt_file(number), copy_file(number)] {
+            if !create_same(to, &name, &bytes)? {
+                let why = format!("{} is of another run or attempt", label(to, &name));
+                return Err(Error::Fenced { why });
+            }
+        }
+    }
+    let untold = |number: &&u32| !there.contains(&format!("{number:08}.joined"));
+    attempts.joined().iter().filter(untold).try_for_each(|number| join_number(to, *number))
+}
+
 /// Keeps another node's record, twice as every tier does. One that is there stays.
 ///
 /// # Errors

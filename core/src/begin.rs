@@ -65,6 +65,8 @@ pub(crate) struct Started {
     pub(crate) restorable: Option<Restorable>,
     /// What is known of other nodes.
     pub(crate) elsewhere: Elsewhere,
+    /// Where what it resumes from is sealed.
+    pub(crate) stands: Stands,
 }
 
 /// What the leader saw of other nodes when it decided; of this rank alone, where it is not the leader.
@@ -201,8 +203,10 @@ fn record_decision(
     let remotes = elsewhere(place, &how.wish, &mut silent)?;
     let far = || remotes.iter().map(|remote| &**remote as &dyn Tier);
     let durable_first: [&dyn Tier; 2] = [&*place.disk, &*place.ram];
-    let tiers: Vec<&dyn Tier> = [&*place.ram, &*place.disk].into_iter().chain(far()).collect();
-    let all: Vec<&dyn Tier> = durable_first.into_iter().chain(far()).collect();
+    let bucket = answering_bucket(place, &how.wish, &mut silent)?;
+    let near: [&dyn Tier; 2] = [&*place.ram, &*place.disk];
+    let tiers: Vec<&dyn Tier> = near.into_iter().chain(far()).chain(bucket).collect();
+    let all: Vec<&dyn Tier> = durable_first.into_iter().chain(far()).chain(bucket).collect();
     let attempts = Attempts::load(&answering(&all, &how.wish, &mut Vec::new())?)?;
     keep_records(&attempts, &all, &durable_first)?;
     let mut wholes = Wholes::default();
@@ -249,7 +253,19 @@ fn record_decision(
         created_unix_ms: place.clock.unix_ms(),
         passed_over: decided.passed_over,
     };
-    Ok((attempt::create(&durable_first, draft)?, seen))
+    // A bucket decides for all clusters that write there.
+    let decides: Vec<&dyn Tier> = bucket.into_iter().chain(durable_first).collect();
+    Ok((attempt::create(&decides, draft)?, seen))
+}
+
+/// The bucket, if there is one that answers.
+fn answering_bucket<'a>(
+    place: &'a Place,
+    wish: &Wish,
+    passed_over: &mut Vec<String>,
+) -> Result<Option<&'a dyn Tier>> {
+    let Some(bucket) = &place.bucket else { return Ok(None) };
+    Ok(answering(&[&**bucket], wish, passed_over)?.first().copied())
 }
 
 /// Which nodes hold something of which rank in RAM.
@@ -456,7 +472,26 @@ fn join_attempt(place: &Place, record: &AttemptRecord, seen: &Seen<'_>) -> Resul
         claim()?;
         find()?
     };
-    Ok(Started { record: record.clone(), restorable, elsewhere: Elsewhere::default() })
+    let stands = Stands::of(place, record)?;
+    Ok(Started { record: record.clone(), restorable, elsewhere: Elsewhere::default(), stands })
+}
+
+/// Where what an attempt resumes from is sealed.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Stands {
+    pub(crate) on_disk: bool,
+    /// As far as it is known: a bucket that is away now is asked again when it is written to.
+    pub(crate) in_bucket: bool,
+}
+
+impl Stands {
+    fn of(place: &Place, record: &AttemptRecord) -> Result<Self> {
+        let Some(key) = record.parent.map(|parent| parent.key()) else { return Ok(Self::default()) };
+        let bucket = place.bucket.as_ref();
+        let in_bucket = |bucket: &Arc<dyn Tier>| Listing::of(&**bucket, &key).is_ok_and(|l| l.sealed);
+        let on_disk = Listing::of(&*place.disk, &key)?.sealed;
+        Ok(Self { on_disk, in_bucket: bucket.is_some_and(in_bucket) })
+    }
 }
 
 /// All ranks of an attempt say the same about it.
@@ -498,7 +533,8 @@ fn find_shard(
     Ok(own)
 }
 
-/// The shard as it lies here; where it does not, it is fetched from other nodes first.
+/// The shard as it lies here; where it does not, it is fetched from other nodes, and only what they have not
+/// is read from the bucket.
 fn find_shard_of(
     place: &Place,
     record: &AttemptRecord,
@@ -506,32 +542,42 @@ fn find_shard_of(
     (rank, mends): (Rank, bool),
     seen: &Seen<'_>,
 ) -> Result<Restorable> {
-    let found = find_shard_here(place, record, key, rank, mends);
-    let lost = matches!(&found, Err(Error::Lost { .. } | Error::NotFound { .. }));
-    match &place.peers {
-        Some(peers) if lost => {
-            if !fetch_shard(place, peers, record, (key, rank), seen)? {
-                return found;
-            }
-            find_shard_here(place, record, key, rank, mends)
+    let near = [&place.ram, &place.disk];
+    let find = |tiers: &[&Arc<dyn Tier>]| find_shard_in(place, record, key, (rank, mends), tiers);
+    let is_lost = |found: &Result<Restorable>| {
+        matches!(found, Err(Error::Lost { .. } | Error::NotFound { .. }))
+    };
+    let mut found = find(&near);
+    if let Some(peers) = place.peers.as_ref().filter(|_| is_lost(&found)) {
+        match fetch_shard(place, peers, record, (key, rank), seen) {
+            Ok(true) => found = find(&near),
+            Ok(false) => {}
+            Err(e) if place.bucket.is_none() => return Err(e),
+            Err(e) => tracing::warn!("{key}, {rank}: no copy from other nodes: {}", e.chain()),
         }
-        _ => found,
     }
+    if let Some(bucket) = place.bucket.as_ref().filter(|_| is_lost(&found)) {
+        found = find(&[&place.ram, &place.disk, bucket]);
+    }
+    if matches!(found, Err(Error::Lost { .. })) && place.config.saves() {
+        mark_bad(&*place.disk, &place.observer, key, rank);
+    }
+    found
 }
 
-fn find_shard_here(
+fn find_shard_in(
     place: &Place,
     record: &AttemptRecord,
     key: &CheckpointKey,
-    rank: Rank,
-    mends: bool,
+    (rank, mends): (Rank, bool),
+    among: &[&Arc<dyn Tier>],
 ) -> Result<Restorable> {
     let marks = place.config.saves();
     let (mut tiers, mut listings, mut silent) = (Vec::new(), Vec::new(), None);
-    for tier in [&place.ram, &place.disk] {
-        match Listing::of(&**tier, key) {
+    for tier in among {
+        match Listing::of(&***tier, key) {
             Ok(listing) => {
-                tiers.push(tier.clone());
+                tiers.push((*tier).clone());
                 listings.push(listing);
             }
             // The step is decided: one good copy elsewhere is enough.
@@ -561,13 +607,10 @@ fn find_shard_here(
     }
     if good.is_empty() {
         let why = if bad.is_empty() {
-            "neither has it".into()
+            "none has it".into()
         } else {
             bad.iter().map(|b| b.why.clone()).collect::<Vec<_>>().join("; ")
         };
-        if marks {
-            mark_bad(&*place.disk, &place.observer, key, rank);
-        }
         return Err(Error::Lost { step: key.step, rank, why });
     }
     Ok(Restorable {

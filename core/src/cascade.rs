@@ -1,7 +1,7 @@
 //! From RAM to disk and to other nodes, behind the training: one step at a time, the same step on every
 //! rank.
 //!
-//! One thread a rank (another one for other nodes, `to_peers`). It watches its rank's shards until all
+//! One thread a rank (others for other nodes, `to_peers`, and from disk to the bucket, `to_object`). It watches its rank's shards until all
 //! ranks have theirs in RAM; the leader then records which step goes to disk next (the newest that is
 //! complete in RAM), every rank writes its shard of that step and keeps its slot until the step is sealed
 //! or given up.
@@ -25,6 +25,7 @@ mod needed;
 mod release;
 mod standing;
 mod to_disk;
+pub(crate) mod to_object;
 mod to_peers;
 mod watching;
 
@@ -37,7 +38,11 @@ use std::{
     time::Duration,
 };
 
-use self::{standing::Standing, to_peers::Copies};
+use self::{
+    standing::Standing,
+    to_object::{Far, Sending},
+    to_peers::Copies,
+};
 use crate::{
     agree::{Agreements, InRam, Own},
     attempt::{self, AttemptRecord},
@@ -152,6 +157,9 @@ pub(crate) struct Parts {
     pub(crate) observer: Observer,
     pub(crate) clock: SharedClock,
     pub(crate) signal: Arc<Signal>,
+    /// The bucket behind the disk, and what of it the attempt resumed from is to go there first.
+    pub(crate) far: Option<Far>,
+    pub(crate) first_for_bucket: Option<u64>,
     /// The other agents, and how many of them are to have each shard.
     pub(crate) peers: Option<Peers>,
     pub(crate) replicas: usize,
@@ -166,6 +174,8 @@ pub(crate) struct Parts {
 pub(crate) struct Cascade {
     parts: Parts,
     work: Mutex<Work>,
+    /// Locked for moments, also while `work` is; never the other way round.
+    sending: Mutex<Sending>,
     /// The job stops after this step; `u64::MAX` while nobody has asked.
     last: AtomicU64,
     /// This step goes to disk though its turn would not come; `u64::MAX`: none.
@@ -199,7 +209,8 @@ impl Cascade {
         let work =
             Work { copies, newest, parent_waits, read_until, shards, unchecked, ..Work::default() };
         let (last, hurried) = (AtomicU64::new(u64::MAX), AtomicU64::new(u64::MAX));
-        let cascade = Arc::new(Self { parts, work: Mutex::new(work), last, hurried });
+        let sending = Mutex::new(Sending::beginning_with(parts.first_for_bucket));
+        let cascade = Arc::new(Self { parts, work: Mutex::new(work), sending, last, hurried });
         cascade.resume_carry()?;
         Ok(cascade)
     }
@@ -263,6 +274,7 @@ impl Cascade {
         if self.is_due(save.step()) {
             save.set_due_for_disk();
         }
+        self.mark_due_for_bucket(save);
     }
 
     /// A shard is about to be published in RAM: known here before anybody can see its manifest.

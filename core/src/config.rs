@@ -6,6 +6,7 @@ use std::{
 };
 
 use crate::{
+    bucket::Bucket,
     error::{Doing, Error, Result},
     names::{Id, check_run_name},
     state::replicas::Rule,
@@ -57,6 +58,8 @@ pub struct Config {
     pub disk_wait: Duration,
     /// Copies of each shard on other nodes, where the agent has others; `None`: 1. `TIERKEEP_REPLICAS`.
     pub replicas: Option<u32>,
+    /// The bucket behind the disk, where there is one.
+    pub bucket: Option<Bucket>,
     /// How long the copies of a step may take before it is given up.
     pub peer_wait: Duration,
     /// How long a rank waits for the others' shards of an older step before it takes that step's
@@ -94,6 +97,7 @@ impl Config {
             slot_wait: seconds(600),
             disk_wait: seconds(1800),
             replicas: number("TIERKEEP_REPLICAS")?,
+            bucket: None,
             peer_wait: seconds(120),
             stragglers_wait: seconds(10),
         })
@@ -129,7 +133,7 @@ impl Config {
                 rule.pattern, rule.ranks
             )
         } else {
-            return Ok(());
+            return self.bucket.as_ref().map_or(Ok(()), |bucket| bucket.check(self.disk_every));
         };
         Err(Error::invalid(wrong))
     }
@@ -230,7 +234,7 @@ pub(crate) fn absolute(path: &Path) -> Result<PathBuf> {
     std::path::absolute(path).at("find", path)
 }
 
-fn number<T: std::str::FromStr>(name: &str) -> Result<Option<T>> {
+pub(crate) fn number<T: std::str::FromStr>(name: &str) -> Result<Option<T>> {
     match std::env::var(name) {
         Ok(text) if text.is_empty() => Ok(None),
         Ok(text) => text

@@ -32,11 +32,10 @@ pub(crate) use self::{ending::Ending, local::Local};
 use crate::{
     agree::{Agreements, home::Home},
     attempt::AttemptRecord,
-    begin::{Begin, Elsewhere, begin},
+    begin::{Begin, Elsewhere, Stands, begin},
     cascade::{Cascade, Parts, Shard},
     chunk::CHUNK_BYTES,
     clock::{SharedClock, SystemClock},
-    commit::Listing,
     config::Config,
     error::{Doing, Error, Result},
     names::{CheckpointKey, Id, Rank},
@@ -93,6 +92,17 @@ impl Behind {
             .map_err(|source| Error::Io { what: format!("start the thread {name}"), source })?;
         Ok(Self { thread, over })
     }
+}
+
+/// What an attempt begins with on this node.
+struct FoundHere {
+    /// What it resumed from is not sealed on disk, nor in the bucket.
+    parent_waits: bool,
+    /// The step that it resumed from, where the disk has it and the bucket has not.
+    first_for_bucket: Option<u64>,
+    shards: Vec<Shard>,
+    /// A trainer is about to read it.
+    is_read: bool,
 }
 
 /// Where an owner lives.
@@ -167,6 +177,8 @@ impl Keeper {
         takes_over(ownership.id())?;
         disk.sweep(Rank(config.rank), true)?;
         let disk = wrap(Arc::new(Retried::new(disk, clock.clone())));
+        let bucket = config.bucket.as_ref().map(|bucket| bucket.open(&clock)).transpose()?;
+        let bucket = bucket.map(wrap);
         let signal = Arc::new(Signal::default());
         let arena = Arena::new(
             ram.clone(),
@@ -182,7 +194,7 @@ impl Keeper {
         let closed = AtomicBool::new(false);
         let pid = std::process::id();
         let desk = Arc::new(Desk { config, observer, clock, signal, closed, start, nonce, pid });
-        let place = Place { desk, ram, disk, arena, peers };
+        let place = Place { desk, ram, disk, bucket, arena, peers };
         let start_lock = if place.config.leads() { Some(place.start_lock()?) } else { None };
         Ok(Self {
             place,
@@ -236,16 +248,17 @@ impl Keeper {
             found.slot = place.arena.find(&found.key).and_then(|slot| slot.map().cloned());
             found
         });
-        let waits = match &keep {
-            Some(key) => !Listing::of(&*place.disk, key)?.sealed,
-            None => false,
-        };
+        let Stands { on_disk, in_bucket } = started.stands;
+        // What the bucket has is durable: no slot waits to bring it to disk.
+        let waits = keep.is_some() && !on_disk && !in_bucket;
+        let first_for_bucket = keep.as_ref().filter(|_| on_disk && !in_bucket).map(|key| key.step.0);
         // What is not sealed goes to disk from its slot, and to other nodes whatever is.
         let resumed = restorable.as_ref().filter(|_| waits || place.replicas() > 0);
         let resumed = resumed.and_then(|found| resumed_shard(&place.arena, found));
         let resumed = resumed.into_iter().collect();
         let record = started.record.clone();
-        let cascade = self.run(started.record, started.elsewhere, waits, resumed, true)?;
+        let found = FoundHere { parent_waits: waits, first_for_bucket, shards: resumed, is_read: true };
+        let cascade = self.run(started.record, started.elsewhere, found)?;
         let cascade = Arc::downgrade(&cascade);
         if place.is_spread() && place.config.leads() {
             self.announce(&record)?;
@@ -261,9 +274,7 @@ impl Keeper {
         &self,
         record: AttemptRecord,
         elsewhere: Elsewhere,
-        parent_waits: bool,
-        found: Vec<Shard>,
-        is_read: bool,
+        found: FoundHere,
     ) -> Result<Arc<Cascade>> {
         let place = &self.place;
         let agreements = self.agreements(&record)?;
@@ -276,13 +287,15 @@ impl Keeper {
             observer: place.observer.clone(),
             clock: place.clock.clone(),
             signal: place.signal.clone(),
+            far: place.far(),
+            first_for_bucket: found.first_for_bucket,
             peers: place.peers.clone(),
             replicas: place.replicas(),
             fallback: elsewhere.fallback.clone(),
             holders: elsewhere.holders.get(&place.config.rank).cloned().unwrap_or_default(),
         };
         // Directories are asked here, before anybody is kept waiting.
-        let cascade = Cascade::new(parts, parent_waits, found, is_read)?;
+        let cascade = Cascade::new(parts, found.parent_waits, found.shards, found.is_read)?;
         let mut running = locked(&self.running);
         if place.config.leads() {
             let roster = peers_name(place).map(|me| (place.config.rank, me));
@@ -293,6 +306,10 @@ impl Keeper {
         let mut threads = vec![Behind::start("tierkeep-disk", &cascade, place, Cascade::run)?];
         if place.replicas() > 0 {
             let begun = Behind::start("tierkeep-peers", &cascade, place, Cascade::run_to_peers);
+            threads.push(begun.inspect_err(|_| cascade.stop(None))?);
+        }
+        if place.bucket.is_some() {
+            let begun = Behind::start("tierkeep-object", &cascade, place, Cascade::run_to_bucket);
             threads.push(begun.inspect_err(|_| cascade.stop(None))?);
         }
         *running = Some(Running { record, cascade: cascade.clone(), threads });
@@ -438,7 +455,8 @@ impl Keeper {
 
     /// The tiers, nearest first.
     pub(crate) fn tiers(&self) -> Vec<Arc<dyn Tier>> {
-        vec![self.place.ram.clone(), self.place.disk.clone()]
+        let place = &self.place;
+        [&place.ram, &place.disk].into_iter().chain(&place.bucket).cloned().collect()
     }
 }
 

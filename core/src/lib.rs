@@ -1,7 +1,7 @@
 //! Multi-tier checkpoints: a training state goes in at the top of this page and comes out at the
 //! bottom, bit for bit.
 //!
-//! state -> snapshot -> tiers (memory, disk) -> cascade -> commit -> restore
+//! state -> snapshot -> tiers (memory, disk, object) -> cascade -> commit -> restore
 //!
 //! The modules below are declared in that order. Reading them top to bottom is following one
 //! checkpoint through its life. The page of promises is `core/GUARANTEES.md`, the formats are
@@ -11,6 +11,7 @@ pub mod checkpointer;
 mod owner;
 mod keeper;
 pub mod config;
+pub mod bucket;
 mod place;
 pub mod begin;
 

@@ -71,6 +71,16 @@ pub struct Counters {
     pub peer_failed: AtomicU64,
     /// Copies that another node refused, or did not take: the next one was asked.
     pub peer_refused: AtomicU64,
+    /// Bytes sent to the bucket.
+    pub object_bytes: AtomicU64,
+    /// Nanoseconds of sending to the bucket.
+    pub object_ns: AtomicU64,
+    /// Checkpoints sealed in the bucket (as seen by this rank).
+    pub object_sealed: AtomicU64,
+    /// Steps that were due for the bucket and passed over: a newer one went.
+    pub object_passed_over: AtomicU64,
+    /// Steps that were given up for the bucket.
+    pub object_failed: AtomicU64,
     /// Bytes that came back from other nodes, for a restore.
     pub peer_fetched_bytes: AtomicU64,
     /// Chunks that did not match their checksum.

@@ -11,6 +11,7 @@ use std::{
 };
 
 use crate::{
+    cascade::to_object::Far,
     clock::SharedClock,
     config::Config,
     error::{Error, Result},
@@ -70,6 +71,8 @@ pub(crate) struct Place {
     pub(crate) desk: Arc<Desk>,
     pub(crate) ram: Arc<dyn Tier>,
     pub(crate) disk: Arc<dyn Tier>,
+    /// The bucket behind it.
+    pub(crate) bucket: Option<Arc<dyn Tier>>,
     pub(crate) arena: Arc<Arena>,
     /// The other agents.
     pub(crate) peers: Option<Peers>,
@@ -86,6 +89,12 @@ impl Place {
     /// The ranks are on several nodes, perhaps, and do not see each other's directories.
     pub(crate) fn is_spread(&self) -> bool {
         self.peers.is_some() && !self.config.is_lone()
+    }
+
+    /// The bucket, and what is asked of it.
+    pub(crate) fn far(&self) -> Option<Far> {
+        let (tier, settings) = (self.bucket.clone()?, self.config.bucket.clone()?);
+        Some(Far { tier, settings })
     }
 
     /// How many copies of each shard are to be on other nodes.

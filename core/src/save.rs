@@ -34,6 +34,8 @@ pub enum Level {
     Peer,
     /// It survives a reboot.
     Disk,
+    /// It survives the cluster.
+    Object,
 }
 
 impl Level {
@@ -45,6 +47,7 @@ impl Level {
             Self::Ram => "ram",
             Self::Peer => "peer",
             Self::Disk => "disk",
+            Self::Object => "object",
         }
     }
 }
@@ -63,12 +66,15 @@ struct Stages {
     ram: Stage,
     peer: Stage,
     disk: Stage,
+    object: Stage,
     ram_own: Stage,
     peer_own: Stage,
     disk_own: Stage,
+    object_own: Stage,
     bytes: u64,
     peer_bytes: u64,
     disk_bytes: u64,
+    object_bytes: u64,
     skipped: Option<String>,
     /// It was this rank alone that passed it over.
     alone: bool,
@@ -87,6 +93,8 @@ impl Stages {
             (Level::Peer, true) => &mut self.peer_own,
             (Level::Disk, false) => &mut self.disk,
             (Level::Disk, true) => &mut self.disk_own,
+            (Level::Object, false) => &mut self.object,
+            (Level::Object, true) => &mut self.object_own,
         }
     }
 }
@@ -100,6 +108,8 @@ pub struct Progress {
     pub peer_bytes: u64,
     /// Of them, written to disk.
     pub disk_bytes: u64,
+    /// Of them, sent to the bucket.
+    pub object_bytes: u64,
     /// The levels that the whole checkpoint has reached.
     pub staged: bool,
     /// It survives the process.
@@ -108,6 +118,8 @@ pub struct Progress {
     pub peer: bool,
     /// It survives a reboot.
     pub disk: bool,
+    /// It survives the cluster.
+    pub object: bool,
     /// Why nothing was saved, where nothing was.
     pub skipped: Option<String>,
     /// The first failure, with its causes.
@@ -119,6 +131,7 @@ struct Shared {
     step: u64,
     due_for_disk: AtomicBool,
     due_for_peers: AtomicBool,
+    due_for_object: AtomicBool,
     stages: Mutex<Stages>,
     changed: Condvar,
     /// Told of each change too: somebody passes them on.
@@ -171,6 +184,7 @@ impl Save {
             step,
             due_for_disk: AtomicBool::new(false),
             due_for_peers: AtomicBool::new(false),
+            due_for_object: AtomicBool::new(false),
             stages: Mutex::default(),
             changed: Condvar::new(),
             signal,
@@ -209,6 +223,20 @@ impl Save {
         self.shared.due_for_peers.store(true, Ordering::Release);
     }
 
+    /// True where it goes to the bucket, unless a newer one does.
+    #[must_use]
+    pub fn is_due_for_object(&self) -> bool {
+        self.shared.due_for_object.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn set_due_for_object(&self) {
+        if !self.shared.due_for_object.swap(true, Ordering::AcqRel)
+            && let Some(signal) = &self.shared.signal
+        {
+            signal.notify();
+        }
+    }
+
     /// As another process sees it.
     pub(crate) fn state(&self) -> wire::SaveState {
         let mut stages = locked(&self.shared.stages);
@@ -227,6 +255,10 @@ impl Save {
             disk_own: stage(Level::Disk, true),
             peer: stage(Level::Peer, false),
             peer_own: stage(Level::Peer, true),
+            object: stage(Level::Object, false),
+            object_own: stage(Level::Object, true),
+            due_for_object: self.is_due_for_object(),
+            object_bytes: stages.object_bytes,
             due_for_disk: self.is_due_for_disk(),
             due_for_peers: self.is_due_for_peers(),
             disk_bytes: stages.disk_bytes,
@@ -244,6 +276,9 @@ impl Save {
         if state.due_for_peers {
             self.set_due_for_peers();
         }
+        if state.due_for_object {
+            self.set_due_for_object();
+        }
         if !state.skipped.is_empty() {
             self.skip(&state.skipped);
         }
@@ -251,6 +286,7 @@ impl Save {
         let mut stages = locked(&self.shared.stages);
         stages.disk_bytes = stages.disk_bytes.max(state.disk_bytes);
         stages.peer_bytes = stages.peer_bytes.max(state.peer_bytes);
+        stages.object_bytes = stages.object_bytes.max(state.object_bytes);
         let told = [
             (Level::Ram, false, state.ram),
             (Level::Ram, true, state.ram_own),
@@ -258,6 +294,8 @@ impl Save {
             (Level::Disk, true, state.disk_own),
             (Level::Peer, false, state.peer),
             (Level::Peer, true, state.peer_own),
+            (Level::Object, false, state.object),
+            (Level::Object, true, state.object_own),
         ];
         for (level, own, said) in told {
             let (Some(said), stage) = (said, stages.stage(level, own)) else { continue };
@@ -304,31 +342,35 @@ impl Save {
     pub fn progress(&self) -> Progress {
         let mut stages = locked(&self.shared.stages);
         let mut error = None;
-        let for_peers = self.is_due_for_peers();
+        let (for_peers, for_object) = (self.is_due_for_peers(), self.is_due_for_object());
         let mut reached = |level| match stages.stage(level, false) {
             Stage::Reached => true,
             Stage::Pending => false,
             // Where it was to go nowhere else, that it did not is no failure.
             Stage::Failed(_) if level == Level::Peer && !for_peers => false,
+            Stage::Failed(_) if level == Level::Object && !for_object => false,
             Stage::Failed(e) => {
                 error.get_or_insert(e.chain());
                 false
             }
         };
-        let (staged, ram, peer, disk) = (
+        let (staged, ram, peer, disk, object) = (
             reached(Level::Staged),
             reached(Level::Ram),
             reached(Level::Peer),
             reached(Level::Disk),
+            reached(Level::Object),
         );
         Progress {
             bytes: stages.bytes,
             peer_bytes: stages.peer_bytes,
             disk_bytes: stages.disk_bytes,
+            object_bytes: stages.object_bytes,
             staged,
             ram,
             peer,
             disk,
+            object,
             skipped: stages.skipped.clone(),
             error: if stages.skipped.is_some() { None } else { error },
         }
@@ -348,11 +390,15 @@ impl Save {
     pub(crate) fn fail(&self, level: Level, error: &Error) {
         let mut stages = locked(&self.shared.stages);
         let from: &[Level] = match level {
-            Level::Staged => &[Level::Staged, Level::Ram, Level::Peer, Level::Disk],
+            Level::Staged => {
+                &[Level::Staged, Level::Ram, Level::Peer, Level::Disk, Level::Object]
+            }
             // A checkpoint that is not complete in RAM is never chosen for anywhere else.
-            Level::Ram => &[Level::Ram, Level::Peer, Level::Disk],
+            Level::Ram => &[Level::Ram, Level::Peer, Level::Disk, Level::Object],
             Level::Peer => &[Level::Peer],
-            Level::Disk => &[Level::Disk],
+            // Nor one for the bucket that is not on disk.
+            Level::Disk => &[Level::Disk, Level::Object],
+            Level::Object => &[Level::Object],
         };
         for level in from {
             for own in [false, true] {
@@ -366,11 +412,12 @@ impl Save {
         self.shared.tell();
     }
 
-    /// True while it may still reach RAM, or other nodes or disk where it is to go there.
+    /// True while it may still reach RAM, or other nodes, disk or the bucket where it is to go there.
     pub(crate) fn is_open(&self) -> bool {
         self.is_pending(Level::Ram)
             || (self.is_due_for_peers() && self.is_pending(Level::Peer))
             || (self.is_due_for_disk() && self.is_pending(Level::Disk))
+            || (self.is_due_for_object() && self.is_pending(Level::Object))
     }
 
     pub(crate) fn is_pending(&self, level: Level) -> bool {
@@ -397,6 +444,10 @@ impl Save {
 
     pub(crate) fn add_disk_bytes(&self, bytes: u64) {
         locked(&self.shared.stages).disk_bytes += bytes;
+    }
+
+    pub(crate) fn add_object_bytes(&self, bytes: u64) {
+        locked(&self.shared.stages).object_bytes += bytes;
     }
 
     pub(crate) fn add_peer_bytes(&self, bytes: u64) {

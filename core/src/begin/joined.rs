@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tierkeep_proto::peer::{self as wire, reply::Answer, request::Ask};
 
-use super::{Elsewhere, Started, check_same, fetched::Seen, find_shard};
+use super::{Elsewhere, Stands, Started, check_same, fetched::Seen, find_shard};
 use crate::{
     attempt,
     error::Result,
@@ -107,7 +107,8 @@ fn join(place: &Place, peers: &Peers, led: &Led) -> Result<Option<Started>> {
     let fallback = joined.fallback.as_ref().map(|key| key_of(Some(key))).transpose()?;
     let holders = [(rank.0, joined.holders)].into();
     let elsewhere = Elsewhere { fallback, holders, ..Elsewhere::default() };
-    Ok(Some(Started { record: led.record.clone(), restorable, elsewhere }))
+    let stands = Stands::of(place, &led.record)?;
+    Ok(Some(Started { record: led.record.clone(), restorable, elsewhere, stands }))
 }
 
 /// Who leads this start, as this agent was told; now and then another one is asked, each time the next:

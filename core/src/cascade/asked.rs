@@ -26,6 +26,7 @@ impl Cascade {
             !s.complete || for_peers || self.may_be_chosen(&work, s.key.step.0)
         };
         work.carry.is_some()
+            || self.is_sending()
             || work.copies.now.is_some()
             || work.shards.values().any(waits)
             || work.watched.values().any(Save::is_open)
@@ -64,6 +65,8 @@ impl Cascade {
             save.fail(Level::Ram, fenced.unwrap_or(&closed));
         }
         drop(work);
+        let closed = Error::Fenced { why: "the Checkpointer was closed before".into() };
+        self.end_sending(fenced.unwrap_or(&closed));
         self.parts.signal.notify();
     }
 

@@ -170,6 +170,7 @@ impl Cascade {
         work.fenced_by_us = by_us;
         work.carry = None;
         work.saves().for_each(|save| save.fail(Level::Ram, &error));
+        self.end_sending(&error);
         if !by_us {
             self.parts.observer.error("fenced", None, error.to_string());
         }
@@ -415,6 +416,7 @@ impl Cascade {
         };
         add(&self.parts.observer.counters.disk_sealed, 1);
         tracing::info!("{key} is sealed on disk");
+        self.offer_to_bucket(step);
         self.parts.signal.notify();
         if self.parts.config.leads() {
             // One seal late: a rank that wrote its shard of this step may not have looked yet for
@@ -474,7 +476,8 @@ impl Cascade {
         let lineage = lineage_of(&[disk], &found, &attempts)?;
         let in_flight: BTreeSet<CheckpointKey> = {
             let work = locked(&self.work);
-            work.carry.iter().map(|c| self.key_of(c.step)).collect()
+            let carried = work.carry.iter().map(|c| self.key_of(c.step));
+            carried.chain(self.kept_for_bucket()).collect()
         };
         let policy = retain::Policy {
             keep_last: self.parts.config.keep_last,

@@ -6,7 +6,7 @@
 //! - What lies in RAM of this attempt is carried on, checked on its way.
 //! - A save is told a level only where that level is seen or recorded.
 
-use super::Keeper;
+use super::{FoundHere, Keeper};
 use crate::{
     attempt,
     begin::Elsewhere,
@@ -45,7 +45,10 @@ impl Keeper {
         };
         let held = place.arena.holds().into_iter().filter(ours);
         let shards = held.filter_map(|key| self.shard_in_ram(key)).collect();
-        self.run(record, Elsewhere::default(), waits, shards, false).map(drop)
+        // What is newest on disk is offered to the bucket when it is seen to be sealed.
+        let found =
+            FoundHere { parent_waits: waits, first_for_bucket: None, shards, is_read: false };
+        self.run(record, Elsewhere::default(), found).map(drop)
     }
 
     /// This rank's shard of `key` as it lies in a slot. One whose manifest is bad is nobody's.

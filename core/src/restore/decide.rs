@@ -162,6 +162,8 @@ pub(crate) fn answering<'a>(
     for tier in tiers {
         match tier.list("") {
             Ok(_) => good.push(*tier),
+            // A mistake, and the sentence says which: to go on without the tier is not what is wanted.
+            Err(e @ Error::Invalid { .. }) => return Err(e),
             Err(e) if wish.accept_older => {
                 passed_over.push(format!("the {} tier does not answer: {}", tier.kind(), e.chain()))
             }

@@ -205,6 +205,41 @@ pub trait Tier: Send + Sync + fmt::Debug {
     fn retire(&self, name: &str) -> Result<()>;
 }
 
+/// A tier that is shared is a tier.
+#[deny(clippy::missing_trait_methods)]
+impl Tier for std::sync::Arc<dyn Tier> {
+    fn kind(&self) -> TierKind {
+        (**self).kind()
+    }
+    fn address(&self) -> String {
+        (**self).address()
+    }
+    fn put(&self, name: &str, payload: &dyn Payload) -> Result<Receipt> {
+        (**self).put(name, payload)
+    }
+    fn create(&self, name: &str, bytes: &[u8]) -> Result<Created> {
+        (**self).create(name, bytes)
+    }
+    fn open(&self, name: &str) -> Result<Box<dyn Source>> {
+        (**self).open(name)
+    }
+    fn list(&self, dir: &str) -> Result<Vec<Entry>> {
+        (**self).list(dir)
+    }
+    fn confirm(&self, dir: &str) -> Result<()> {
+        (**self).confirm(dir)
+    }
+    fn delete(&self, name: &str) -> Result<()> {
+        (**self).delete(name)
+    }
+    fn mend(&self, name: &str, offset: u64, bytes: &[u8]) -> Result<()> {
+        (**self).mend(name, offset, bytes)
+    }
+    fn retire(&self, name: &str) -> Result<()> {
+        (**self).retire(name)
+    }
+}
+
 /// Reads a whole small file.
 ///
 /// # Errors

@@ -14,6 +14,7 @@ use tierkeep_proto::trainer::{self as wire, failure};
 use crate::{
     attempt::AttemptRecord,
     begin::Begin,
+    bucket::Bucket,
     config::Config,
     error::{Error, ErrorKind, Hint, Result},
     manifest::decode,
@@ -126,6 +127,15 @@ pub(crate) fn open(config: &Config, start: Id, nonce: Id) -> wire::Open {
         back: None,
         replicas: config.replicas,
         peer_wait_ms: milliseconds(config.peer_wait),
+        bucket: config.bucket.as_ref().map(|bucket| wire::Bucket {
+            url: bucket.url.clone(),
+            options: bucket.options.clone().into_iter().collect(),
+            every: bucket.every,
+            keep_last: bucket.keep_last as u64,
+            keep_every: bucket.keep_every,
+            bytes_per_second_max: bucket.bytes_per_second_max,
+            wait_ms: milliseconds(bucket.wait),
+        }),
     }
 }
 
@@ -166,6 +176,15 @@ pub(crate) fn config(open: &wire::Open, ram_root: PathBuf) -> Result<Config> {
         stragglers_wait: length(open.stragglers_wait_ms, 86_400),
         replicas: open.replicas,
         peer_wait: length(open.peer_wait_ms, 86_400),
+        bucket: open.bucket.as_ref().map(|bucket| Bucket {
+            url: bucket.url.clone(),
+            options: bucket.options.clone().into_iter().collect(),
+            every: bucket.every,
+            keep_last: usize::try_from(bucket.keep_last).unwrap_or(usize::MAX),
+            keep_every: bucket.keep_every,
+            bytes_per_second_max: bucket.bytes_per_second_max,
+            wait: length(bucket.wait_ms, 7 * 86_400),
+        }),
     };
     config.check()?;
     if config.replicas.is_some_and(|replicas| replicas > REPLICAS_MAX) {

@@ -3,6 +3,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod cascade;
 mod proxy;
 mod runs;
 mod servers;

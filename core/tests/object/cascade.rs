@@ -1,0 +1,217 @@
+//! Jobs whose checkpoints go on from disk to a bucket, and come back from it.
+
+use std::{
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use tierkeep::{
+    ErrorKind,
+    bucket::Bucket,
+    checkpointer::Checkpointer,
+    config::Config,
+    names::Rank,
+    reader::Reader,
+    save::{Level, Save},
+    tier::Tier,
+};
+
+use crate::{
+    common::{Model, Places, SIZES, SMALL, close, events, resume, wait},
+    open,
+    proxy::{Fate, Proxy},
+    servers::{self, Place},
+};
+
+fn config(places: &Places, place: &Place) -> Config {
+    let mut config = places.alone();
+    let bucket = Bucket::new(&place.url, config.disk_every).expect("bucket");
+    config.bucket = Some(Bucket { options: place.options.clone(), ..bucket });
+    config
+}
+
+fn start(places: &Places, place: &Place) -> Checkpointer {
+    Checkpointer::open(config(places, place)).expect("open")
+}
+
+fn save(ckpt: &Checkpointer, sizes: &[usize], step: u64) -> Save {
+    Model::at(ckpt.config().rank, sizes, step).save(ckpt, step).expect("save")
+}
+
+fn steps(place: &Place) -> Vec<u64> {
+    let reader = Reader::open_with(Path::new(&place.url), Some(Path::new("/nowhere")), &place.options);
+    let steps = reader.expect("open").steps().expect("steps");
+    steps.into_iter().filter(|info| info.sealed).map(|info| info.key.step.0).collect()
+}
+
+fn until(what: &str, mut so: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !so() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "{what}: not within a minute");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_job_goes_on_from_the_bucket_where_everything_else_is_lost() {
+    let (places, place) = (Places::new(), servers::s3());
+    let ckpt = start(&places, &place);
+    resume(&ckpt, &SIZES).expect("resume");
+    for step in 1..=3 {
+        wait(&save(&ckpt, &SIZES, step), Level::Object);
+    }
+    close(&ckpt);
+    drop((ckpt, places));
+    assert_eq!(steps(&place), [1, 2, 3]);
+    // Another machine.
+    let elsewhere = Places::new();
+    let ckpt = start(&elsewhere, &place);
+    assert_eq!(resume(&ckpt, &SIZES).expect("resume"), 3, "{:?}", events(&ckpt));
+    wait(&save(&ckpt, &SIZES, 4), Level::Object);
+    let told = events(&ckpt);
+    assert!(!told.iter().any(|text| text.contains("failed") || text.contains("given up")), "{told:?}");
+    close(&ckpt);
+    assert_eq!(steps(&place), [2, 3, 4], "three stay");
+    // And from RAM and disk again, without the bucket's bytes being asked for.
+    let tier = open(&place);
+    let shard = |step: u64| {
+        let reader = Reader::open_with(Path::new(&place.url), None, &place.options).expect("open");
+        let info = reader.steps().expect("steps").into_iter().find(|i| i.key.step.0 == step).expect("step");
+        let file = reader.shard(&info.key, Rank(0)).expect("shard").manifest().payload.file.clone();
+        info.key.file(&file)
+    };
+    tier.delete(&shard(4)).expect("delete");
+    let ckpt = start(&elsewhere, &place);
+    assert_eq!(resume(&ckpt, &SIZES).expect("resume"), 4, "the disk has it");
+    close(&ckpt);
+}
+
+#[test]
+fn every_rank_sends_its_shard_and_one_seals() {
+    let (places, place) = (Places::new(), servers::s3());
+    let world = 3;
+    let of = |rank: u32| {
+        let mut config = config(&places, &place);
+        config.rank = rank;
+        config.world = world;
+        config.savers = (0..world).collect();
+        config
+    };
+    std::thread::scope(|scope| {
+        for rank in 0..world {
+            let config = of(rank);
+            scope.spawn(move || {
+                let ckpt = Checkpointer::open(config).expect("open");
+                resume(&ckpt, &SIZES).expect("resume");
+                for step in 1..=3 {
+                    wait(&save(&ckpt, &SIZES, step), Level::Object);
+                }
+                close(&ckpt);
+            });
+        }
+    });
+    assert_eq!(steps(&place), [1, 2, 3]);
+    let reader = Reader::open_with(Path::new(&place.url), None, &place.options).expect("open");
+    for info in reader.steps().expect("steps") {
+        for rank in 0..world {
+            assert!(reader.shard(&info.key, Rank(rank)).expect("shard").verify().is_empty());
+        }
+    }
+}
+
+#[test]
+fn a_bucket_that_is_away_holds_nothing_up_and_catches_up() {
+    let away = Arc::new(AtomicBool::new(false));
+    let told = away.clone();
+    let proxy = Proxy::start(servers::s3_port(), move |_| match told.load(Ordering::Relaxed) {
+        true => Fate::Refused(503, "ServiceUnavailable"),
+        false => Fate::Passes,
+    });
+    let (places, place) = (Places::new(), servers::s3_at(proxy.port));
+    let ckpt = start(&places, &place);
+    resume(&ckpt, &SMALL).expect("resume");
+    wait(&save(&ckpt, &SMALL, 1), Level::Object);
+    away.store(true, Ordering::Relaxed);
+    let mut saves = Vec::new();
+    for step in 2..=20 {
+        let save = save(&ckpt, &SMALL, step);
+        wait(&save, Level::Disk);
+        saves.push(save);
+    }
+    // The first one that went is on its way until the bucket is back; the newest follows.
+    until("that it is away is told", || {
+        events(&ckpt).iter().any(|text| text.contains("waits for the bucket"))
+    });
+    away.store(false, Ordering::Relaxed);
+    let newest = saves.pop().expect("a save");
+    wait(&newest, Level::Object);
+    let direct = Place { url: place.url, ..servers::s3() };
+    assert_eq!(steps(&direct).last(), Some(&20));
+    let reached = saves.iter().filter(|save| save.progress().object).count();
+    let passed = saves.iter().filter(|save| save.poll(Level::Object, false, Duration::ZERO).is_err()).count();
+    assert_eq!(reached + passed, 18, "what did not get there was passed over");
+    assert!(reached <= 1, "{reached}: one at a time is on its way");
+    close(&ckpt);
+}
+
+#[test]
+fn a_cluster_that_was_given_up_seals_nothing_in_the_bucket_any_more() {
+    let place = servers::s3();
+    let (old, new) = (Places::new(), Places::new());
+    let late = start(&old, &place);
+    resume(&late, &SMALL).expect("resume");
+    wait(&save(&late, &SMALL, 1), Level::Object);
+    let ckpt = start(&new, &place);
+    assert_eq!(resume(&ckpt, &SMALL).expect("resume"), 1);
+    wait(&save(&ckpt, &SMALL, 2), Level::Object);
+    // It still trains, on its own disk, and does not know.
+    let save_late = save(&late, &SMALL, 5);
+    let e = save_late.poll(Level::Object, false, Duration::from_secs(30)).expect_err("it was superseded");
+    assert!(e.chain().contains("attempt 2"), "{}", e.chain());
+    assert_eq!(steps(&place), [1, 2]);
+    close(&late);
+    close(&ckpt);
+}
+
+#[test]
+fn a_bucket_that_cannot_be_used_is_an_error_at_the_start() {
+    let places = Places::new();
+    for (option, value, word) in [
+        ("aws_secret_access_key", "wrong", "credentials"),
+        ("aws_endpoint", "http://127.0.0.1:1", "does not answer"),
+    ] {
+        let mut place = servers::s3();
+        place.options.insert(option.into(), value.into());
+        let ckpt = start(&places, &place);
+        let e = resume(&ckpt, &SMALL).map(drop).expect_err(option);
+        assert!(e.chain().contains(word), "{option}: {}", e.chain());
+    }
+    let place = Place { url: "s3://no-such-bucket/root/run".into(), ..servers::s3() };
+    let e = resume(&start(&places, &place), &SMALL).expect_err("no bucket");
+    assert!(e.kind() == ErrorKind::Invalid && e.chain().contains("no such bucket"), "{}", e.chain());
+}
+
+#[test]
+fn what_is_not_due_for_the_bucket_does_not_go_there() {
+    let (places, place) = (Places::new(), servers::s3());
+    let mut config = config(&places, &place);
+    config.bucket.as_mut().expect("bucket").every = 3;
+    let ckpt = Checkpointer::open(config).expect("open");
+    resume(&ckpt, &SMALL).expect("resume");
+    let saves: Vec<Save> = (1..=7).map(|step| {
+        let save = save(&ckpt, &SMALL, step);
+        wait(&save, if step % 3 == 0 { Level::Object } else { Level::Disk });
+        save
+    }).collect();
+    for save in &saves {
+        assert_eq!(save.is_due_for_object(), save.step() % 3 == 0);
+        assert_eq!(save.progress().object, save.step() % 3 == 0, "{:?}", save.progress());
+        assert!(save.progress().error.is_none(), "{:?}", save.progress());
+    }
+    close(&ckpt);
+    assert_eq!(steps(&place), [3, 6]);
+}
