@@ -26,6 +26,7 @@ use pyo3::{
 };
 use tierkeep::{
     begin::Begin,
+    bucket::Bucket,
     checkpointer::{Checkpointer, SaveRequest},
     config::Config,
     manifest::Meta,
@@ -35,6 +36,7 @@ use tierkeep::{
     restore::decide::Wish,
     snapshot::device::Bring,
     state::{State, replicas::Rule},
+    tier::object::address::Options,
 };
 
 use crate::{
@@ -121,7 +123,7 @@ impl Handle {
 /// What it says of the agent is returned.
 fn configure(config: &mut Config, settings: &Bound<'_, PyDict>) -> PyResult<Option<OsString>> {
     let py = settings.py();
-    let mut agent = None;
+    let (mut agent, mut bucket) = (None, ForBucket::default());
     for (name, value) in settings {
         if value.is_none() {
             continue;
@@ -157,10 +159,46 @@ fn configure(config: &mut Config, settings: &Bound<'_, PyDict>) -> PyResult<Opti
             "disk_wait_s" => config.disk_wait = seconds()?,
             "replicas" => config.replicas = Some(value.extract()?),
             "peer_wait_s" => config.peer_wait = seconds()?,
+            "object" => bucket.url = Some(value.extract()?),
+            "storage_options" => bucket.options = value.extract()?,
+            "object_every" => bucket.every = Some(value.extract()?),
+            "object_keep_last" => bucket.keep_last = Some(value.extract()?),
+            "object_keep_every" => bucket.keep_every = Some(value.extract()?),
+            "object_bytes_per_second_max" => bucket.bytes_per_second_max = Some(value.extract()?),
+            "object_wait_s" => bucket.wait = Some(seconds()?),
             _ => return Err(invalid(py, format!("unknown setting {name}"))),
         }
     }
+    config.bucket = bucket.over(config.disk_every).raise(py)?;
     Ok(agent)
+}
+
+/// What Python says of the bucket; the rest is the environment's.
+#[derive(Default)]
+struct ForBucket {
+    url: Option<String>,
+    options: Options,
+    every: Option<u64>,
+    keep_last: Option<usize>,
+    keep_every: Option<u64>,
+    bytes_per_second_max: Option<u64>,
+    wait: Option<Duration>,
+}
+
+impl ForBucket {
+    fn over(self, disk_every: u64) -> tierkeep::Result<Option<Bucket>> {
+        let Some(url) = self.url else { return Ok(None) };
+        let given = Bucket::new(&url, disk_every)?;
+        Ok(Some(Bucket {
+            options: self.options,
+            every: self.every.unwrap_or(given.every),
+            keep_last: self.keep_last.unwrap_or(given.keep_last),
+            keep_every: self.keep_every.or(given.keep_every),
+            bytes_per_second_max: self.bytes_per_second_max.or(given.bytes_per_second_max),
+            wait: self.wait.unwrap_or(given.wait),
+            ..given
+        }))
+    }
 }
 
 #[pymethods]
@@ -207,6 +245,13 @@ impl Handle {
         settings.set_item("keep_last", config.keep_last)?;
         settings.set_item("keep_every", config.keep_every)?;
         settings.set_item("replicas", config.replicas)?;
+        if let Some(bucket) = &config.bucket {
+            settings.set_item("object", &bucket.url)?;
+            settings.set_item("object_every", bucket.every)?;
+            settings.set_item("object_keep_last", bucket.keep_last)?;
+            settings.set_item("object_keep_every", bucket.keep_every)?;
+            settings.set_item("object_bytes_per_second_max", bucket.bytes_per_second_max)?;
+        }
         settings.set_item("threads", config.threads)?;
         settings.set_item("agent", config.agent.as_ref().map(|socket| socket.as_os_str()))?;
         settings.set_item("attempt_id", self.core.start_id().to_string())?;
@@ -414,6 +459,10 @@ impl Handle {
             ("disk_bytes", &now.disk_bytes),
             ("disk_sealed", &now.disk_sealed),
             ("disk_passed_over", &now.disk_passed_over),
+            ("object_bytes", &now.object_bytes),
+            ("object_sealed", &now.object_sealed),
+            ("object_passed_over", &now.object_passed_over),
+            ("object_failed", &now.object_failed),
             ("checksum_failures", &now.checksum_failures),
             ("repairs", &now.repairs),
         ] {
@@ -423,6 +472,7 @@ impl Handle {
             ("stall_seconds", &now.stall_ns),
             ("peer_seconds", &now.peer_ns),
             ("disk_seconds", &now.disk_ns),
+            ("object_seconds", &now.object_ns),
         ] {
             let time = Duration::from_nanos(counter.load(Ordering::Relaxed));
             sums.set_item(name, time.as_secs_f64())?;

@@ -28,6 +28,8 @@ pub(crate) struct Progress {
     peer_bytes: u64,
     /// Of them, written to disk so far.
     disk_bytes: u64,
+    /// Of them, sent to the bucket so far.
+    object_bytes: u64,
     /// The state may be changed again.
     staged: bool,
     /// The whole checkpoint survives the process.
@@ -36,6 +38,8 @@ pub(crate) struct Progress {
     peer: bool,
     /// The whole checkpoint survives a reboot.
     disk: bool,
+    /// The whole checkpoint survives the cluster: it is sealed in the bucket.
+    object: bool,
     /// Why nothing was saved, where the step was passed over.
     skipped: Option<String>,
     /// The first failure, with its causes.
@@ -48,15 +52,18 @@ pub(crate) struct Progress {
 impl Progress {
     fn __repr__(&self) -> String {
         format!(
-            "Progress(step={}, bytes={}, peer_bytes={}, disk_bytes={}, staged={}, ram={}, peer={}, disk={})",
+            "Progress(step={}, bytes={}, peer_bytes={}, disk_bytes={}, object_bytes={}, staged={}, ram={}, \
+             peer={}, disk={}, object={})",
             self.step,
             self.bytes,
             self.peer_bytes,
             self.disk_bytes,
+            self.object_bytes,
             python_bool(self.staged),
             python_bool(self.ram),
             python_bool(self.peer),
-            python_bool(self.disk)
+            python_bool(self.disk),
+            python_bool(self.object)
         )
     }
 }
@@ -138,6 +145,12 @@ impl Save {
         self.core.is_due_for_disk()
     }
 
+    /// Its step is one of those that go to the bucket.
+    #[getter]
+    fn is_due_for_object(&self) -> bool {
+        self.core.is_due_for_object()
+    }
+
     /// Waits until the copy is taken: from then on the state may be changed in place.
     #[pyo3(signature = (timeout_s = None))]
     fn staged(slf: Py<Self>, py: Python<'_>, timeout_s: Option<f64>) -> PyResult<Py<Self>> {
@@ -186,6 +199,8 @@ impl Save {
         let disk_is_open = self.is_due_for_disk() && matches!(self.now(Level::Disk), Ok(false));
         let peer_is_open =
             self.core.is_due_for_peers() && matches!(self.now(Level::Peer), Ok(false));
+        let object_is_open =
+            self.is_due_for_object() && matches!(self.now(Level::Object), Ok(false));
         let ram_is_open = matches!(self.now(Level::Ram), Ok(false));
         Ok(Progress {
             step: self.core.step(),
@@ -194,13 +209,16 @@ impl Save {
             peer_bytes: now.peer_bytes,
             // The last block is padded.
             disk_bytes: now.disk_bytes.min(now.bytes),
+            // What had to be sent again counts once.
+            object_bytes: now.object_bytes.min(now.bytes),
             staged: now.staged,
             ram: now.ram,
             peer: now.peer,
             disk: now.disk,
+            object: now.object,
             skipped: now.skipped,
             error: now.error,
-            done: !disk_is_open && !peer_is_open && !ram_is_open,
+            done: !disk_is_open && !peer_is_open && !object_is_open && !ram_is_open,
         })
     }
 
@@ -216,7 +234,12 @@ impl Save {
         }
         let durable = match (now.disk, now.peer, now.ram) {
             (true, peer, _) => {
-                let also = if peer { " and \"peer\"" } else { "" };
+                let also = match (peer, now.object) {
+                    (false, false) => "",
+                    (true, false) => " and \"peer\"",
+                    (false, true) => " and \"object\"",
+                    (true, true) => ", \"peer\" and \"object\"",
+                };
                 let size = mib(now.bytes);
                 return format!("Save(step={step}, durable=\"disk\"{also}, {size:.1} MiB)");
             }
@@ -245,12 +268,10 @@ fn parse_level(py: Python<'_>, level: &str) -> PyResult<Level> {
         "ram" => Ok(Level::Ram),
         "disk" => Ok(Level::Disk),
         "peer" => Ok(Level::Peer),
-        "object" => {
-            let why = "there is no object tier here: this run has ram, disk and, with agents, peer";
-            Err(invalid(py, why))
-        }
+        "object" => Ok(Level::Object),
         other => {
-            Err(invalid(py, format!("level = {other:?}: it is \"ram\", \"peer\" or \"disk\"")))
+            let why = format!("level = {other:?}: it is \"ram\", \"peer\", \"disk\" or \"object\"");
+            Err(invalid(py, why))
         }
     }
 }

@@ -56,8 +56,6 @@ def test_a_wrong_argument_is_told(run: Path, options: dict[str, Any], message: s
 @pytest.mark.parametrize(
     ("destination", "message"),
     [
-        ("s3://bucket/run", "a job saves to a directory"),
-        ("file:///tmp/run", "a job saves to a directory"),
         ("", "the destination is empty"),
         ("/tmp/a b", "run name"),
         ("/tmp/_reserved", "reserved"),
@@ -69,6 +67,27 @@ def test_a_wrong_destination_is_told(ram: Path, destination: str, message: str) 
         tierkeep.Checkpointer(destination)
     with pytest.raises((tierkeep.InvalidError, tierkeep.CheckpointNotFoundError)):
         tierkeep.load(destination)
+
+
+@pytest.mark.parametrize(
+    ("destination", "options", "message"),
+    [
+        ("s3://bucket/run", {}, 'say disk="'),
+        ("file:///tmp/run", {}, 'say disk="'),
+        ("s4://bucket/run", {"disk": "/tmp"}, "the schemes are"),
+        ("s3://bucket/a b", {"disk": "/tmp"}, "run name"),
+        ("s3://bucket/run", {"disk": "/tmp", "storage_options": {"aws_x": "1"}}, "aws_x"),
+        ("s3://bucket/run", {"disk": "/tmp", "object_every": 0}, "object_every"),
+        ("s3://bucket/run", {"disk": "/tmp", "object_every": 3, "disk_every": 2}, "multiple"),
+        ("/tmp/run", {"disk": "/tmp"}, "is the disk"),
+        ("/tmp/run", {"object_every": 2}, "is a directory"),
+    ],
+)
+def test_a_wrong_bucket_is_told(
+    ram: Path, destination: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(tierkeep.InvalidError, match=message):
+        tierkeep.Checkpointer(destination, ram_dir=ram, agent=False, **options)
 
 
 def test_a_destination_that_is_a_file_is_told(run: Path) -> None:

@@ -14,14 +14,29 @@ def is_url(path: str) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9]*://", path) is not None
 
 
-def directory(destination: str | os.PathLike[str]) -> str:
-    """The directory `<root>/<run>` that `destination` names."""
+def places(
+    destination: str | os.PathLike[str], disk: str | os.PathLike[str] | None
+) -> tuple[str, str | None]:
+    """The directory `<root>/<run>` of the disk tier, and the URL of the bucket where there is one."""
     path = os.fsdecode(destination)
-    if is_url(path):
+    if not is_url(path):
+        if disk is not None:
+            raise InvalidError(f"disk: {path} is the disk; it goes with a bucket, as in s3://...")
+        return path, None
+    if disk is None:
         raise InvalidError(
-            f"{path}: a job saves to a directory, <root>/<run>, in this version; "
-            "`tierkeep restore DIRECTORY --to URL` copies a checkpoint to a bucket"
+            f'{path}: say disk="/nvme/ckpt", a directory of this node: checkpoints go to the bucket '
+            "from there"
         )
+    path = path.rstrip("/")
+    return os.path.join(os.fsdecode(disk), path.rsplit("/", 1)[-1]), path
+
+
+def directory(origin: str | os.PathLike[str]) -> str:
+    """The directory or file that `origin` names."""
+    path = os.fsdecode(origin)
+    if is_url(path):
+        raise InvalidError(f"{path}: a job begins with a directory or a file, not with a bucket")
     return path
 
 

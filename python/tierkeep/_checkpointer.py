@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from tierkeep import _agent, _ending, _ranks, _replicas, _stop
-from tierkeep._address import directory
+from tierkeep._address import directory, places
 from tierkeep._build import Include
 from tierkeep._checks import at_least_one, names, one_of, setting, words
 from tierkeep._cuda import Stager
@@ -23,7 +23,7 @@ from tierkeep._guarded import FENCE_SECONDS, Guarded
 from tierkeep._init import Origin
 from tierkeep._rename import Rename, rename
 from tierkeep._restore import Plan
-from tierkeep._saves import Saves, disk_failures, failure
+from tierkeep._saves import Saves, disk_failures, failure, most_durable
 from tierkeep._tierkeep import Found, Handle, Save
 from tierkeep.errors import BugError, DeadlineError, FencedError, InvalidError, TierkeepError
 
@@ -37,7 +37,7 @@ _CLOSE_SECONDS = 1800.0
 # After an exception, the process wants to end.
 _HURRY_SECONDS = 5.0
 
-Level = Literal["ram", "peer", "disk"]
+Level = Literal["ram", "peer", "disk", "object"]
 
 
 class Checkpointer:
@@ -53,15 +53,21 @@ class Checkpointer:
     A `step` is a number of completed training steps. The state is any tree of tensors (torch,
     numpy), plain values, and objects with `state_dict` and `load_state_dict` at any depth, which
     is the recommended form. A save copies it to RAM (files in /dev/shm, which survive the process),
-    and from there to disk while training goes on; where the node has an agent, also after this
-    process died.
+    and from there to disk and to a bucket while training goes on; where the node has an agent, also
+    after this process died.
 
     What is not given is looked for in the environment, `TIERKEEP_` and the name in capitals; then
     there is a default.
 
     Args:
         destination: the run, `<root>/<run>`: a directory that all ranks share, or one of the same
-            name on each node, where the nodes' agents know of each other.
+            name on each node, where the nodes' agents know of each other; or its place in a bucket,
+            as in `s3://bucket/root/run` (`gs://`, `az://`; `file://` for a shared file system),
+            with `disk`.
+        disk: where the destination is in a bucket: the directory of this node that `<run>` lies in
+            on its way there.
+        storage_options: for the bucket, under the names that Rust's `object_store` uses, as in
+            `{"aws_endpoint": "http://host:9000"}`; beside what AWS_*, GOOGLE_* or AZURE_* say.
         every: `step` saves steps that are divisible by it; default: 1.
         rank, world_size: this process among those of the job. Default: torch.distributed if it is
             initialised, then torchrun's environment, then Slurm's under srun, else alone.
@@ -92,6 +98,12 @@ class Checkpointer:
         disk_every: steps that are divisible by it go to disk.
         keep_last: newest checkpoints that stay on disk.
         keep_every: steps that are divisible by it stay on disk for ever.
+        object_every: steps that are divisible by it go to the bucket, of those that go to disk;
+            default: all of them. While one is on its way, newer ones wait, and the newest is next:
+            a slow bucket gets fewer checkpoints, each of them whole.
+        object_keep_last: newest checkpoints that stay in the bucket; default: 3.
+        object_keep_every: steps that are divisible by it stay in the bucket for ever.
+        object_bytes_per_second_max: limit of what this rank sends there.
         capture: `"now"` (the default): `save` returns when everything is copied. `"overlap"`:
             tensors of the optimizers given to `guard` are copied behind; their next step waits.
         busy: what a save does while every slot is in use: `"wait"` (the default), or `"skip"` the
@@ -104,7 +116,7 @@ class Checkpointer:
         threads: of a copy. Default: as many as help.
         allow_pickle: `module:Name` of types whose instances may be pickled, and unpickled again.
         timeouts_s: seconds by name, over the defaults: `lock_wait_s`, `attempt_wait_s`,
-            `slot_wait_s`, `peer_wait_s`, `disk_wait_s`.
+            `slot_wait_s`, `peer_wait_s`, `disk_wait_s`, `object_wait_s`.
 
     Raises:
         InvalidError: an argument is not what it must be, or the destination cannot be used.
@@ -115,6 +127,8 @@ class Checkpointer:
         self,
         destination: str | os.PathLike[str],
         *,
+        disk: str | os.PathLike[str] | None = None,
+        storage_options: Mapping[str, str] | None = None,
         every: int | None = None,
         rank: int | None = None,
         world_size: int | None = None,
@@ -129,6 +143,10 @@ class Checkpointer:
         disk_every: int | None = None,
         keep_last: int | None = None,
         keep_every: int | None = None,
+        object_every: int | None = None,
+        object_keep_last: int | None = None,
+        object_keep_every: int | None = None,
+        object_bytes_per_second_max: int | None = None,
         capture: Literal["now", "overlap"] | None = None,
         busy: Literal["wait", "skip"] | None = None,
         fresh: bool = False,
@@ -138,7 +156,10 @@ class Checkpointer:
         allow_pickle: Iterable[str] = (),
         timeouts_s: Mapping[str, float] | None = None,
     ) -> None:
-        path = directory(destination)
+        path, url = places(destination, disk)
+        in_bucket = (storage_options, object_every, object_keep_last, object_keep_every)
+        if url is None and any(said is not None for said in in_bucket):
+            raise InvalidError(f"{path} is a directory: what is said of a bucket has no meaning")
         self._init_from = None if init_from is None else directory(init_from)
         self.every = at_least_one("every", setting("every", every, 1))
         capture_ = setting("capture", capture, "now")
@@ -167,6 +188,12 @@ class Checkpointer:
             "disk_every": disk_every,
             "keep_last": keep_last,
             "keep_every": keep_every,
+            "object": url,
+            "storage_options": None if storage_options is None else dict(storage_options),
+            "object_every": object_every,
+            "object_keep_last": object_keep_last,
+            "object_keep_every": object_keep_every,
+            "object_bytes_per_second_max": object_bytes_per_second_max,
             "threads": threads,
             **(timeouts_s or {}),
         }
@@ -466,14 +493,18 @@ class Checkpointer:
         """Gives the checkpoint of `step` back to retention."""
         self._handle.pin(step, False)
 
-    def wait_all(self, level: Level = "disk", timeout_s: float = _CLOSE_SECONDS) -> None:
-        """Waits until nothing is on its way, and the newest save is as durable as `level` says.
+    def wait_all(self, level: Level | None = None, timeout_s: float = _CLOSE_SECONDS) -> None:
+        """Waits until nothing is on its way, and the newest save is as durable as `level` says;
+        default: as it can be here.
 
         Raises:
             DeadlineError: not within `timeout_s` seconds.
             TierkeepError: the newest save failed.
         """
-        self._saves.wait_all(one_of("level", level, ("ram", "peer", "disk")), timeout_s)
+        if level is None:
+            level = "object" if "object" in self.settings else "disk"
+        levels = ("ram", "peer", "disk", "object")
+        self._saves.wait_all(one_of("level", level, levels), timeout_s)
 
     def stop_requested(self) -> bool:
         """Whether to leave the loop now, because the job was asked to stop (SIGTERM).
@@ -509,10 +540,11 @@ class Checkpointer:
     # -- the end -----------------------------------------------------------------------------
 
     def close(self, timeout_s: float = _CLOSE_SECONDS) -> None:
-        """Waits until the newest checkpoint is on disk, and gives the rank up.
+        """Waits until the newest checkpoint is on disk, and in the bucket where it goes there, and
+        gives the rank up.
 
         Raises:
-            DeadlineError: it was not on disk within `timeout_s` seconds. It stays in RAM.
+            DeadlineError: it was not there within `timeout_s` seconds. It stays where it is.
             TierkeepError: the newest save failed.
         """
         if self._closed or os.getpid() != self._pid:
@@ -520,10 +552,9 @@ class Checkpointer:
         done = self._shut(timeout_s, now=False)
         newest = self._saves.newest
         if not done:
-            step = "" if newest is None else f": step {newest.step} is in RAM only"
-            raise DeadlineError(f"the disk tier did not end within {timeout_s} s{step}")
+            raise DeadlineError(_not_there(newest, timeout_s))
         if newest is not None and not newest.progress().skipped:
-            error = failure(newest, "disk" if newest.is_due_for_disk else "ram")
+            error = failure(newest, most_durable(newest))
             if error is not None and not isinstance(error, FencedError):
                 raise error
 
@@ -593,3 +624,11 @@ class Checkpointer:
 
 def _renamed(tree: Any, how: Rename | None) -> Any:
     return tree if how is None else rename(tree, how)
+
+
+def _not_there(newest: Save | None, timeout_s: float) -> str:
+    if newest is None:
+        return f"the disk tier did not end within {timeout_s} s"
+    now = newest.progress()
+    tier, has = ("object", "on disk") if now.disk else ("disk", "in RAM")
+    return f"the {tier} tier did not end within {timeout_s} s: step {newest.step} is {has} only"

@@ -82,9 +82,16 @@ class Saves:
 
 
 def _wait(save: Save, level: str, end: float) -> None:
+    if level == "object" and not save.is_due_for_object:
+        level = "disk"
     if level == "disk" and not save.is_due_for_disk:
         level = "ram"
     save.wait(level, max(0.0, end - time.monotonic()))
+
+
+def most_durable(save: Save) -> str:
+    """The level that the save is to reach in the end."""
+    return "object" if save.is_due_for_object else "disk" if save.is_due_for_disk else "ram"
 
 
 def failure(save: Save, level: str) -> TierkeepError | None:

@@ -33,10 +33,12 @@ class Progress:
         bytes: bytes of this rank's shard.
         peer_bytes: sent to other nodes so far, all copies together.
         disk_bytes: of them, written to disk so far.
+        object_bytes: of them, sent to the bucket so far.
         staged: the state may be changed again.
         ram: the whole checkpoint survives the process.
         peer: the whole checkpoint survives the loss of nodes: others hold copies of every shard.
         disk: the whole checkpoint survives a reboot.
+        object: the whole checkpoint survives the cluster: it is sealed in the bucket.
         skipped: why nothing was saved, where the step was passed over.
         error: the first failure, with its causes.
         done: nothing more will change.
@@ -53,6 +55,8 @@ class Progress:
     @property
     def disk_bytes(self) -> int: ...
     @property
+    def object_bytes(self) -> int: ...
+    @property
     def staged(self) -> bool: ...
     @property
     def ram(self) -> bool: ...
@@ -60,6 +64,8 @@ class Progress:
     def peer(self) -> bool: ...
     @property
     def disk(self) -> bool: ...
+    @property
+    def object(self) -> bool: ...
     @property
     def skipped(self) -> str | None: ...
     @property
@@ -84,6 +90,10 @@ class Save:
     def is_due_for_disk(self) -> bool:
         """Its step is one of those that go to disk."""
 
+    @property
+    def is_due_for_object(self) -> bool:
+        """Its step is one of those that go to the bucket."""
+
     def staged(self, timeout_s: float | None = None) -> Self:
         """Waits until the copy is taken: from then on the state may be changed in place.
 
@@ -94,7 +104,7 @@ class Save:
 
     def wait(
         self,
-        level: Literal["staged", "ram", "peer", "disk"] | str,
+        level: Literal["staged", "ram", "peer", "disk", "object"] | str,
         timeout_s: float | None = None,
         scope: Literal["checkpoint", "shard"] | str = "checkpoint",
     ) -> Self:
@@ -105,7 +115,7 @@ class Save:
         Raises:
             DeadlineError: not within `timeout_s` seconds (None: an hour); it names the ranks that
                 were missing.
-            UnavailableError: the step was passed over or given up. For `"peer"` at once where there
+            UnavailableError: the step was passed over or given up, or there is no bucket. For `"peer"` at once where there
                 are no other nodes, or `replicas=0`; where too few are alive, after `peer_wait_s`.
             InvalidError: there is no such tier, or the step does not go to disk.
             TierkeepError: the save failed.

@@ -1,0 +1,88 @@
+"""A server that speaks S3, for tests and to play with."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+KEY, SECRET = "tierkeep", "tierkeep-secret"
+BUCKET = "bucket"
+
+_IDENTITY = (
+    '{"identities":[{"name":"t","credentials":[{"accessKey":"%s","secretKey":"%s"}],'
+    '"actions":["Admin","Read","Write","List","Tagging"]}]}'
+)
+
+
+def _free(port: int) -> bool:
+    with socket.socket() as listener:
+        try:
+            listener.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _ports(count: int) -> list[int]:
+    """Free ones, and free 10,000 above, where the server has gRPC."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(20_000, 50_000)
+        if port not in found and _free(port) and _free(port + 10_000):
+            found.append(port)
+    return found
+
+
+def _weed() -> str:
+    weed = Path(sys.executable).with_name("weed")
+    assert weed.exists(), f"{weed} is not there: `make setup` installs it"
+    return str(weed)
+
+
+@contextlib.contextmanager
+def s3(directory: Path) -> Iterator[dict[str, str]]:
+    """A server with an empty bucket; what it is reached with, as `storage_options`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    identities = directory / "s3.json"
+    identities.write_text(_IDENTITY % (KEY, SECRET))
+    master, volume, filer, port = _ports(4)
+    command = [
+        _weed(), "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={directory}",
+        f"-master.port={master}", f"-volume.port={volume}", "-filer", f"-filer.port={filer}",
+        "-s3", f"-s3.port={port}", f"-s3.config={identities}",
+        "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false",
+        "-master.volumeSizeLimitMB=1024", "-volume.max=30",
+    ]  # fmt: skip
+    with (directory / "log").open("wb") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        _make_bucket(server, master, port, directory / "log")
+        yield {
+            "aws_endpoint": f"http://127.0.0.1:{port}",
+            "aws_access_key_id": KEY,
+            "aws_secret_access_key": SECRET,
+            "aws_region": "us-east-1",
+        }
+    finally:
+        server.kill()
+        server.wait()
+
+
+def _make_bucket(server: subprocess.Popen[bytes], master: int, port: int, log: Path) -> None:
+    end = time.monotonic() + 60
+    made = ""
+    while time.monotonic() < end and server.poll() is None:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            shell = [_weed(), "shell", f"-master=127.0.0.1:{master}"]
+            asked = f"s3.bucket.create -name {BUCKET}\ns3.bucket.list\n"
+            made = subprocess.run(shell, input=asked, capture_output=True, text=True).stdout
+            if f"\n  {BUCKET}\t" in made:
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"no bucket: {made}\n{log.read_text()[-4000:]}")

@@ -1,0 +1,113 @@
+"""Jobs whose destination is a bucket, against a server that speaks S3."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import servers
+import tierkeep
+
+_RUNS = itertools.count()
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    with servers.s3(tmp_path_factory.mktemp("s3")) as options:
+        yield options
+
+
+@pytest.fixture
+def url() -> str:
+    return f"s3://{servers.BUCKET}/test-{next(_RUNS)}/run"
+
+
+def state(step: int) -> dict[str, Any]:
+    rng = np.random.default_rng(step)
+    return {"w": rng.standard_normal(300_000).astype(np.float32), "b": rng.bytes(13), "step": step}
+
+
+def open_(url: str, options: dict[str, str], place: Path, **more: Any) -> tierkeep.Checkpointer:
+    return tierkeep.Checkpointer(
+        url,
+        disk=place / "disk",
+        ram_dir=place / "ram",
+        storage_options=options,
+        agent=False,
+        **more,
+    )
+
+
+def same(found: Any, step: int) -> None:
+    wanted = state(step)
+    assert found["step"] == step and found["b"] == wanted["b"]
+    assert np.array_equal(found["w"].view(np.uint8), wanted["w"].view(np.uint8))
+
+
+def test_a_job_saves_to_a_bucket_and_another_machine_goes_on(
+    url: str, options: dict[str, str], ram: Path, tmp_path: Path
+) -> None:
+    here, there = ram / "here", ram / "there"
+    with open_(url, options, here) as ckpt:
+        assert ckpt.restore(state(0)) is None
+        for step in range(1, 4):
+            save = ckpt.save(step, state(step))
+        save.wait("object", 60)
+        assert save.progress().object and 'and "object"' in repr(save)
+        assert ckpt.counters()["object_sealed"] >= 1 and ckpt.last_error is None
+    same(tierkeep.load(url, storage_options=options), 3)
+    only = tierkeep.load(url, include=["b"], storage_options=options)
+    assert only == {"b": state(3)["b"]}
+    with open_(url, options, there) as ckpt:
+        found = ckpt.restore(state(0))
+        assert found is not None and (found.step, found.tier) == (3, "object")
+        same(found.state, 3)
+        ckpt.save(4, state(4))
+    assert ckpt.last_error is None
+    same(tierkeep.load(url, storage_options=options), 4)
+
+
+def test_a_clean_end_waits_for_the_bucket(url: str, options: dict[str, str], ram: Path) -> None:
+    with open_(url, options, ram, object_every=2) as ckpt:
+        assert ckpt.restore(state(0)) is None
+        for step in range(1, 5):
+            save = ckpt.save(step, state(step))
+    assert save.progress().object
+    same(tierkeep.load(url, storage_options=options), 4)
+
+
+def test_a_step_that_is_not_due_for_the_bucket_says_so(
+    url: str, options: dict[str, str], ram: Path
+) -> None:
+    with open_(url, options, ram, object_every=2) as ckpt:
+        assert ckpt.restore(state(0)) is None
+        save = ckpt.save(1, state(1))
+        with pytest.raises(tierkeep.UnavailableError, match="every 2 steps"):
+            save.wait("object", 30)
+        assert not save.is_due_for_object and save.progress().error is None
+
+
+def test_the_command_restores_from_a_bucket_with_the_job_down(
+    url: str, options: dict[str, str], ram: Path, tmp_path: Path
+) -> None:
+    with open_(url, options, ram) as ckpt:
+        assert ckpt.restore(state(0)) is None
+        ckpt.save(1, state(1))
+    flags = [word for name, value in options.items() for word in ("--option", f"{name}={value}")]
+    command = Path(sys.executable).with_name("tierkeep")
+
+    def run(*words: str) -> str:
+        ran = subprocess.run([command, *words, *flags], capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    assert "1/1" in run("ls", url) and "good" in run("verify", url)
+    to = tmp_path / "laptop" / "run"
+    run("restore", url, "--to", str(to))
+    same(tierkeep.load(to, ram_dir=ram), 1)
