@@ -11,6 +11,9 @@
 ##   make bench-nodes
 ##                 the same between nodes, in network namespaces: half an hour, wants root, 12 GiB of
 ##                 free memory and a quiet machine; prints JSON
+##   make bench-object
+##                 uploads and downloads beside boto3, awscli and s3fs, against a real server on this
+##                 machine; ten minutes, 15 GiB of disk; prints JSON
 ##   make clean    remove what was built (target, build); .venv stays: remove it by hand
 ##
 ## Variables, as in `make demo SEED=7`:
@@ -64,7 +67,8 @@ WHEEL_SOURCES := Cargo.toml $(wildcard Cargo.lock) rust-toolchain.toml \
 
 PYTHON_PATHS := python examples $(wildcard benches)
 
-.PHONY: help setup wheel demo test check test-rust test-python lab lab-tools bench bench-nodes clean
+.PHONY: help setup wheel demo test check test-rust test-python lab lab-tools bench bench-nodes \
+	bench-object clean
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -172,6 +176,10 @@ bench-nodes: wheel lab-tools
 	$(BIN)/python benches/training.py
 	$(BIN)/python benches/detection.py
 	$(BIN)/python benches/soak.py
+
+bench-object: wheel
+	$(BIN)/python -m pip install --quiet --requirement benches/requirements-object.txt
+	$(BIN)/python benches/object.py
 
 clean:
 	cargo clean --quiet

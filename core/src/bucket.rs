@@ -40,7 +40,10 @@ impl fmt::Debug for Bucket {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // The values of options may be secrets.
         let names: Vec<&String> = self.options.keys().collect();
-        f.debug_struct("Bucket").field("url", &self.url).field("options", &names).finish_non_exhaustive()
+        f.debug_struct("Bucket")
+            .field("url", &self.url)
+            .field("options", &names)
+            .finish_non_exhaustive()
     }
 }
 
@@ -52,7 +55,9 @@ impl Bucket {
     pub fn new(url: &str, disk_every: u64) -> Result<Self> {
         let url = url.trim_end_matches('/');
         if !is_url(url) {
-            return Err(Error::invalid(format!("{url:?} is no bucket, as in s3://bucket/root/run")));
+            return Err(Error::invalid(format!(
+                "{url:?} is no bucket, as in s3://bucket/root/run"
+            )));
         }
         Ok(Self {
             url: url.into(),

@@ -1,10 +1,10 @@
 //! From RAM to disk and to other nodes, behind the training: one step at a time, the same step on every
 //! rank.
 //!
-//! One thread a rank (others for other nodes, `to_peers`, and from disk to the bucket, `to_object`). It watches its rank's shards until all
-//! ranks have theirs in RAM; the leader then records which step goes to disk next (the newest that is
-//! complete in RAM), every rank writes its shard of that step and keeps its slot until the step is sealed
-//! or given up.
+//! One thread a rank; others carry to other nodes (`to_peers`), and from disk to the bucket (`to_object`).
+//! It watches its rank's shards until all ranks have theirs in RAM; the leader then records which step goes
+//! to disk next (the newest that is complete in RAM), every rank writes its shard of that step and keeps its
+//! slot until the step is sealed or given up.
 //!
 //! A rank that does not save has a cascade too: one that carries nothing and watches (`watching`).
 //!

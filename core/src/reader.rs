@@ -339,16 +339,23 @@ impl Reader {
     /// # Errors
     /// There is none.
     pub fn pin(&self, step: Step, attempt: Option<u32>, pinned: bool) -> Result<()> {
-        let home = self.home();
+        // Each tier that collects looks for its own.
+        let collects = |tier: &&dyn Tier| matches!(tier.kind(), TierKind::Disk | TierKind::Object);
+        let mut homes: Vec<&dyn Tier> = self.tiers().into_iter().filter(collects).collect();
+        if homes.is_empty() {
+            homes.push(self.home());
+        }
         if !pinned {
-            for key in retain::pins(home)?.into_iter().filter(|k| k.step == step) {
-                retain::unpin(home, &key)?;
+            for home in homes {
+                for key in retain::pins(home)?.into_iter().filter(|k| k.step == step) {
+                    retain::unpin(home, &key)?;
+                }
             }
             return Ok(());
         }
         let wish = Wish { step: Some(step), attempt, accept_older: false };
         let (key, ..) = self.choose(&wish)?;
-        retain::pin(home, &key)
+        homes.into_iter().try_for_each(|home| retain::pin(home, &key))
     }
 }
 

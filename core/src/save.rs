@@ -390,9 +390,7 @@ impl Save {
     pub(crate) fn fail(&self, level: Level, error: &Error) {
         let mut stages = locked(&self.shared.stages);
         let from: &[Level] = match level {
-            Level::Staged => {
-                &[Level::Staged, Level::Ram, Level::Peer, Level::Disk, Level::Object]
-            }
+            Level::Staged => &[Level::Staged, Level::Ram, Level::Peer, Level::Disk, Level::Object],
             // A checkpoint that is not complete in RAM is never chosen for anywhere else.
             Level::Ram => &[Level::Ram, Level::Peer, Level::Disk, Level::Object],
             Level::Peer => &[Level::Peer],

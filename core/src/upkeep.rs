@@ -8,7 +8,7 @@ use std::{collections::BTreeSet, path::Path, time::Duration};
 use crate::{
     clock::SystemClock,
     error::{Error, Result},
-    names::Rank,
+    names::{Rank, Step, parse_step_dir},
     ownership::{Ownership, is_held},
     place::start_lock_path,
     reader::Reader,
@@ -25,6 +25,8 @@ pub struct Plan {
     /// A live process leads the newest attempt: what it has not sealed yet is left to it.
     pub live: bool,
     newest: u32,
+    /// The newest step that is sealed.
+    sealed: Option<Step>,
     ranks: Vec<u32>,
 }
 
@@ -82,19 +84,24 @@ pub fn plan(reader: &Reader, policy: &Policy) -> Result<Plan> {
         attempts.records().iter().flat_map(|r| r.savers.iter().copied()).collect();
     ranks.sort_unstable();
     ranks.dedup();
-    Ok(Plan { victims, live, newest: newest.map_or(0, |r| r.attempt.number), ranks })
+    let sealed = found.iter().filter(|f| f.sealed()).map(|f| f.key.step).max();
+    Ok(Plan { victims, live, newest: newest.map_or(0, |r| r.attempt.number), sealed, ranks })
 }
 
-/// Carries a plan out. Files that retention keeps for the next save are given back too, but for
-/// those of live ranks.
+/// Carries a plan out; how it ended, and how many uploads of dead processes were ended in a bucket. Files
+/// that retention keeps for the next save are given back too, but for those of live ranks.
 ///
 /// # Errors
 /// The tier did not answer; what was begun is finished by the next collection.
-pub fn collect(reader: &Reader, plan: &Plan) -> Result<Collected> {
+pub fn collect(reader: &Reader, plan: &Plan) -> Result<(Collected, usize)> {
     let home = reader.home();
     let victims: Vec<Victim> = plan.victims.iter().map(|(v, _)| v.clone()).collect();
     if home.kind() != TierKind::Disk {
-        return retain::collect(home, &victims, plan.newest);
+        let collected = retain::collect(home, &victims, plan.newest)?;
+        // A live job may be at what is newer than all that is sealed.
+        let step_of = |name: &str| parse_step_dir(name.split('/').next().unwrap_or(""));
+        let stays = |name: &str| step_of(name).is_some_and(|step| Some(step) > plan.sealed);
+        return Ok((collected, home.sweep(&stays)?));
     }
     let root = home.address();
     let disk = DiskTier::open(Path::new(&root))?;
@@ -108,5 +115,5 @@ pub fn collect(reader: &Reader, plan: &Plan) -> Result<Collected> {
             Err(e) => return Err(e),
         }
     }
-    Ok(collected)
+    Ok((collected, 0))
 }

@@ -46,8 +46,11 @@ def _weed() -> str:
 
 
 @contextlib.contextmanager
-def s3(directory: Path) -> Iterator[dict[str, str]]:
-    """A server with an empty bucket; what it is reached with, as `storage_options`."""
+def s3(directory: Path, volumes: int = 30) -> Iterator[dict[str, str]]:
+    """A server with an empty bucket, for as many GB as it has `volumes`.
+
+    Gives what it is reached with, as `storage_options`.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     identities = directory / "s3.json"
     identities.write_text(_IDENTITY % (KEY, SECRET))
@@ -57,7 +60,7 @@ def s3(directory: Path) -> Iterator[dict[str, str]]:
         f"-master.port={master}", f"-volume.port={volume}", "-filer", f"-filer.port={filer}",
         "-s3", f"-s3.port={port}", f"-s3.config={identities}",
         "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false",
-        "-master.volumeSizeLimitMB=1024", "-volume.max=30",
+        "-master.volumeSizeLimitMB=1024", f"-volume.max={volumes}",
     ]  # fmt: skip
     with (directory / "log").open("wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log)

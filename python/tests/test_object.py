@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import servers
+
 import tierkeep
 
 _RUNS = itertools.count()

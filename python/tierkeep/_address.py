@@ -17,7 +17,7 @@ def is_url(path: str) -> bool:
 def places(
     destination: str | os.PathLike[str], disk: str | os.PathLike[str] | None
 ) -> tuple[str, str | None]:
-    """The directory `<root>/<run>` of the disk tier, and the URL of the bucket where there is one."""
+    """The directory `<root>/<run>` of the disk tier, and the bucket's URL where there is one."""
     path = os.fsdecode(destination)
     if not is_url(path):
         if disk is not None:
@@ -25,11 +25,32 @@ def places(
         return path, None
     if disk is None:
         raise InvalidError(
-            f'{path}: say disk="/nvme/ckpt", a directory of this node: checkpoints go to the bucket '
-            "from there"
+            f'{path}: say disk="/nvme/ckpt", a directory of this node: checkpoints go to the '
+            "bucket from there"
         )
     path = path.rstrip("/")
     return os.path.join(os.fsdecode(disk), path.rsplit("/", 1)[-1]), path
+
+
+_OF_BUCKET = (
+    "object_every",
+    "object_keep_last",
+    "object_keep_every",
+    "object_bytes_per_second_max",
+)
+
+
+def bucket(
+    place: tuple[str, str | None, Mapping[str, str] | None], numbers: tuple[int | None, ...]
+) -> dict[str, object]:
+    """The settings of the bucket in `place` (directory, URL, options); without a URL none may be
+    given. `numbers` in the order of their names.
+    """
+    path, url, options = place
+    if url is None and any(said is not None for said in (options, *numbers)):
+        raise InvalidError(f"{path} is a directory: what is said of a bucket has no meaning")
+    said = None if options is None else dict(options)
+    return {"object": url, "storage_options": said, **dict(zip(_OF_BUCKET, numbers, strict=True))}
 
 
 def directory(origin: str | os.PathLike[str]) -> str:

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from tierkeep import _agent, _ending, _ranks, _replicas, _stop
-from tierkeep._address import directory, places
+from tierkeep._address import bucket, directory, places
 from tierkeep._build import Include
 from tierkeep._checks import at_least_one, names, one_of, setting, words
 from tierkeep._cuda import Stager
@@ -21,9 +21,9 @@ from tierkeep._events import Callback, Teller
 from tierkeep._facts import Restored, StepInfo
 from tierkeep._guarded import FENCE_SECONDS, Guarded
 from tierkeep._init import Origin
-from tierkeep._rename import Rename, rename
+from tierkeep._rename import Rename, renamed
 from tierkeep._restore import Plan
-from tierkeep._saves import Saves, disk_failures, failure, most_durable
+from tierkeep._saves import Saves, disk_failures, failure, most_durable, not_there
 from tierkeep._tierkeep import Found, Handle, Save
 from tierkeep.errors import BugError, DeadlineError, FencedError, InvalidError, TierkeepError
 
@@ -62,10 +62,8 @@ class Checkpointer:
     Args:
         destination: the run, `<root>/<run>`: a directory that all ranks share, or one of the same
             name on each node, where the nodes' agents know of each other; or its place in a bucket,
-            as in `s3://bucket/root/run` (`gs://`, `az://`; `file://` for a shared file system),
-            with `disk`.
-        disk: where the destination is in a bucket: the directory of this node that `<run>` lies in
-            on its way there.
+            as in `s3://bucket/root/run` (`gs://`, `az://`; `file://` for a shared file system).
+        disk: for a destination in a bucket: this node's directory for `<run>` on its way there.
         storage_options: for the bucket, under the names that Rust's `object_store` uses, as in
             `{"aws_endpoint": "http://host:9000"}`; beside what AWS_*, GOOGLE_* or AZURE_* say.
         every: `step` saves steps that are divisible by it; default: 1.
@@ -98,11 +96,9 @@ class Checkpointer:
         disk_every: steps that are divisible by it go to disk.
         keep_last: newest checkpoints that stay on disk.
         keep_every: steps that are divisible by it stay on disk for ever.
-        object_every: steps that are divisible by it go to the bucket, of those that go to disk;
-            default: all of them. While one is on its way, newer ones wait, and the newest is next:
-            a slow bucket gets fewer checkpoints, each of them whole.
-        object_keep_last: newest checkpoints that stay in the bucket; default: 3.
-        object_keep_every: steps that are divisible by it stay in the bucket for ever.
+        object_every: steps that are divisible by it go on to the bucket, one at a time: a slow one
+            gets fewer checkpoints, each of them whole. Default: `disk_every`.
+        object_keep_last, object_keep_every: as on disk; default: 3, none.
         object_bytes_per_second_max: limit of what this rank sends there.
         capture: `"now"` (the default): `save` returns when everything is copied. `"overlap"`:
             tensors of the optimizers given to `guard` are copied behind; their next step waits.
@@ -157,15 +153,11 @@ class Checkpointer:
         timeouts_s: Mapping[str, float] | None = None,
     ) -> None:
         path, url = places(destination, disk)
-        in_bucket = (storage_options, object_every, object_keep_last, object_keep_every)
-        if url is None and any(said is not None for said in in_bucket):
-            raise InvalidError(f"{path} is a directory: what is said of a bucket has no meaning")
         self._init_from = None if init_from is None else directory(init_from)
         self.every = at_least_one("every", setting("every", every, 1))
-        capture_ = setting("capture", capture, "now")
-        self._capture = one_of("capture", capture_, ("now", "overlap"))
-        busy_ = setting("busy", busy, "wait")
-        self._skip_if_busy = one_of("busy", busy_, ("wait", "skip")) == "skip"
+        captures, busies = ("now", "overlap"), ("wait", "skip")
+        self._capture = one_of("capture", setting("capture", capture, "now"), captures)
+        self._skip_if_busy = one_of("busy", setting("busy", busy, "wait"), busies) == "skip"
         self._fresh = fresh
         limit = setting("max_failures", max_failures, sys.maxsize)
         self._max_failures = at_least_one("max_failures", limit)
@@ -188,12 +180,10 @@ class Checkpointer:
             "disk_every": disk_every,
             "keep_last": keep_last,
             "keep_every": keep_every,
-            "object": url,
-            "storage_options": None if storage_options is None else dict(storage_options),
-            "object_every": object_every,
-            "object_keep_last": object_keep_last,
-            "object_keep_every": object_keep_every,
-            "object_bytes_per_second_max": object_bytes_per_second_max,
+            **bucket(
+                (path, url, storage_options),
+                (object_every, object_keep_last, object_keep_every, object_bytes_per_second_max),
+            ),
             "threads": threads,
             **(timeouts_s or {}),
         }
@@ -400,12 +390,16 @@ class Checkpointer:
         found = self._find(step, attempt, rollback, read_only, accept_older)
         if found is None:
             if self._init_from is not None:
-                self._initialise(state, read_only, include, rename)
+                agree = (lambda wish: wish) if read_only else self._handle.agree_on_init
+                savers, shard = self.settings["savers"], self._handle.shard_rank
+                origin = Origin(self._init_from, self._ram_dir, savers, shard, agree)
+                how = (include, rename, self._allow_pickle, self._threads)
+                self._handle.tell_init(origin.fill(state, *how))
             self._prepare_behind(state)
             return None
         plan = Plan(found, allow_pickle=self._allow_pickle, strict=strict, include=wanted)
         tree = found.tree
-        make = plan.match(_renamed(tree, rename), state, ())
+        make = plan.match(renamed(tree, rename), state, ())
         plan.check()
         tier, damaged = plan.fill(self._threads)
         new = make()
@@ -437,22 +431,6 @@ class Checkpointer:
         self._begun, self._fresh = True, False
         self._newest = found.step if found else 0
         return found
-
-    def _initialise(
-        self, state: Any, read_only: bool, include: Iterable[str] | None, how: Rename | None
-    ) -> None:
-        assert self._init_from is not None
-        agree = (lambda wish: wish) if read_only else self._handle.agree_on_init
-        savers, shard = self.settings["savers"], self._handle.shard_rank
-        origin = Origin(self._init_from, self._ram_dir, savers, shard, agree)
-        text = origin.fill(
-            state,
-            include=include,
-            rename=how,
-            allow_pickle=self._allow_pickle,
-            threads=self._threads,
-        )
-        self._handle.tell_init(text)
 
     def _begin_if_new(self) -> None:
         if self._begun:
@@ -501,8 +479,7 @@ class Checkpointer:
             DeadlineError: not within `timeout_s` seconds.
             TierkeepError: the newest save failed.
         """
-        if level is None:
-            level = "object" if "object" in self.settings else "disk"
+        level = level or ("object" if "object" in self.settings else "disk")
         levels = ("ram", "peer", "disk", "object")
         self._saves.wait_all(one_of("level", level, levels), timeout_s)
 
@@ -552,7 +529,7 @@ class Checkpointer:
         done = self._shut(timeout_s, now=False)
         newest = self._saves.newest
         if not done:
-            raise DeadlineError(_not_there(newest, timeout_s))
+            raise DeadlineError(not_there(newest, timeout_s))
         if newest is not None and not newest.progress().skipped:
             error = failure(newest, most_durable(newest))
             if error is not None and not isinstance(error, FencedError):
@@ -620,15 +597,3 @@ class Checkpointer:
         self._saves.settle()
         if self._saves.failures >= self._max_failures:
             raise self._saves.last_error or BugError("a save failed without an error")
-
-
-def _renamed(tree: Any, how: Rename | None) -> Any:
-    return tree if how is None else rename(tree, how)
-
-
-def _not_there(newest: Save | None, timeout_s: float) -> str:
-    if newest is None:
-        return f"the disk tier did not end within {timeout_s} s"
-    now = newest.progress()
-    tier, has = ("object", "on disk") if now.disk else ("disk", "in RAM")
-    return f"the {tier} tier did not end within {timeout_s} s: step {newest.step} is {has} only"

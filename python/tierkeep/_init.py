@@ -47,7 +47,6 @@ class Origin:
     def fill(
         self,
         state: Any,
-        *,
         include: Iterable[str] | None,
         rename: _rename.Rename | None,
         allow_pickle: set[str],
@@ -60,8 +59,7 @@ class Origin:
             plan = _Plan(source, allow_pickle=allow_pickle, strict=False, include=Include(include))
             if include is not None and isinstance(source, Found):
                 # As a restore would, for whatever is named: optimizers and values too.
-                tree = source.tree if rename is None else _rename.rename(source.tree, rename)
-                make = plan.match(tree, state, ())
+                make = plan.match(_rename.renamed(source.tree, rename), state, ())
             else:
                 make = plan.match_by_name(_names(source, weights, state, rename), state)
             plan.check()

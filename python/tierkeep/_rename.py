@@ -25,6 +25,11 @@ def rename(tree: Any, how: Rename) -> Any:
     return tree
 
 
+def renamed(tree: Any, how: Rename | None) -> Any:
+    """`rename`, where there is anything to rename."""
+    return tree if how is None else rename(tree, how)
+
+
 def rename_paths(paths: Iterable[str], how: Rename | None) -> dict[str, str]:
     """Paths of tensors by their new names."""
     paths = list(paths)

@@ -94,6 +94,15 @@ def most_durable(save: Save) -> str:
     return "object" if save.is_due_for_object else "disk" if save.is_due_for_disk else "ram"
 
 
+def not_there(newest: Save | None, timeout_s: float) -> str:
+    """What to say of a close that took too long."""
+    if newest is None:
+        return f"the disk tier did not end within {timeout_s} s"
+    now = newest.progress()
+    tier, has = ("object", "on disk") if now.disk else ("disk", "in RAM")
+    return f"the {tier} tier did not end within {timeout_s} s: step {newest.step} is {has} only"
+
+
 def failure(save: Save, level: str) -> TierkeepError | None:
     """The error that `save.wait(level)` raises by now."""
     try:

@@ -115,8 +115,9 @@ class Save:
         Raises:
             DeadlineError: not within `timeout_s` seconds (None: an hour); it names the ranks that
                 were missing.
-            UnavailableError: the step was passed over or given up, or there is no bucket. For `"peer"` at once where there
-                are no other nodes, or `replicas=0`; where too few are alive, after `peer_wait_s`.
+            UnavailableError: the step was passed over or given up, or there is no bucket. For
+                `"peer"` at once where there are no other nodes, or `replicas=0`; where too few are
+                alive, after `peer_wait_s`.
             InvalidError: there is no such tier, or the step does not go to disk.
             TierkeepError: the save failed.
         """

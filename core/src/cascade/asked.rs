@@ -65,8 +65,7 @@ impl Cascade {
             save.fail(Level::Ram, fenced.unwrap_or(&closed));
         }
         drop(work);
-        let closed = Error::Fenced { why: "the Checkpointer was closed before".into() };
-        self.end_sending(fenced.unwrap_or(&closed));
+        self.end_sending(fenced);
         self.parts.signal.notify();
     }
 

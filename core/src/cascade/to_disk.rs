@@ -170,7 +170,7 @@ impl Cascade {
         work.fenced_by_us = by_us;
         work.carry = None;
         work.saves().for_each(|save| save.fail(Level::Ram, &error));
-        self.end_sending(&error);
+        self.end_sending(Some(&error));
         if !by_us {
             self.parts.observer.error("fenced", None, error.to_string());
         }

@@ -13,7 +13,11 @@
 //! - A step is told as being in the bucket only when it is sealed there.
 //! - The disk keeps a step that is on its way.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use super::{Cascade, IDLE};
 use crate::{
@@ -65,8 +69,6 @@ pub(crate) struct Sending {
     next: Option<u64>,
     /// The newest step that was ever chosen.
     chosen: Option<u64>,
-    /// The newest that is sealed here.
-    sealed: Option<u64>,
     /// Saves that are due here and not decided yet.
     saves: BTreeMap<u64, Save>,
     /// The records of the attempts are there.
@@ -91,14 +93,19 @@ impl Cascade {
     pub(super) fn mark_due_for_bucket(&self, save: &Save) {
         let step = save.step();
         let why = match &self.parts.far {
-            Some(far) if self.is_due(step) && (step.is_multiple_of(far.settings.every) || self.is_last(step)) => {
+            Some(far)
+                if self.is_due(step)
+                    && (step.is_multiple_of(far.settings.every) || self.is_last(step)) =>
+            {
                 save.set_due_for_object();
                 if save.is_pending(Level::Object) {
                     locked(&self.sending).saves.insert(step, save.clone());
                 }
                 return;
             }
-            Some(far) => format!("it is not due for the bucket: every {} steps", far.settings.every),
+            Some(far) => {
+                format!("it is not due for the bucket: every {} steps", far.settings.every)
+            }
             None => "it goes to no bucket: there is none here".into(),
         };
         save.fail(Level::Object, &Error::Skipped { step: Step(step), why });
@@ -128,20 +135,14 @@ impl Cascade {
         self.parts.far.is_some() && locked(&self.sending).is_busy()
     }
 
-    /// The newest step that is sealed in the bucket, as far as this rank knows.
-    pub(crate) fn in_bucket(&self) -> Option<u64> {
-        locked(&self.sending).sealed
-    }
-
-    /// Why the bucket does not answer, where it does not.
-    pub(crate) fn bucket_trouble(&self) -> Option<String> {
-        locked(&self.sending).trouble.clone()
-    }
-
     /// Nothing goes there any more.
-    pub(super) fn end_sending(&self, error: &Error) {
+    pub(super) fn end_sending(&self, fenced: Option<&Error>) {
         let saves = std::mem::take(&mut locked(&self.sending).saves);
-        saves.values().for_each(|save| save.fail(Level::Object, error));
+        for (step, save) in saves {
+            let why = "the Checkpointer was closed before".into();
+            let closed = Error::Skipped { step: Step(step), why };
+            save.fail(Level::Object, fenced.unwrap_or(&closed));
+        }
     }
 
     /// The thread's whole life.
@@ -229,7 +230,9 @@ impl Cascade {
     fn settle_old(&self, step: u64, save: &Save) -> Result<()> {
         match self.parts.agreements.was_in_bucket(step)? {
             Some(InRam::Whole) => save.reach(Level::Object, false),
-            Some(InRam::GivenUp(why)) => save.fail(Level::Object, &Error::Skipped { step: Step(step), why }),
+            Some(InRam::GivenUp(why)) => {
+                save.fail(Level::Object, &Error::Skipped { step: Step(step), why })
+            }
             None => {
                 let why = "the leader went on to a newer step".into();
                 save.fail(Level::Object, &Error::Skipped { step: Step(step), why });
@@ -410,7 +413,6 @@ impl Cascade {
             let mut sending = locked(&self.sending);
             sending.now.take_if(|now| now.step == step);
             if *said == InRam::Whole {
-                sending.sealed = sending.sealed.max(Some(step));
                 sending.trouble = None;
             }
             sending.saves.remove(&step)
@@ -438,7 +440,11 @@ impl Cascade {
         if !self.parts.config.leads() {
             return;
         }
-        let tidied = self.parts.agreements.forget_sent_before(step).and_then(|()| self.retain_in_bucket(far));
+        let tidied = self
+            .parts
+            .agreements
+            .forget_sent_before(step)
+            .and_then(|()| self.retain_in_bucket(far));
         if let Err(e) = tidied {
             tracing::warn!("nothing was collected in the bucket after step {step}: {}", e.chain());
         }
@@ -459,7 +465,7 @@ impl Cascade {
             keep_every: far.settings.keep_every,
             abandoned: false,
         };
-        let in_flight = self.kept_for_bucket().into_iter().collect();
+        let in_flight: BTreeSet<CheckpointKey> = self.kept_for_bucket().into_iter().collect();
         let known = retain::Known {
             found: &found,
             lineage: &lineage,
@@ -468,7 +474,15 @@ impl Cascade {
             in_flight: &in_flight,
             given_up: &Default::default(),
         };
-        retain::collect(tier, &retain::plan(&policy, &known), newest).map(drop)
+        retain::collect(tier, &retain::plan(&policy, &known), newest)?;
+        // What dead processes began, and no rank is at: this is the newest attempt, and between two steps.
+        let kept: Vec<String> = in_flight.iter().map(CheckpointKey::dir).collect();
+        let stays = |name: &str| kept.iter().any(|dir| name.starts_with(dir.as_str()));
+        let ended = tier.sweep(&stays)?;
+        if ended > 0 {
+            tracing::info!("ended {ended} uploads in the bucket that dead processes had left");
+        }
+        Ok(())
     }
 }
 
@@ -489,7 +503,12 @@ impl<P: Payload> Payload for Sent<'_, P> {
         self.payload.is_empty()
     }
 
-    fn block<'a>(&'a self, offset: u64, len: usize, scratch: &'a mut AlignedBuf) -> Result<&'a [u8]> {
+    fn block<'a>(
+        &'a self,
+        offset: u64,
+        len: usize,
+        scratch: &'a mut AlignedBuf,
+    ) -> Result<&'a [u8]> {
         if locked(&self.cascade.work).stop {
             return Err(Error::Fenced { why: "the attempt ended in this process".into() });
         }

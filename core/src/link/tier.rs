@@ -86,4 +86,8 @@ impl Tier for FarTier {
     fn retire(&self, _name: &str) -> Result<()> {
         self.refused()
     }
+
+    fn sweep(&self, _stays: &dyn Fn(&str) -> bool) -> Result<usize> {
+        self.refused()
+    }
 }

@@ -232,6 +232,10 @@ impl Tier for Remote {
     fn retire(&self, _name: &str) -> Result<()> {
         self.refused()
     }
+
+    fn sweep(&self, _stays: &dyn Fn(&str) -> bool) -> Result<usize> {
+        self.refused()
+    }
 }
 
 /// A small file that came with the listing.

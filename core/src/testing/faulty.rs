@@ -178,4 +178,7 @@ impl Tier for Faulty {
     fn retire(&self, name: &str) -> Result<()> {
         self.around(|| self.inner.retire(name))
     }
+    fn sweep(&self, stays: &dyn Fn(&str) -> bool) -> Result<usize> {
+        self.around(|| self.inner.sweep(stays))
+    }
 }

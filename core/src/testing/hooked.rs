@@ -106,4 +106,7 @@ impl Tier for Hooked {
     fn retire(&self, name: &str) -> Result<()> {
         self.around(Op::Retire, name, || self.inner.retire(name))
     }
+    fn sweep(&self, stays: &dyn Fn(&str) -> bool) -> Result<usize> {
+        self.inner.sweep(stays)
+    }
 }

@@ -203,6 +203,14 @@ pub trait Tier: Send + Sync + fmt::Debug {
     /// # Errors
     /// The file may or may not be there.
     fn retire(&self, name: &str) -> Result<()>;
+    /// Ends what was begun here and neither finished nor given up, but for names that `stays` says so of:
+    /// uploads of dead processes. How many; a place that has no such thing has none.
+    ///
+    /// # Errors
+    /// The place did not answer.
+    fn sweep(&self, _stays: &dyn Fn(&str) -> bool) -> Result<usize> {
+        Ok(0)
+    }
 }
 
 /// A tier that is shared is a tier.
@@ -237,6 +245,9 @@ impl Tier for std::sync::Arc<dyn Tier> {
     }
     fn retire(&self, name: &str) -> Result<()> {
         (**self).retire(name)
+    }
+    fn sweep(&self, stays: &dyn Fn(&str) -> bool) -> Result<usize> {
+        (**self).sweep(stays)
     }
 }
 

@@ -103,6 +103,9 @@ impl<T: Tier> Tier for Retried<T> {
     fn retire(&self, name: &str) -> Result<()> {
         self.again(|| self.inner.retire(name))
     }
+    fn sweep(&self, stays: &dyn Fn(&str) -> bool) -> Result<usize> {
+        self.again(|| self.inner.sweep(stays))
+    }
 }
 
 /// Writes payloads no faster than so many bytes a second, so that a checkpoint leaves the disk to
@@ -204,6 +207,9 @@ impl<T: Tier> Tier for Limited<T> {
     fn retire(&self, name: &str) -> Result<()> {
         self.inner.retire(name)
     }
+    fn sweep(&self, stays: &dyn Fn(&str) -> bool) -> Result<usize> {
+        self.inner.sweep(stays)
+    }
 }
 
 /// What went through a tier.
@@ -280,5 +286,8 @@ impl<T: Tier> Tier for Metered<T> {
     }
     fn retire(&self, name: &str) -> Result<()> {
         self.count(self.inner.retire(name))
+    }
+    fn sweep(&self, stays: &dyn Fn(&str) -> bool) -> Result<usize> {
+        self.count(self.inner.sweep(stays))
     }
 }

@@ -43,7 +43,8 @@ fn save(ckpt: &Checkpointer, sizes: &[usize], step: u64) -> Save {
 }
 
 fn steps(place: &Place) -> Vec<u64> {
-    let reader = Reader::open_with(Path::new(&place.url), Some(Path::new("/nowhere")), &place.options);
+    let reader =
+        Reader::open_with(Path::new(&place.url), Some(Path::new("/nowhere")), &place.options);
     let steps = reader.expect("open").steps().expect("steps");
     steps.into_iter().filter(|info| info.sealed).map(|info| info.key.step.0).collect()
 }
@@ -73,14 +74,22 @@ fn a_job_goes_on_from_the_bucket_where_everything_else_is_lost() {
     assert_eq!(resume(&ckpt, &SIZES).expect("resume"), 3, "{:?}", events(&ckpt));
     wait(&save(&ckpt, &SIZES, 4), Level::Object);
     let told = events(&ckpt);
-    assert!(!told.iter().any(|text| text.contains("failed") || text.contains("given up")), "{told:?}");
+    assert!(
+        !told.iter().any(|text| text.contains("failed") || text.contains("given up")),
+        "{told:?}"
+    );
     close(&ckpt);
     assert_eq!(steps(&place), [2, 3, 4], "three stay");
     // And from RAM and disk again, without the bucket's bytes being asked for.
     let tier = open(&place);
     let shard = |step: u64| {
         let reader = Reader::open_with(Path::new(&place.url), None, &place.options).expect("open");
-        let info = reader.steps().expect("steps").into_iter().find(|i| i.key.step.0 == step).expect("step");
+        let info = reader
+            .steps()
+            .expect("steps")
+            .into_iter()
+            .find(|i| i.key.step.0 == step)
+            .expect("step");
         let file = reader.shard(&info.key, Rank(0)).expect("shard").manifest().payload.file.clone();
         info.key.file(&file)
     };
@@ -152,7 +161,10 @@ fn a_bucket_that_is_away_holds_nothing_up_and_catches_up() {
     let direct = Place { url: place.url, ..servers::s3() };
     assert_eq!(steps(&direct).last(), Some(&20));
     let reached = saves.iter().filter(|save| save.progress().object).count();
-    let passed = saves.iter().filter(|save| save.poll(Level::Object, false, Duration::ZERO).is_err()).count();
+    let passed = saves
+        .iter()
+        .filter(|save| save.poll(Level::Object, false, Duration::ZERO).is_err())
+        .count();
     assert_eq!(reached + passed, 18, "what did not get there was passed over");
     assert!(reached <= 1, "{reached}: one at a time is on its way");
     close(&ckpt);
@@ -170,7 +182,9 @@ fn a_cluster_that_was_given_up_seals_nothing_in_the_bucket_any_more() {
     wait(&save(&ckpt, &SMALL, 2), Level::Object);
     // It still trains, on its own disk, and does not know.
     let save_late = save(&late, &SMALL, 5);
-    let e = save_late.poll(Level::Object, false, Duration::from_secs(30)).expect_err("it was superseded");
+    let e = save_late
+        .poll(Level::Object, false, Duration::from_secs(30))
+        .expect_err("it was superseded");
     assert!(e.chain().contains("attempt 2"), "{}", e.chain());
     assert_eq!(steps(&place), [1, 2]);
     close(&late);
@@ -192,7 +206,11 @@ fn a_bucket_that_cannot_be_used_is_an_error_at_the_start() {
     }
     let place = Place { url: "s3://no-such-bucket/root/run".into(), ..servers::s3() };
     let e = resume(&start(&places, &place), &SMALL).expect_err("no bucket");
-    assert!(e.kind() == ErrorKind::Invalid && e.chain().contains("no such bucket"), "{}", e.chain());
+    assert!(
+        e.kind() == ErrorKind::Invalid && e.chain().contains("no such bucket"),
+        "{}",
+        e.chain()
+    );
 }
 
 #[test]
@@ -202,11 +220,13 @@ fn what_is_not_due_for_the_bucket_does_not_go_there() {
     config.bucket.as_mut().expect("bucket").every = 3;
     let ckpt = Checkpointer::open(config).expect("open");
     resume(&ckpt, &SMALL).expect("resume");
-    let saves: Vec<Save> = (1..=7).map(|step| {
-        let save = save(&ckpt, &SMALL, step);
-        wait(&save, if step % 3 == 0 { Level::Object } else { Level::Disk });
-        save
-    }).collect();
+    let saves: Vec<Save> = (1..=7)
+        .map(|step| {
+            let save = save(&ckpt, &SMALL, step);
+            wait(&save, if step % 3 == 0 { Level::Object } else { Level::Disk });
+            save
+        })
+        .collect();
     for save in &saves {
         assert_eq!(save.is_due_for_object(), save.step() % 3 == 0);
         assert_eq!(save.progress().object, save.step() % 3 == 0, "{:?}", save.progress());
@@ -214,4 +234,30 @@ fn what_is_not_due_for_the_bucket_does_not_go_there() {
     }
     close(&ckpt);
     assert_eq!(steps(&place), [3, 6]);
+}
+
+#[test]
+fn what_a_dead_process_began_to_send_is_ended_by_the_next_job_and_by_gc() {
+    let (places, place) = (Places::new(), servers::s3());
+    let tier = open(&place);
+    let dies = |step: u64| {
+        let name = format!("{step:020}/00000009-aabbccdd/rank-000000-01020304.safetensors");
+        tier.put(&name, &crate::uploads::dying()).map(drop).expect_err("it dies");
+    };
+    dies(1);
+    dies(2);
+    assert_eq!(tier.unfinished().expect("unfinished"), Some(2));
+    let ckpt = start(&places, &place);
+    resume(&ckpt, &SMALL).expect("resume");
+    wait(&save(&ckpt, &SMALL, 3), Level::Object);
+    until("they are ended", || tier.unfinished().expect("unfinished") == Some(0));
+    close(&ckpt);
+    dies(2);
+    dies(9);
+    let reader = Reader::open_with(Path::new(&place.url), None, &place.options).expect("open");
+    let policy = tierkeep::retain::Policy { keep_last: 9, keep_every: None, abandoned: false };
+    let plan = tierkeep::upkeep::plan(&reader, &policy).expect("plan");
+    let (_, ended) = tierkeep::upkeep::collect(&reader, &plan).expect("collect");
+    assert_eq!(ended, 1, "what is newer than all that is sealed may be a live job's");
+    assert_eq!(tier.unfinished().expect("unfinished"), Some(1));
 }

@@ -41,7 +41,8 @@ fn copy(from: &Reader, key: &CheckpointKey, to: &str, place: &Place) -> tierkeep
 }
 
 fn reader(place: &Place) -> Reader {
-    Reader::open_with(Path::new(&place.url), Some(Path::new("/nowhere")), &place.options).expect("open")
+    Reader::open_with(Path::new(&place.url), Some(Path::new("/nowhere")), &place.options)
+        .expect("open")
 }
 
 fn resumes_at(place: &Place) -> Option<u64> {
@@ -60,7 +61,8 @@ fn a_run_goes_to_a_bucket_and_comes_back_bit_for_bit() {
         assert!(bucket.shard(&info.key, Rank(0)).expect("shard").verify().is_empty());
         let to = elsewhere.destination();
         let options = Options::new();
-        copy_out(&bucket, &info.key, &[0], &to, Some(elsewhere.ram()), &options, &|_| {}).expect("copy");
+        copy_out(&bucket, &info.key, &[0], &to, Some(elsewhere.ram()), &options, &|_| {})
+            .expect("copy");
     }
     // What a run is made of, without what its processes left beside it.
     let relative = |places: &Places| {
@@ -74,10 +76,12 @@ fn a_run_goes_to_a_bucket_and_comes_back_bit_for_bit() {
         all.sort();
         all
     };
-    let names = |all: &[(std::path::PathBuf, Vec<u8>)]| all.iter().map(|(p, _)| p.clone()).collect::<Vec<_>>();
+    let names = |all: &[(std::path::PathBuf, Vec<u8>)]| {
+        all.iter().map(|(p, _)| p.clone()).collect::<Vec<_>>()
+    };
     let (there, back) = (relative(&places), relative(&elsewhere));
     let there: Vec<_> = there.into_iter().filter(|(path, _)| names(&back).contains(path)).collect();
-    assert!(back.len() >= 3 * 3 + 1, "{:?}", names(&back));
+    assert!(back.len() > 3 * 3, "{:?}", names(&back));
     assert!(there == back, "{:?}, {:?}", names(&there), names(&back));
     let ckpt = elsewhere.open();
     assert_eq!(resume(&ckpt, &SIZES).expect("resume"), 3);
@@ -131,7 +135,8 @@ fn a_seal_in_a_bucket_whose_shard_is_gone_or_damaged_is_passed_over_by_name() {
         steps.into_iter().find(|info| info.key.step.0 == step).expect("step").key
     };
     let newest = key(3);
-    let payload = reader(&place).shard(&newest, Rank(0)).expect("shard").manifest().payload.file.clone();
+    let payload =
+        reader(&place).shard(&newest, Rank(0)).expect("shard").manifest().payload.file.clone();
     tier.delete(&newest.file(&payload)).expect("delete");
     let view = reader(&place).overview().expect("overview");
     assert_eq!(view.resume.map(|key| key.step.0), Some(2));
@@ -139,7 +144,8 @@ fn a_seal_in_a_bucket_whose_shard_is_gone_or_damaged_is_passed_over_by_name() {
     let second = key(2);
     tier.delete(&second.manifest(Rank(0))).expect("delete");
     assert_eq!(resumes_at(&place), Some(1));
-    let of = |step| reader(&place).steps().expect("steps").into_iter().find(|i| i.key.step.0 == step);
+    let of =
+        |step| reader(&place).steps().expect("steps").into_iter().find(|i| i.key.step.0 == step);
     let reach = of(2).expect("step 2").reach;
     assert!(matches!(reach, Reach::Broken(_)), "{reach:?}");
     // One bit, and the bytes are those of the save again once they are written anew.

@@ -171,11 +171,16 @@ fn wait<T>(work: impl Future<Output = T>) -> T {
 
 /// The bucket that all tests share. A server that has just begun to listen may not take it yet.
 fn make_bucket(server: &Server) {
-    use object_store::{ObjectStore as _, path::Path, signer::{Method, Signer as _}};
+    use object_store::{
+        ObjectStore as _,
+        path::Path,
+        signer::{Method, Signer as _},
+    };
     let store = client(server.port);
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
-        let url = wait(store.signed_url(Method::PUT, &Path::ROOT, Duration::from_secs(60))).expect("url");
+        let url =
+            wait(store.signed_url(Method::PUT, &Path::ROOT, Duration::from_secs(60))).expect("url");
         let query = url.query().unwrap_or_default();
         let answer = http(server.port, &format!("PUT {}?{query}", url.path()), "");
         if answer.contains(" 200 ") && wait(store.list_with_delimiter(None)).is_ok() {

@@ -36,6 +36,11 @@ impl Held {
     }
 }
 
+/// Of several parts, and no process to send the last ones.
+pub(crate) fn dying() -> impl Payload {
+    Held { breaks_at: 40 << 20, ..Held::new(7) }
+}
+
 impl Payload for Held {
     fn len(&self) -> u64 {
         self.bytes.len() as u64

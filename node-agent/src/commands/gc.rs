@@ -38,7 +38,8 @@ pub(super) fn run(context: &mut Context<'_>, args: &Gc) -> Result<i32, Failure> 
         abandoned: args.abandoned,
     };
     let plan = plan(&reader, &policy)?;
-    let collected = if args.dry_run { Collected::All } else { collect(&reader, &plan)? };
+    let (collected, uploads) =
+        if args.dry_run { (Collected::All, 0) } else { collect(&reader, &plan)? };
     let superseded = collected == Collected::Superseded;
     if context.json {
         show::json(context.out, &data(&plan, args.dry_run, superseded))?;
@@ -48,6 +49,12 @@ pub(super) fn run(context: &mut Context<'_>, args: &Gc) -> Result<i32, Failure> 
             let size = show::bytes(*bytes);
             writeln!(context.out, "{word} {} ({size}): {}", victim.key, victim.why)?;
         }
+    }
+    if uploads > 0 {
+        say(&format!(
+            "note: ended {} that dead processes had left",
+            show::count(uploads, "upload")
+        ));
     }
     if plan.live {
         say("note: a job is alive: what it has not finished is left to it");
@@ -59,7 +66,7 @@ pub(super) fn run(context: &mut Context<'_>, args: &Gc) -> Result<i32, Failure> 
             "run it again",
         ));
     }
-    if plan.victims.is_empty() {
+    if plan.victims.is_empty() && uploads == 0 {
         say("note: there is nothing to delete");
     }
     Ok(OK)

@@ -16,9 +16,11 @@
 //!   after a few tries.
 
 pub mod address;
+mod ahead;
 mod explain;
 mod hands;
 mod library;
+mod read;
 mod s3;
 mod upload;
 mod wire;
@@ -26,29 +28,29 @@ mod wire;
 use std::sync::Arc;
 
 use backon::BlockingRetryable;
-use futures_util::TryStreamExt;
-use object_store::{
-    GetOptions, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, path::Path,
-};
+use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, path::Path};
 
 use self::{
     address::{Address, Options},
     explain::explain,
     hands::wait,
+    read::{Object, Record},
     upload::{Met, Upload, patience},
-    wire::Wire,
+    wire::{Failure, Unfinished, Wire},
 };
 use super::{
     Created, Entry, Payload, Receipt, Source, Tier, TierKind, buffer::AlignedBuf, disk::DiskTier,
     posix::same_bytes,
 };
 use crate::{
+    config::number,
     error::{Error, Result},
     record::RECORD_BYTES_MAX,
 };
 
-/// Requests at a time for one payload. One connection is given 50 to 90 MB/s by the large stores.
-const IN_FLIGHT: usize = 16;
+/// Requests at a time for one payload, either way. One connection is given 50 to 90 MB/s by the large stores:
+/// so many of them fill 10 to 20 Gbit/s. `TIERKEEP_OBJECT_REQUESTS_MAX`.
+const REQUESTS_MAX: usize = 32;
 
 /// A place in a bucket.
 #[derive(Debug)]
@@ -56,6 +58,8 @@ pub struct ObjectTier {
     address: Address,
     store: Arc<dyn ObjectStore>,
     wire: Arc<dyn Wire>,
+    /// Requests at a time for one payload.
+    requests: usize,
 }
 
 /// Opens the place that `url` names: a bucket, or a directory that several nodes share (`file://`).
@@ -83,8 +87,12 @@ impl ObjectTier {
     /// # Errors
     /// The options do not fit the address.
     pub fn open(address: &Address, options: &Options) -> Result<Self> {
+        let requests = number("TIERKEEP_OBJECT_REQUESTS_MAX")?.unwrap_or(REQUESTS_MAX);
+        if requests == 0 {
+            return Err(Error::invalid("TIERKEEP_OBJECT_REQUESTS_MAX = 0: at least 1"));
+        }
         let (store, wire) = address.connect(options)?;
-        Ok(Self { address: address.clone(), store, wire })
+        Ok(Self { address: address.clone(), store, wire, requests })
     }
 
     /// Asks whether the bucket is there and may be listed.
@@ -100,11 +108,18 @@ impl ObjectTier {
     /// # Errors
     /// The store did not answer.
     pub fn unfinished(&self) -> Result<Option<usize>> {
-        let found = wait(self.wire.unfinished(self.address.prefix()));
-        let found = found.map_err(|e| {
-            e.explained(&self.address, format!("list the uploads in {}", self.address))
-        })?;
-        Ok(found.map(|uploads| uploads.len()))
+        Ok(self.uploads()?.map(|uploads| uploads.len()))
+    }
+
+    fn uploads(&self) -> Result<Option<Vec<Unfinished>>> {
+        let prefix = self.address.prefix();
+        let list = || wait(self.wire.unfinished(prefix));
+        let found = list.retry(patience()).when(Failure::may_pass).call();
+        let deed = || format!("list the uploads in {}", self.address);
+        let mut found = found.map_err(|e| e.explained(&self.address, deed()))?;
+        // `run2` begins with `run` too.
+        found.iter_mut().for_each(|all| all.retain(|upload| upload.to.prefix_matches(prefix)));
+        Ok(found)
     }
 
     fn path(&self, name: &str) -> Result<Path> {
@@ -127,9 +142,9 @@ impl ObjectTier {
         explain(&self.address, format!("{verb} {}", self.label(name)), e)
     }
 
-    fn send(&self, to: &Path, payload: &dyn Payload) -> Result<()> {
+    fn upload<'a>(&'a self, to: &'a Path, payload: &'a dyn Payload) -> Upload<'a> {
         let (wire, address) = (self.wire.clone(), &self.address);
-        Upload { wire, address, to, payload, in_flight: IN_FLIGHT }.run()
+        Upload { wire, address, to, payload, in_flight: self.requests }
     }
 }
 
@@ -146,8 +161,7 @@ impl Tier for ObjectTier {
         let path = self.path(name)?;
         let receipt = Receipt { tier: TierKind::Object, name: name.into(), length: payload.len() };
         // A name has a random word of its writer: nobody else makes it between this look and the write.
-        let (wire, address) = (self.wire.clone(), &self.address);
-        let upload = Upload { wire, address, to: &path, payload, in_flight: IN_FLIGHT };
+        let upload = self.upload(&path, payload);
         match upload.meets()? {
             None => upload.run()?,
             Some(Met::Same) => {}
@@ -182,7 +196,7 @@ impl Tier for ObjectTier {
         }
         let meta = wait(self.store.head(&path)).map_err(failed)?;
         let (store, address) = (self.store.clone(), self.address.clone());
-        Ok(Box::new(Object { store, address, path, len: meta.size }))
+        Ok(Box::new(Object::new(store, address, path, meta.size, self.requests)))
     }
 
     fn list(&self, dir: &str) -> Result<Vec<Entry>> {
@@ -214,79 +228,27 @@ impl Tier for ObjectTier {
         let path = self.path(name)?;
         let source = self.open(name)?;
         // An object is replaced as a whole: whoever reads it meanwhile has the old one or the new one.
-        self.send(&path, &Mended { source: &*source, offset, bytes })
+        self.upload(&path, &Mended { source: &*source, offset, bytes }).run()
     }
 
     fn retire(&self, name: &str) -> Result<()> {
         self.delete(name)
     }
-}
 
-/// A small object, read whole.
-struct Record(Vec<u8>);
-
-impl Source for Record {
-    fn len(&self) -> u64 {
-        self.0.len() as u64
-    }
-
-    fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<()> {
-        let begin = usize::try_from(offset).unwrap_or(usize::MAX).min(self.0.len());
-        let there = &self.0[begin..];
-        let count = there.len().min(into.len());
-        into[..count].copy_from_slice(&there[..count]);
-        Ok(())
-    }
-}
-
-/// A large one, read in ranges.
-struct Object {
-    store: Arc<dyn ObjectStore>,
-    address: Address,
-    path: Path,
-    len: u64,
-}
-
-impl Object {
-    async fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), object_store::Error> {
-        let options = GetOptions::new().with_range(Some(offset..offset + into.len() as u64));
-        let got = self.store.get_opts(&self.path, options).await?;
-        let mut blocks = got.into_stream();
-        let mut at = 0;
-        while let Some(block) = blocks.try_next().await? {
-            let room = into.len() - at;
-            let count = block.len().min(room);
-            into[at..at + count].copy_from_slice(&block[..count]);
-            at += count;
+    fn sweep(&self, stays: &dyn Fn(&str) -> bool) -> Result<usize> {
+        let prefix = self.address.prefix().as_ref();
+        let mut ended = 0;
+        for Unfinished { to, id } in self.uploads()?.unwrap_or_default() {
+            let name = to.as_ref().strip_prefix(prefix).unwrap_or("").trim_start_matches('/');
+            if !stays(name) {
+                let end = || wait(self.wire.abort(&to, &id));
+                let end = end.retry(patience()).when(Failure::may_pass).call();
+                let deed = || format!("end the upload of {}", self.label(name));
+                end.map_err(|e| e.explained(&self.address, deed()))?;
+                ended += 1;
+            }
         }
-        if at < into.len() {
-            let source = format!("{at} of {} bytes came", into.len()).into();
-            return Err(object_store::Error::Generic { store: "object", source });
-        }
-        Ok(())
-    }
-}
-
-impl Source for Object {
-    fn len(&self) -> u64 {
-        self.len
-    }
-
-    fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<()> {
-        let there = usize::try_from(self.len.saturating_sub(offset)).unwrap_or(usize::MAX);
-        let count = there.min(into.len());
-        if count == 0 {
-            return Ok(());
-        }
-        let into = &mut into[..count];
-        let broke_off = |e: &object_store::Error| matches!(e, object_store::Error::Generic { .. });
-        let mut again = || wait(self.read(offset, into));
-        let read = (&mut again).retry(patience()).when(broke_off).call();
-        read.map_err(|e| {
-            let what =
-                format!("read {}://{}/{}", self.address.scheme(), self.address.bucket(), self.path);
-            explain(&self.address, what, e)
-        })
+        Ok(ended)
     }
 }
 

@@ -1,0 +1,235 @@
+"""The object tier beside the clients that the registries have, against one real server here.
+
+One shard of `--gib` GiB goes up from disk and comes back to disk, by each client in turn,
+`--rounds` times; seconds, and the client's own CPU. Then the same shard through a proxy that
+answers each request `--latency` ms late, with one request at a time and with 64. Prints JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "python" / "tests"))
+
+import servers
+
+BIN = Path(sys.executable).parent
+
+_BOTO3 = """
+import sys, boto3
+way, file, key = sys.argv[1:]
+client = boto3.client("s3")
+if way == "up":
+    client.upload_file(file, "bucket", key)
+else:
+    client.download_file("bucket", key, file)
+"""
+
+_S3FS = """
+import os, sys, s3fs
+way, file, key = sys.argv[1:]
+fs = s3fs.S3FileSystem(endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+fs.put(file, "bucket/" + key) if way == "up" else fs.get("bucket/" + key, file)
+"""
+
+_SAVE = """
+import sys, numpy as np, tierkeep
+run, ram, gib = sys.argv[1], sys.argv[2], float(sys.argv[3])
+words = np.random.default_rng(7).integers(0, 2**63, int(gib * 2**27), dtype=np.uint64)
+with tierkeep.Checkpointer(run, ram_dir=ram, agent=False) as ckpt:
+    ckpt.restore({"w": words})
+    ckpt.save(1, {"w": words}).wait("disk")
+"""
+
+
+def ran(command: list[str | Path], environment: dict[str, str]) -> tuple[float, float]:
+    """Seconds, and seconds of the client's CPU."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    begun = time.monotonic()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    took = time.monotonic() - begun
+    if done.returncode:
+        raise SystemExit(f"{command}: {done.stderr[-2000:]}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return took, cpu
+
+
+class Late:
+    """A proxy that holds each answer back for a while, as a distant server does."""
+
+    def __init__(self, upstream: int, seconds: float) -> None:
+        self.upstream, self.seconds = upstream, seconds
+        self.listener = socket.create_server(("127.0.0.1", 0), backlog=256)
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            client, _ = self.listener.accept()
+            server = socket.create_connection(("127.0.0.1", self.upstream))
+            threading.Thread(target=self._pass, args=(client, server, 0.0), daemon=True).start()
+            threading.Thread(
+                target=self._pass, args=(server, client, self.seconds), daemon=True
+            ).start()
+
+    def _pass(self, source: socket.socket, sink: socket.socket, late: float) -> None:
+        quiet = True
+        try:
+            while data := source.recv(1 << 18):
+                # Once an answer: what follows at once belongs to it.
+                if late and quiet:
+                    time.sleep(late)
+                sink.sendall(data)
+                source.settimeout(0.005 if late else None)
+                quiet = False
+                while late:
+                    try:
+                        more = source.recv(1 << 18)
+                    except TimeoutError:
+                        break
+                    if not more:
+                        return
+                    sink.sendall(more)
+                source.settimeout(None)
+                quiet = True
+        except OSError:
+            pass
+        finally:
+            for end in (source, sink):
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--gib", type=float, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--latency", type=float, default=50, help="ms")
+    args = parser.parse_args()
+    work = Path(tempfile.mkdtemp(prefix="tierkeep-bench-"))
+    try:
+        with servers.s3(work / "s3", volumes=90) as options:
+            print(json.dumps(measure(work, options, args), indent=1))
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def measure(work: Path, options: dict[str, str], args: argparse.Namespace) -> dict[str, Any]:
+    environment = {
+        **os.environ,
+        "AWS_ENDPOINT_URL": options["aws_endpoint"],
+        "AWS_ACCESS_KEY_ID": options["aws_access_key_id"],
+        "AWS_SECRET_ACCESS_KEY": options["aws_secret_access_key"],
+        "AWS_REGION": options["aws_region"],
+        "AWS_DEFAULT_REGION": options["aws_region"],
+        "TIERKEEP_RAM_DIR": str(work / "no-ram"),
+    }
+    run = work / "run"
+    ram = tempfile.mkdtemp(prefix="tierkeep-bench-", dir="/dev/shm")
+    try:
+        subprocess.run([sys.executable, "-c", _SAVE, run, ram, str(args.gib)], check=True)
+    finally:
+        shutil.rmtree(ram)
+    payload = next(run.glob("*/*/rank-*.safetensors"))
+    size = payload.stat().st_size
+    back = work / "back"
+
+    def ours(way: str, key: str, environment: dict[str, str] = environment) -> tuple[float, float]:
+        far, near = f"s3://bucket/{key}/run", back / "run"
+        source, to = (run, far) if way == "up" else (far, near)
+        return ran([BIN / "tierkeep", "restore", source, "--to", str(to)], environment)
+
+    def script(text: str) -> Callable[[str, str], tuple[float, float]]:
+        def go(way: str, key: str) -> tuple[float, float]:
+            file = payload if way == "up" else back / "file"
+            return ran([sys.executable, "-c", text, way, str(file), key], environment)
+
+        return go
+
+    def aws(way: str, key: str) -> tuple[float, float]:
+        far = f"s3://bucket/{key}"
+        ends = (str(payload), far) if way == "up" else (far, str(back / "file"))
+        return ran([BIN / "aws", "s3", "cp", "--quiet", *ends], environment)
+
+    clients = {"tierkeep": ours, "boto3": script(_BOTO3), "awscli": aws, "s3fs": script(_S3FS)}
+    times: dict[str, dict[str, list[tuple[float, float]]]] = {
+        name: {"up": [], "down": []} for name in clients
+    }
+    for number in range(args.rounds):
+        for name, client in clients.items():
+            key = f"{name}-{number}"
+            for way in ("up", "down"):
+                shutil.rmtree(back, ignore_errors=True)
+                back.mkdir()
+                times[name][way].append(client(way, key))
+            subprocess.run(
+                [BIN / "aws", "s3", "rm", "--quiet", "--recursive", f"s3://bucket/{key}"],
+                env=environment,
+            )
+    gb = size / 1e9
+    result: dict[str, Any] = {"bytes": size, "rounds": args.rounds}
+    for way in ("up", "down"):
+        table = {}
+        for name, seen in times.items():
+            seconds = statistics.median(took for took, _ in seen[way])
+            cpu = statistics.median(cpu for _, cpu in seen[way])
+            table[name] = {
+                "seconds": round(seconds, 2),
+                "gb_per_s": round(gb / seconds, 3),
+                "cpu_s_per_gb": round(cpu / gb, 3),
+            }
+        others = [row for name, row in table.items() if name != "tierkeep"]
+        best = max(row["gb_per_s"] for row in others)
+        result[way] = {
+            **table,
+            "against_the_best": round(table["tierkeep"]["gb_per_s"] / best, 3),
+            "cpu_of_the_leanest": min(row["cpu_s_per_gb"] for row in others),
+        }
+    result["late"] = late(ours, options, environment, args, back)
+    return result
+
+
+def late(
+    ours: Callable[..., tuple[float, float]],
+    options: dict[str, str],
+    environment: dict[str, str],
+    args: argparse.Namespace,
+    back: Path,
+) -> dict[str, Any]:
+    """How much 64 requests at a time win over one, where each answer is late."""
+    proxy = Late(int(options["aws_endpoint"].rsplit(":", 1)[1]), args.latency / 1000)
+    seen: dict[str, Any] = {"latency_ms": args.latency}
+    for requests in (1, 64):
+        through = {
+            **environment,
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}",
+            "TIERKEEP_OBJECT_REQUESTS_MAX": str(requests),
+        }
+        for way in ("up", "down"):
+            shutil.rmtree(back, ignore_errors=True)
+            back.mkdir()
+            took, _ = ours(way, f"late-{requests}", through)
+            seen[f"{way}_{requests}_seconds"] = round(took, 2)
+    for way in ("up", "down"):
+        seen[f"{way}_ratio"] = round(seen[f"{way}_1_seconds"] / seen[f"{way}_64_seconds"], 2)
+    return seen
+
+
+if __name__ == "__main__":
+    main()

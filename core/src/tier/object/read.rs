@@ -1,0 +1,109 @@
+//! Objects that are read: small ones whole, large ones in ranges.
+
+use std::{ops::Range, sync::Arc};
+
+use backon::BlockingRetryable;
+use futures_util::TryStreamExt;
+use object_store::{GetOptions, ObjectStore, ObjectStoreExt, path::Path};
+
+use super::{
+    address::Address,
+    ahead::{Ahead, OnItsWay},
+    explain::explain,
+    hands::{hands, wait},
+    upload::patience,
+};
+use crate::{error::Result, tier::Source};
+
+/// A small object, read whole.
+pub(super) struct Record(pub(super) Vec<u8>);
+
+impl Source for Record {
+    fn len(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<()> {
+        let begin = usize::try_from(offset).unwrap_or(usize::MAX).min(self.0.len());
+        let there = &self.0[begin..];
+        let count = there.len().min(into.len());
+        into[..count].copy_from_slice(&there[..count]);
+        Ok(())
+    }
+}
+
+/// A large one, read in ranges.
+pub(super) struct Object {
+    store: Arc<dyn ObjectStore>,
+    address: Address,
+    path: Path,
+    ahead: Ahead,
+    len: u64,
+}
+
+impl Object {
+    /// `len` bytes under `path`, of which not more than `requests` ranges are on their way at a time.
+    pub(super) fn new(
+        store: Arc<dyn ObjectStore>,
+        address: Address,
+        path: Path,
+        len: u64,
+        requests: usize,
+    ) -> Self {
+        Self { store, address, path, ahead: Ahead::new(len, requests), len }
+    }
+
+    /// Begins to fetch a range.
+    fn ask(&self, range: Range<u64>) -> OnItsWay {
+        let (store, path) = (self.store.clone(), self.path.clone());
+        OnItsWay::new(hands().spawn(async move { store.get_range(&path, range).await }))
+    }
+
+    async fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), object_store::Error> {
+        let options = GetOptions::new().with_range(Some(offset..offset + into.len() as u64));
+        let got = self.store.get_opts(&self.path, options).await?;
+        let mut blocks = got.into_stream();
+        let mut at = 0;
+        while let Some(block) = blocks.try_next().await? {
+            let room = into.len() - at;
+            let count = block.len().min(room);
+            into[at..at + count].copy_from_slice(&block[..count]);
+            at += count;
+        }
+        if at < into.len() {
+            let source = format!("{at} of {} bytes came", into.len()).into();
+            return Err(object_store::Error::Generic { store: "object", source });
+        }
+        Ok(())
+    }
+}
+
+impl Source for Object {
+    fn len(&self) -> u64 {
+        self.len
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<()> {
+        let there = usize::try_from(self.len.saturating_sub(offset)).unwrap_or(usize::MAX);
+        let count = there.min(into.len());
+        if count == 0 {
+            return Ok(());
+        }
+        let into = &mut into[..count];
+        if let Some(on_its_way) = self.ahead.reads(offset, count as u64, |range| self.ask(range))
+            && let Some(bytes) = wait(on_its_way.bytes())
+            && bytes.len() == count
+        {
+            into.copy_from_slice(&bytes);
+            return Ok(());
+        }
+        let broke_off = |e: &object_store::Error| matches!(e, object_store::Error::Generic { .. });
+        let mut again = || wait(self.read(offset, into));
+        let read = (&mut again).retry(patience()).when(broke_off).call();
+        read.map_err(|e| {
+            let what =
+                format!("read {}://{}/{}", self.address.scheme(), self.address.bucket(), self.path);
+            explain(&self.address, what, e)
+        })
+    }
+}
