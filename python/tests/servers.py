@@ -30,10 +30,13 @@ def _free(port: int) -> bool:
 
 
 def _ports(count: int) -> list[int]:
-    """Free ones, and free 10,000 above, where the server has gRPC."""
+    """Free ones, and free 10,000 above, where the server has gRPC.
+
+    Below those that the kernel gives to whoever connects: they stay free until the server is there.
+    """
     found: list[int] = []
     while len(found) < count:
-        port = random.randrange(20_000, 50_000)
+        port = random.randrange(10_000, 19_000)
         if port not in found and _free(port) and _free(port + 10_000):
             found.append(port)
     return found

@@ -51,17 +51,21 @@ fn packaged(file: &str) -> PathBuf {
         .unwrap_or_else(|| panic!("{file} is not there: `make test` installs it"))
 }
 
-/// Ports that are free, and free 10,000 above, where SeaweedFS has gRPC.
-fn free_port() -> u16 {
+/// So many ports in a row that are free, and free 10,000 above, where SeaweedFS has gRPC; the first. Below
+/// those that the kernel gives to whoever connects, so that they stay free until the server is there.
+fn free_ports(count: u16) -> u16 {
+    let free = |port: u16| TcpListener::bind(("127.0.0.1", port)).is_ok();
     loop {
-        let port =
-            TcpListener::bind("127.0.0.1:0").expect("bind").local_addr().expect("address").port();
-        let port = 10_000 + port % 40_000;
-        let free = |port: u16| TcpListener::bind(("127.0.0.1", port)).is_ok();
-        if free(port) && free(port + 10_000) {
-            return port;
+        let drawn = TcpListener::bind("127.0.0.1:0").expect("bind").local_addr().expect("address");
+        let first = 10_000 + drawn.port() % 9_000;
+        if (first..first + count).all(|port| free(port) && free(port + 10_000)) {
+            return first;
         }
     }
+}
+
+fn free_port() -> u16 {
+    free_ports(1)
 }
 
 /// Starts it and waits until it takes connections.
@@ -118,7 +122,8 @@ fn seaweed() -> &'static Server {
     static SERVER: OnceLock<Server> = OnceLock::new();
     SERVER.get_or_init(|| {
         let dir = dir();
-        let ports: Vec<u16> = std::iter::repeat_with(free_port).take(4).collect();
+        let first = free_ports(4);
+        let ports: Vec<u16> = (first..first + 4).collect();
         let config = dir.path().join("s3.json");
         let identity = format!(
             r#"{{"identities":[{{"name":"t","credentials":[{{"accessKey":"{}","secretKey":"{}"}}],

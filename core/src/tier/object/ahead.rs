@@ -6,12 +6,19 @@
 //!
 //! # Invariants
 //!
-//! - Not more than `requests` ranges are on their way or kept, each as long as the reader's own: that is the
-//!   memory.
+//! - Not more than `requests` ranges of an object are on their way or kept, each as long as the reader's own,
+//!   and those of all objects of this process are not more than 256 MiB.
 //! - A range that was read ahead and failed is asked for again by who wants it.
 //! - Nothing is on its way once the object is closed.
 
-use std::{collections::BTreeMap, ops::Range, sync::Mutex};
+use std::{
+    collections::BTreeMap,
+    ops::Range,
+    sync::{
+        Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use bytes::Bytes;
 use tokio::task::JoinHandle;
@@ -24,25 +31,34 @@ const NEAR: u64 = 8;
 /// Shorter reads are of headers: nothing is read ahead for them.
 const LEN_MIN: u64 = 1 << 20;
 
+/// What is read ahead in this process: who reads 64 shards side by side has as much as who reads one.
+const BYTES_MAX: u64 = 256 << 20;
+static BYTES: AtomicU64 = AtomicU64::new(0);
+
 type Fetched = Result<Bytes, object_store::Error>;
 
 /// A range on its way, which ends with whoever waits for it.
-pub(super) struct OnItsWay(JoinHandle<Fetched>);
+pub(super) struct OnItsWay {
+    task: JoinHandle<Fetched>,
+    len: u64,
+}
 
 impl OnItsWay {
-    pub(super) fn new(task: JoinHandle<Fetched>) -> Self {
-        Self(task)
+    pub(super) fn new(task: JoinHandle<Fetched>, len: u64) -> Self {
+        BYTES.fetch_add(len, Ordering::Relaxed);
+        Self { task, len }
     }
 
     /// Its bytes, if it came well.
     pub(super) async fn bytes(mut self) -> Option<Bytes> {
-        (&mut self.0).await.ok()?.ok()
+        (&mut self.task).await.ok()?.ok()
     }
 }
 
 impl Drop for OnItsWay {
     fn drop(&mut self) {
-        self.0.abort();
+        self.task.abort();
+        BYTES.fetch_sub(self.len, Ordering::Relaxed);
     }
 }
 
@@ -92,7 +108,8 @@ impl Ahead {
         reading.upto = reading.upto.max(reading.frontier);
         reading.window = (2 * reading.window).clamp(1, self.requests - 1);
         let until = reading.frontier.saturating_add(reading.window as u64 * len).min(self.len);
-        while reading.upto < until && reading.kept.len() < reading.window {
+        let has_room = || BYTES.load(Ordering::Relaxed) + len <= BYTES_MAX;
+        while reading.upto < until && reading.kept.len() < reading.window && has_room() {
             let begin = reading.upto;
             let end = (begin + len).min(self.len);
             reading.kept.insert(begin, (end - begin, ask(begin..end)));
@@ -111,7 +128,8 @@ mod tests {
     fn asked(ahead: &Ahead, offset: u64, asked: &Mutex<Vec<u64>>) -> bool {
         let ask = |range: Range<u64>| {
             locked(asked).push(range.start / CHUNK);
-            OnItsWay::new(super::super::hands::hands().spawn(async { Ok(Bytes::new()) }))
+            let task = super::super::hands::hands().spawn(async { Ok(Bytes::new()) });
+            OnItsWay::new(task, range.end - range.start)
         };
         ahead.reads(offset, CHUNK.min(ahead.len - offset), ask).is_some()
     }

@@ -56,7 +56,8 @@ impl Object {
     /// Begins to fetch a range.
     fn ask(&self, range: Range<u64>) -> OnItsWay {
         let (store, path) = (self.store.clone(), self.path.clone());
-        OnItsWay::new(hands().spawn(async move { store.get_range(&path, range).await }))
+        let len = range.end - range.start;
+        OnItsWay::new(hands().spawn(async move { store.get_range(&path, range).await }), len)
     }
 
     async fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), object_store::Error> {
