@@ -251,8 +251,8 @@ impl Keeper {
         let Stands { on_disk, in_bucket } = started.stands;
         // What the bucket has is durable: no slot waits to bring it to disk.
         let waits = keep.is_some() && !on_disk && !in_bucket;
-        let first_for_bucket =
-            keep.as_ref().filter(|_| on_disk && !in_bucket).map(|key| key.step.0);
+        let lacks = place.bucket.is_some() && on_disk && !in_bucket;
+        let first_for_bucket = keep.as_ref().filter(|_| lacks).map(|key| key.step.0);
         // What is not sealed goes to disk from its slot, and to other nodes whatever is.
         let resumed = restorable.as_ref().filter(|_| waits || place.replicas() > 0);
         let resumed = resumed.and_then(|found| resumed_shard(&place.arena, found));

@@ -83,8 +83,13 @@ impl Sending {
         Self { next, ..Self::default() }
     }
 
+    /// The step that is to be chosen next.
+    fn waits(&self) -> Option<u64> {
+        self.next.filter(|next| self.chosen.is_none_or(|chosen| *next > chosen))
+    }
+
     fn is_busy(&self) -> bool {
-        self.now.is_some() || self.next.is_some_and(|next| self.chosen.is_none_or(|c| next > c))
+        self.now.is_some() || self.waits().is_some()
     }
 }
 
@@ -126,7 +131,7 @@ impl Cascade {
     /// Steps that the disk keeps for the bucket.
     pub(super) fn kept_for_bucket(&self) -> Vec<CheckpointKey> {
         let sending = locked(&self.sending);
-        let steps = sending.now.iter().map(|now| now.step).chain(sending.next);
+        let steps = sending.now.iter().map(|now| now.step).chain(sending.waits());
         steps.map(|step| self.key_of(step)).collect()
     }
 

@@ -153,7 +153,6 @@ impl Address {
         options: &Options,
     ) -> Result<(Arc<dyn ObjectStore>, Arc<dyn Wire>)> {
         let failed = |e| explain(self, format!("use {self}"), e);
-        hands(); // What TLS needs is installed there.
         match self.scheme {
             Scheme::S3 => {
                 let mut builder = AmazonS3Builder::from_env();
@@ -167,6 +166,7 @@ impl Address {
                 if endpoint.is_some_and(|url| url.starts_with("http://")) {
                     builder = builder.with_allow_http(true); // Written out: nothing more is to be asked.
                 }
+                hands(); // What TLS needs is installed there.
                 let builder = builder.with_bucket_name(&self.bucket).with_retry(retries());
                 let http =
                     client(&|key| builder.get_config_value(&AmazonS3ConfigKey::Client(key)))?;
@@ -179,6 +179,7 @@ impl Address {
                     let key = GoogleConfigKey::from_str(name).map_err(failed)?;
                     builder = builder.with_config(key, value);
                 }
+                hands();
                 let builder = builder.with_bucket_name(&self.bucket).with_retry(retries());
                 let store = Arc::new(builder.build().map_err(failed)?);
                 Ok((store.clone(), Arc::new(Library::new(store))))
@@ -189,6 +190,7 @@ impl Address {
                     let key = AzureConfigKey::from_str(name).map_err(failed)?;
                     builder = builder.with_config(key, value);
                 }
+                hands();
                 let builder = builder.with_container_name(&self.bucket).with_retry(retries());
                 let store = Arc::new(builder.build().map_err(failed)?);
                 Ok((store.clone(), Arc::new(Library::new(store))))

@@ -63,37 +63,37 @@ impl Drop for OnItsWay {
 }
 
 /// What is known of how an object is read.
-#[derive(Default)]
-struct Reading {
+struct Reading<T> {
     /// Everything before was asked for, more or less.
     frontier: u64,
     /// How many ranges are wanted ahead of it.
     window: usize,
     /// To here they are on their way.
     upto: u64,
-    kept: BTreeMap<u64, (u64, OnItsWay)>,
+    kept: BTreeMap<u64, (u64, T)>,
+}
+
+impl<T> Reading<T> {
+    fn from(frontier: u64) -> Self {
+        Self { frontier, window: 0, upto: frontier, kept: BTreeMap::new() }
+    }
 }
 
 /// Ranges of one object that were asked for ahead.
-pub(super) struct Ahead {
+pub(super) struct Ahead<T = OnItsWay> {
     len: u64,
     requests: usize,
-    reading: Mutex<Reading>,
+    reading: Mutex<Reading<T>>,
 }
 
-impl Ahead {
+impl<T> Ahead<T> {
     pub(super) fn new(len: u64, requests: usize) -> Self {
-        Self { len, requests, reading: Mutex::default() }
+        Self { len, requests, reading: Mutex::new(Reading::from(0)) }
     }
 
     /// Somebody reads `len` bytes at `offset`: they are on their way, perhaps, and what follows is asked for
     /// by `ask`.
-    pub(super) fn reads(
-        &self,
-        offset: u64,
-        len: u64,
-        ask: impl Fn(Range<u64>) -> OnItsWay,
-    ) -> Option<OnItsWay> {
+    pub(super) fn reads(&self, offset: u64, len: u64, ask: impl Fn(Range<u64>) -> T) -> Option<T> {
         if len < LEN_MIN.min(self.len) || self.requests < 2 {
             return None;
         }
@@ -101,7 +101,7 @@ impl Ahead {
         let kept = reading.kept.remove(&offset).filter(|(kept, _)| *kept == len);
         if kept.is_none() && offset > reading.frontier + NEAR * len {
             // A jump: perhaps the only one.
-            *reading = Reading { frontier: offset + len, upto: offset + len, ..Reading::default() };
+            *reading = Reading::from(offset + len);
             return None;
         }
         reading.frontier = reading.frontier.max(offset + len);
@@ -125,12 +125,8 @@ mod tests {
 
     const CHUNK: u64 = 4 << 20;
 
-    fn asked(ahead: &Ahead, offset: u64, asked: &Mutex<Vec<u64>>) -> bool {
-        let ask = |range: Range<u64>| {
-            locked(asked).push(range.start / CHUNK);
-            let task = super::super::hands::hands().spawn(async { Ok(Bytes::new()) });
-            OnItsWay::new(task, range.end - range.start)
-        };
+    fn asked(ahead: &Ahead<()>, offset: u64, asked: &Mutex<Vec<u64>>) -> bool {
+        let ask = |range: Range<u64>| locked(asked).push(range.start / CHUNK);
         ahead.reads(offset, CHUNK.min(ahead.len - offset), ask).is_some()
     }
 
@@ -163,7 +159,7 @@ mod tests {
             assert!(!asked(&ahead, chunk * CHUNK, &list));
         }
         assert!(locked(&list).len() <= 2, "{:?}", locked(&list));
-        let small = Ahead::new(100 * CHUNK, 16);
+        let small = Ahead::<()>::new(100 * CHUNK, 16);
         assert!(small.reads(0, 100, |_| unreachable!("a header")).is_none());
     }
 }

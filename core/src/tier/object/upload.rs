@@ -357,7 +357,10 @@ impl Upload<'_> {
             other => other?,
         }
         let parts: Vec<Tag> = tags.into_iter().flatten().collect();
-        match self.ask(|| self.wire.complete(self.to, id, parts.clone(), crc)) {
+        // The whole is wrong however often it is asked for.
+        let passes = |e: &Failure| e.may_pass() && !e.is_bad_digest();
+        let complete = || wait(self.wire.complete(self.to, id, parts.clone(), crc));
+        match complete.retry(patience()).when(passes).call() {
             Ok(()) => Ok(true),
             Err(e) if e.is_no_such_upload() => self.is_there(crc),
             Err(e) if e.is_bad_digest() => {
