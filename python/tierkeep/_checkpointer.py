@@ -479,9 +479,8 @@ class Checkpointer:
             DeadlineError: not within `timeout_s` seconds.
             TierkeepError: the newest save failed.
         """
-        level = level or ("object" if "object" in self.settings else "disk")
-        levels = ("ram", "peer", "disk", "object")
-        self._saves.wait_all(one_of("level", level, levels), timeout_s)
+        levels = ("ram", "peer", "disk", "object")[: 3 + ("object" in self.settings)]
+        self._saves.wait_all(one_of("level", level or levels[-1], levels), timeout_s)
 
     def stop_requested(self) -> bool:
         """Whether to leave the loop now, because the job was asked to stop (SIGTERM).
