@@ -25,7 +25,7 @@ use crate::{
 
 /// The name of the decision where the job stops.
 const STOP: &str = "stop";
-/// What is said of a step that may go to disk.
+/// What is said of a step that may go to disk, or to the bucket.
 const CARRY: &str = "carry";
 const PASS: &str = "pass";
 /// What is said of a step that was complete in RAM.
@@ -67,6 +67,28 @@ impl Own {
             Self::OnDisk => "ondisk-",
             Self::Held => "held-",
             Self::InBucket => "inbucket-",
+        }
+    }
+}
+
+/// A way that takes one step at a time, chosen by the leader.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lane {
+    /// From RAM to disk.
+    Disk,
+    /// To the bucket.
+    Bucket,
+}
+
+impl Lane {
+    fn of(self, step: u64) -> String {
+        format!("{}{step:020}", self.prefix())
+    }
+
+    fn prefix(self) -> &'static str {
+        match self {
+            Self::Disk => "carry-",
+            Self::Bucket => "send-",
         }
     }
 }
@@ -258,21 +280,21 @@ impl Agreements {
         Ok(said.map(|text| said_in(&text)))
     }
 
-    /// The leader: `step` is the next one that goes to disk. False: a rank passed it over before.
+    /// The leader: `step` is the next one that goes this way. False: a rank passed it over before.
     ///
     /// # Errors
     /// The directory did not answer.
-    pub fn carry(&self, step: u64) -> Result<bool> {
-        let said = self.record(&format!("carry-{step:020}"), CARRY)?;
+    pub fn choose(&self, lane: Lane, step: u64) -> Result<bool> {
+        let said = self.record(&lane.of(step), CARRY)?;
         Ok(said.is_none_or(|word| word == CARRY))
     }
 
-    /// Any rank: `step` goes to no disk, its slot is wanted. False: the leader chose it before.
+    /// Any rank: `step` does not go this way, its slot is wanted. False: the leader chose it before.
     ///
     /// # Errors
     /// The directory did not answer.
-    pub fn pass_over(&self, step: u64) -> Result<bool> {
-        let said = self.record(&format!("carry-{step:020}"), PASS)?;
+    pub fn pass_over(&self, lane: Lane, step: u64) -> Result<bool> {
+        let said = self.record(&lane.of(step), PASS)?;
         Ok(said.is_none_or(|word| word == PASS))
     }
 
@@ -280,19 +302,19 @@ impl Agreements {
     ///
     /// # Errors
     /// The directory did not answer.
-    pub fn was_passed_over(&self, step: u64) -> Result<bool> {
-        Ok(self.said(&format!("carry-{step:020}"))?.as_deref() == Some(PASS))
+    pub fn was_passed_over(&self, lane: Lane, step: u64) -> Result<bool> {
+        Ok(self.said(&lane.of(step))?.as_deref() == Some(PASS))
     }
 
-    /// The newest step that goes to disk, as recorded.
+    /// The newest step that goes this way, as recorded.
     ///
     /// # Errors
     /// The directory did not answer.
-    pub fn carried(&self) -> Result<Option<u64>> {
-        let mut steps = self.steps("carry-")?;
+    pub fn chosen(&self, lane: Lane) -> Result<Option<u64>> {
+        let mut steps = self.steps(lane.prefix())?;
         steps.sort_unstable();
         for step in steps.into_iter().rev() {
-            if self.said(&format!("carry-{step:020}"))?.as_deref() == Some(CARRY) {
+            if self.said(&lane.of(step))?.as_deref() == Some(CARRY) {
                 return Ok(Some(step));
             }
         }
@@ -364,22 +386,6 @@ impl Agreements {
     /// The directory did not answer.
     pub fn forget_copies_before(&self, step: u64) -> Result<()> {
         self.forget(&["copy-", "peers-", "held-"], step)
-    }
-
-    /// The leader: `step` is the next one that goes to the bucket.
-    ///
-    /// # Errors
-    /// The directory did not answer.
-    pub fn send(&self, step: u64) -> Result<()> {
-        self.record(&format!("send-{step:020}"), CARRY).map(drop)
-    }
-
-    /// The newest step that goes to the bucket, as recorded.
-    ///
-    /// # Errors
-    /// The directory did not answer.
-    pub fn sent(&self) -> Result<Option<u64>> {
-        Ok(self.steps("send-")?.into_iter().max())
     }
 
     /// What became of `step` in the bucket: `seen`, unless another rank has said so before.

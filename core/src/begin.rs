@@ -14,7 +14,7 @@
 //! - `fresh` and rollbacks are recorded as such: what they leave behind is abandoned at once.
 
 pub(crate) mod fetched;
-mod found;
+pub(crate) mod found;
 mod joined;
 pub(crate) mod roster;
 
@@ -381,7 +381,7 @@ fn keep_records(attempts: &Attempts, all: &[&dyn Tier], own: &[&dyn Tier]) -> Re
 /// Removes what earlier attempts left for their own ranks: decisions, claims, the locks of dead
 /// starts. None of it matters to anybody any more; what cannot be removed stays.
 fn clear_old(place: &Place, record: &AttemptRecord) {
-    let root = &place.config.destination;
+    let root = &place.config.home();
     let own = record.attempt.dir();
     for kind in ["_decisions", "_claims"] {
         for entry in place.disk.list(kind).unwrap_or_default() {
@@ -448,7 +448,7 @@ fn leaders_record(place: &Place, decision: u32) -> Result<Option<AttemptRecord>>
         return Ok(None);
     }
     let known = place.config.attempt_id.is_some()
-        || is_held(&start_lock_path(&place.config.destination, &record.attempt.id))?;
+        || is_held(&start_lock_path(&place.config.home(), &record.attempt.id))?;
     let stands =
         known && attempt::is_claimed(&*place.disk, &record.attempt, Rank(place.config.leader()))?;
     Ok(stands.then(|| record.clone()))
@@ -487,7 +487,7 @@ pub(crate) struct Stands {
 }
 
 impl Stands {
-    fn of(place: &Place, record: &AttemptRecord) -> Result<Self> {
+    pub(crate) fn of(place: &Place, record: &AttemptRecord) -> Result<Self> {
         let Some(key) = record.parent.map(|parent| parent.key()) else {
             return Ok(Self::default());
         };

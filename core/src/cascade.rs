@@ -21,6 +21,7 @@
 mod again;
 mod asked;
 mod below;
+mod in_bucket;
 mod needed;
 mod release;
 mod standing;
@@ -160,6 +161,8 @@ pub(crate) struct Parts {
     /// The bucket behind the disk, and what of it the attempt resumed from is to go there first.
     pub(crate) far: Option<Far>,
     pub(crate) first_for_bucket: Option<u64>,
+    /// The step that the attempt resumed from, where the bucket has it.
+    pub(crate) in_bucket: Option<u64>,
     /// The other agents, and how many of them are to have each shard.
     pub(crate) peers: Option<Peers>,
     pub(crate) replicas: usize,
@@ -209,7 +212,7 @@ impl Cascade {
         let work =
             Work { copies, newest, parent_waits, read_until, shards, unchecked, ..Work::default() };
         let (last, hurried) = (AtomicU64::new(u64::MAX), AtomicU64::new(u64::MAX));
-        let sending = Mutex::new(Sending::beginning_with(parts.first_for_bucket));
+        let sending = Mutex::new(Sending::beginning_with(parts.first_for_bucket, parts.in_bucket));
         let cascade = Arc::new(Self { parts, work: Mutex::new(work), sending, last, hurried });
         cascade.resume_carry()?;
         Ok(cascade)
@@ -225,7 +228,14 @@ impl Cascade {
         if self.last.fetch_min(step, Ordering::AcqRel) <= step {
             return; // Known.
         }
-        locked(&self.work).saves().for_each(|save| self.mark_due(save));
+        let whole: Vec<u64> = {
+            let work = locked(&self.work);
+            work.saves().for_each(|save| self.mark_due(save));
+            work.shards.values().filter(|s| s.complete).map(|s| s.key.step.0).collect()
+        };
+        if self.is_bucket_only() {
+            whole.into_iter().for_each(|step| self.offer_to_bucket(step));
+        }
         self.parts.signal.notify();
     }
 
@@ -249,6 +259,9 @@ impl Cascade {
         }
         drop(work);
         if again || before != step {
+            if self.is_bucket_only() {
+                self.offer_to_bucket(step);
+            }
             self.parts.signal.notify();
         }
     }
@@ -273,6 +286,9 @@ impl Cascade {
         }
         if self.is_due(save.step()) {
             save.set_due_for_disk();
+        }
+        if self.is_bucket_only() {
+            save.lack_disk();
         }
         self.mark_due_for_bucket(save);
     }
@@ -312,11 +328,17 @@ impl Cascade {
         self.parts.signal.notify();
     }
 
+    /// It goes to disk, if its turn comes.
     fn is_due(&self, step: u64) -> bool {
-        step.is_multiple_of(self.parts.config.disk_every)
-            || self.is_parent(step)
-            || self.is_last(step)
-            || step == self.hurried.load(Ordering::Acquire)
+        !self.is_bucket_only()
+            && (step.is_multiple_of(self.parts.config.disk_every)
+                || self.is_parent(step)
+                || self.is_last(step)
+                || self.is_hurried(step))
+    }
+
+    fn is_hurried(&self, step: u64) -> bool {
+        step == self.hurried.load(Ordering::Acquire)
     }
 
     fn is_parent(&self, step: u64) -> bool {
@@ -331,6 +353,9 @@ impl Cascade {
         let key = shard.key.clone();
         if work.newest.as_ref().is_none_or(|n| *n < key || !self.is_own(n)) {
             work.newest = Some(key);
+        }
+        if self.is_bucket_only() {
+            self.offer_to_bucket(step);
         }
     }
 

@@ -13,10 +13,17 @@ use crate::{
     tier::object::address::is_url,
 };
 
+/// Beside the ram tier of a run that has no disk.
+const HOME: &str = "_home";
+
+/// Slots of a rank that has no disk, at least.
+const SLOTS_TO_BUCKET: usize = 3;
+
 /// The settings of one rank's handle on a run.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// `<root>/<run>`: the disk tier's directory of this run.
+    /// `<root>/<run>`: the disk tier's directory of this run; or its place in a bucket, where nothing goes to
+    /// disk (`s3://bucket/root/run`: see [`home`](Self::home)).
     pub destination: PathBuf,
     /// The socket of the agent that owns the ram tier and this rank; `None`: this process does.
     pub agent: Option<PathBuf>,
@@ -77,6 +84,10 @@ impl Config {
         let run = destination.file_name().and_then(|n| n.to_str()).unwrap_or("");
         check_run_name(run)?;
         let seconds = Duration::from_secs;
+        let url = destination.to_str().filter(|text| is_url(text));
+        let bucket = url.map(|url| Bucket::new(url, 1)).transpose()?;
+        // Without a disk, one that is on its way to the bucket keeps its slot meanwhile.
+        let slots = if bucket.is_some() { SLOTS_TO_BUCKET } else { 2 };
         Ok(Self {
             destination,
             agent: None,
@@ -87,7 +98,7 @@ impl Config {
             savers: vec![0],
             replicated: Vec::new(),
             attempt_id: None,
-            slots: number("TIERKEEP_SLOTS")?.unwrap_or(2),
+            slots: number("TIERKEEP_SLOTS")?.unwrap_or(slots),
             disk_every: number("TIERKEEP_DISK_EVERY")?.unwrap_or(1),
             keep_last: number("TIERKEEP_KEEP_LAST")?.unwrap_or(2),
             keep_every: number("TIERKEEP_KEEP_EVERY")?,
@@ -97,7 +108,7 @@ impl Config {
             slot_wait: seconds(600),
             disk_wait: seconds(1800),
             replicas: number("TIERKEEP_REPLICAS")?,
-            bucket: None,
+            bucket,
             peer_wait: seconds(120),
             stragglers_wait: seconds(10),
         })
@@ -120,6 +131,17 @@ impl Config {
                 "slots = {}: at least 2, or a save would overwrite the newest checkpoint",
                 self.slots
             )
+        } else if self.is_bucket_only() && self.slots < SLOTS_TO_BUCKET {
+            format!(
+                "slots = {}: at least {SLOTS_TO_BUCKET} without a disk: the newest checkpoint, the one on its \
+                 way to the bucket, and the next",
+                self.slots
+            )
+        } else if self.is_bucket_only() && !self.is_in_its_bucket() {
+            format!(
+                "{}: without a disk the destination is the bucket's",
+                self.destination.display()
+            )
         } else if self.disk_every == 0 || self.keep_every == Some(0) {
             "disk_every and keep_every count steps from 1".into()
         } else if self.keep_last == 0 {
@@ -133,9 +155,15 @@ impl Config {
                 rule.pattern, rule.ranks
             )
         } else {
-            return self.bucket.as_ref().map_or(Ok(()), |bucket| bucket.check(self.disk_every));
+            let through = if self.is_bucket_only() { 1 } else { self.disk_every };
+            return self.bucket.as_ref().map_or(Ok(()), |bucket| bucket.check(through));
         };
         Err(Error::invalid(wrong))
+    }
+
+    fn is_in_its_bucket(&self) -> bool {
+        let url = self.bucket.as_ref().map(|bucket| bucket.url.as_str());
+        url.is_some() && self.destination.to_str() == url
     }
 
     fn is_known(&self, rule: &Rule) -> bool {
@@ -175,6 +203,20 @@ impl Config {
         self.world == 1
     }
 
+    /// Nothing goes to disk: checkpoints go from RAM to the bucket.
+    #[must_use]
+    pub fn is_bucket_only(&self) -> bool {
+        self.destination.to_str().is_some_and(is_url)
+    }
+
+    /// The directory of this node where records, claims, decisions and locks of the run lie: the disk tier's,
+    /// or, without a disk, one beside the ram tier. Then they are gone with a reboot, as all that they speak
+    /// of is; the bucket has the records of the attempts.
+    #[must_use]
+    pub fn home(&self) -> PathBuf {
+        home(&self.ram_root, &self.destination)
+    }
+
     /// Where the ram tier of this run lies: apart for each destination, so that two runs of one
     /// name in two places do not meet.
     #[must_use]
@@ -192,6 +234,17 @@ pub(crate) fn real(destination: &Path) -> PathBuf {
             _ => destination.into(),
         }
     })
+}
+
+/// Where a run's records lie on this node ([`Config::home`]).
+pub(crate) fn home(ram_root: &Path, destination: &Path) -> PathBuf {
+    match destination.to_str().is_some_and(is_url) {
+        true => {
+            let run = destination.file_name().unwrap_or_default();
+            ram_dir(ram_root, destination).join(HOME).join(run)
+        }
+        false => destination.into(),
+    }
 }
 
 /// `<ram_root>/<run>-<8 hex of the destination's hash>`

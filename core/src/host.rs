@@ -88,6 +88,9 @@ pub struct Settings {
     pub ram_bytes_max: Option<u64>,
     /// Limit of one run's slots on this node, all ranks together.
     pub run_bytes_max: Option<u64>,
+    /// Places in buckets, as in `s3://bucket/team/`, where users other than the agent's own may have their
+    /// checkpoints carried with the agent's credentials.
+    pub buckets: Vec<String>,
     /// Trainers that are connected at once.
     pub trainers_max: usize,
     /// A rank whose trainer has been gone for this long goes to disk, whatever the schedule, and then
@@ -263,6 +266,9 @@ impl Host {
 
     /// A keeper for a rank that nobody here owns.
     fn keeper(&self, config: Config, who: &Who, start: Id, nonce: Id) -> Result<Keeper> {
+        if let Some(bucket) = &config.bucket {
+            self.users.check_bucket(who.uid, bucket, &self.settings.buckets)?;
+        }
         let budget = self.users.budget(who.uid, &self.settings, &config.ram_dir())?;
         let peers = self.network.get().map(|network| {
             let Who { uid, gid, groups } = who.clone();

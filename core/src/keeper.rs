@@ -98,8 +98,9 @@ impl Behind {
 struct FoundHere {
     /// What it resumed from is not sealed on disk, nor in the bucket.
     parent_waits: bool,
-    /// The step that it resumed from, where the disk has it and the bucket has not.
+    /// The step that it resumed from, where the bucket lacks it, and where it does not.
     first_for_bucket: Option<u64>,
+    in_bucket: Option<u64>,
     shards: Vec<Shard>,
     /// A trainer is about to read it.
     is_read: bool,
@@ -157,7 +158,7 @@ impl Keeper {
     ) -> Result<Self> {
         config.check()?;
         let clock: SharedClock = Arc::new(SystemClock);
-        let disk = DiskTier::open(&config.destination)?;
+        let disk = DiskTier::open(&config.home())?;
         let (budget, start, nonce, mapped, peers) = match ground {
             Ground::Trainer => {
                 let budget = Budget::open(&config.ram_root, config.ram_bytes_max)?;
@@ -167,7 +168,7 @@ impl Keeper {
             Ground::Agent { budget, start, nonce, peers } => (budget, start, nonce, false, peers),
         };
         let ram = wrap(Arc::new(MemoryTier::open(&config.ram_dir(), budget.clone())?));
-        let lock = rank_lock(&config.destination, Rank(config.rank));
+        let lock = rank_lock(&config.home(), Rank(config.rank));
         let ownership = Ownership::take_over(
             &lock,
             &format!("rank {} of {}", config.rank, config.destination.display()),
@@ -194,7 +195,8 @@ impl Keeper {
         let closed = AtomicBool::new(false);
         let pid = std::process::id();
         let desk = Arc::new(Desk { config, observer, clock, signal, closed, start, nonce, pid });
-        let place = Place { desk, ram, disk, bucket, arena, peers };
+        let is_hosted = !mapped;
+        let place = Place { desk, ram, disk, bucket, is_hosted, arena, peers };
         let start_lock = if place.config.leads() { Some(place.start_lock()?) } else { None };
         Ok(Self {
             place,
@@ -250,16 +252,21 @@ impl Keeper {
         });
         let Stands { on_disk, in_bucket } = started.stands;
         // What the bucket has is durable: no slot waits to bring it to disk.
-        let waits = keep.is_some() && !on_disk && !in_bucket;
-        let lacks = place.bucket.is_some() && on_disk && !in_bucket;
-        let first_for_bucket = keep.as_ref().filter(|_| lacks).map(|key| key.step.0);
+        let in_ram = keep.is_some() && !on_disk && !in_bucket;
+        let waits = in_ram && !place.config.is_bucket_only();
+        let step = keep.as_ref().map(|key| key.step.0);
         // What is not sealed goes to disk from its slot, and to other nodes whatever is.
-        let resumed = restorable.as_ref().filter(|_| waits || place.replicas() > 0);
+        let resumed = restorable.as_ref().filter(|_| in_ram || place.replicas() > 0);
         let resumed = resumed.and_then(|found| resumed_shard(&place.arena, found));
         let resumed = resumed.into_iter().collect();
         let record = started.record.clone();
-        let found =
-            FoundHere { parent_waits: waits, first_for_bucket, shards: resumed, is_read: true };
+        let found = FoundHere {
+            parent_waits: waits,
+            first_for_bucket: step.filter(|_| place.lacks_in_bucket(started.stands)),
+            in_bucket: step.filter(|_| in_bucket),
+            shards: resumed,
+            is_read: true,
+        };
         let cascade = self.run(started.record, started.elsewhere, found)?;
         let cascade = Arc::downgrade(&cascade);
         if place.is_spread() && place.config.leads() {
@@ -291,6 +298,7 @@ impl Keeper {
             signal: place.signal.clone(),
             far: place.far(),
             first_for_bucket: found.first_for_bucket,
+            in_bucket: found.in_bucket,
             peers: place.peers.clone(),
             replicas: place.replicas(),
             fallback: elsewhere.fallback.clone(),
@@ -338,7 +346,7 @@ impl Keeper {
 
     fn agreements(&self, record: &AttemptRecord) -> Result<Agreements> {
         let place = &self.place;
-        let (shared, lone) = (&place.config.destination, place.config.is_lone());
+        let (shared, lone) = (&place.config.home(), place.config.is_lone());
         let Some(peers) = place.peers.as_ref().filter(|_| !lone) else {
             return Ok(Agreements::new(shared, &record.attempt, lone));
         };

@@ -11,6 +11,7 @@ use std::{
 };
 
 use crate::{
+    begin::Stands,
     cascade::to_object::Far,
     clock::SharedClock,
     config::Config,
@@ -73,6 +74,8 @@ pub(crate) struct Place {
     pub(crate) disk: Arc<dyn Tier>,
     /// The bucket behind it.
     pub(crate) bucket: Option<Arc<dyn Tier>>,
+    /// This is an agent: who trains reads what lies in files of this node.
+    pub(crate) is_hosted: bool,
     pub(crate) arena: Arc<Arena>,
     /// The other agents.
     pub(crate) peers: Option<Peers>,
@@ -97,6 +100,12 @@ impl Place {
         Some(Far { tier, settings })
     }
 
+    /// What is resumed from is to go to the bucket, as far as that is known.
+    pub(crate) fn lacks_in_bucket(&self, stands: Stands) -> bool {
+        let is_source = stands.on_disk || self.config.is_bucket_only();
+        self.bucket.is_some() && is_source && !stands.in_bucket
+    }
+
     /// How many copies of each shard are to be on other nodes.
     pub(crate) fn replicas(&self) -> usize {
         match self.peers {
@@ -107,7 +116,7 @@ impl Place {
 
     /// Others find this process's attempt record by this lock, whose name nobody else has.
     pub(crate) fn start_lock(&self) -> Result<Ownership> {
-        let path = start_lock_path(&self.config.destination, &self.start);
+        let path = start_lock_path(&self.config.home(), &self.start);
         Ownership::take_over(&path, "this start of the job", self.config.lock_wait, &*self.clock)
     }
 }

@@ -330,6 +330,7 @@ impl Reader {
             marks: false,
             care: None,
             over: None,
+            further: None,
             others: Vec::new(),
         })
     }

@@ -343,12 +343,14 @@ impl Save {
         let mut stages = locked(&self.shared.stages);
         let mut error = None;
         let (for_peers, for_object) = (self.is_due_for_peers(), self.is_due_for_object());
+        let for_disk = self.is_due_for_disk() || !for_object;
         let mut reached = |level| match stages.stage(level, false) {
             Stage::Reached => true,
             Stage::Pending => false,
             // Where it was to go nowhere else, that it did not is no failure.
             Stage::Failed(_) if level == Level::Peer && !for_peers => false,
             Stage::Failed(_) if level == Level::Object && !for_object => false,
+            Stage::Failed(_) if level == Level::Disk && !for_disk => false,
             Stage::Failed(e) => {
                 error.get_or_insert(e.chain());
                 false
@@ -388,7 +390,6 @@ impl Save {
 
     /// Fails every level that is not reached, from `level` on.
     pub(crate) fn fail(&self, level: Level, error: &Error) {
-        let mut stages = locked(&self.shared.stages);
         let from: &[Level] = match level {
             Level::Staged => &[Level::Staged, Level::Ram, Level::Peer, Level::Disk, Level::Object],
             // A checkpoint that is not complete in RAM is never chosen for anywhere else.
@@ -398,7 +399,19 @@ impl Save {
             Level::Disk => &[Level::Disk, Level::Object],
             Level::Object => &[Level::Object],
         };
-        for level in from {
+        self.fail_levels(from, error);
+    }
+
+    /// There is no disk: what goes to the bucket goes there from RAM.
+    pub(crate) fn lack_disk(&self) {
+        let why = "it goes to no disk: there is none here".into();
+        let step = crate::names::Step(self.step());
+        self.fail_levels(&[Level::Disk], &Error::Skipped { step, why });
+    }
+
+    fn fail_levels(&self, levels: &[Level], error: &Error) {
+        let mut stages = locked(&self.shared.stages);
+        for level in levels {
             for own in [false, true] {
                 let stage = stages.stage(*level, own);
                 if matches!(stage, Stage::Pending) {

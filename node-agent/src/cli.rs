@@ -136,6 +136,10 @@ pub(crate) struct AgentArgs {
     /// Limit of one run's slots on this node [default: none but the ram tier's]
     #[arg(long, value_name = "SIZE")]
     run_bytes_max: Option<OsString>,
+    /// Places in buckets, as in s3://bucket/team, where checkpoints of users other than the agent's own may
+    /// go, with the agent's credentials; several with commas [default: none]
+    #[arg(long, value_name = "URLS")]
+    buckets: Option<OsString>,
     /// Serve /healthz, /readyz and /metrics here, as in 127.0.0.1:9177 [default: off]
     #[arg(long, value_name = "ADDRESS:PORT")]
     http: Option<OsString>,
@@ -196,11 +200,12 @@ pub(crate) struct AgentArgs {
 
 impl AgentArgs {
     /// The settings among them, by key.
-    pub(crate) fn given(&self) -> [(&'static str, Option<OsString>); 21] {
+    pub(crate) fn given(&self) -> [(&'static str, Option<OsString>); 22] {
         [
             ("socket", self.socket.clone()),
             ("ram_bytes_max", self.ram_bytes_max.clone()),
             ("run_bytes_max", self.run_bytes_max.clone()),
+            ("buckets", self.buckets.clone()),
             ("http", self.http.clone()),
             ("trainers_max", self.trainers_max.clone()),
             ("idle", self.idle.clone()),

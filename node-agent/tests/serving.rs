@@ -47,6 +47,7 @@ impl Serving {
             ram_root: place.ram().into(),
             ram_bytes_max: None,
             run_bytes_max: None,
+            buckets: Vec::new(),
             trainers_max: 8,
             idle: Duration::from_secs(3600),
         };

@@ -169,7 +169,8 @@ fn configure(config: &mut Config, settings: &Bound<'_, PyDict>) -> PyResult<Opti
             _ => return Err(invalid(py, format!("unknown setting {name}"))),
         }
     }
-    config.bucket = bucket.over(config.disk_every).raise(py)?;
+    let through = if config.is_bucket_only() { 1 } else { config.disk_every };
+    config.bucket = bucket.over(through).raise(py)?;
     Ok(agent)
 }
 

@@ -232,32 +232,29 @@ impl Save {
         if let Some(why) = now.skipped {
             return format!("Save(step={step}, skipped: {why})");
         }
-        let durable = match (now.disk, now.peer, now.ram) {
-            (true, peer, _) => {
-                let also = match (peer, now.object) {
-                    (false, false) => "",
-                    (true, false) => " and \"peer\"",
-                    (false, true) => " and \"object\"",
-                    (true, true) => ", \"peer\" and \"object\"",
-                };
-                let size = mib(now.bytes);
-                return format!("Save(step={step}, durable=\"disk\"{also}, {size:.1} MiB)");
-            }
-            (false, true, _) => "\"peer\"",
-            (false, false, true) => "\"ram\"",
-            (false, false, false) => "None",
+        let size = mib(now.bytes);
+        let reached = [("disk", now.disk), ("peer", now.peer), ("object", now.object)];
+        let reached = reached.iter().filter(|(_, there)| *there);
+        let reached: Vec<String> = reached.map(|(level, _)| format!("\"{level}\"")).collect();
+        let durable = match reached.split_last() {
+            None if now.ram => "\"ram\"".into(),
+            None => "None".into(),
+            Some((last, [])) => last.clone(),
+            Some((last, first)) => format!("{} and {last}", first.join(", ")),
+        };
+        if now.disk || now.object {
+            return format!("Save(step={step}, durable={durable}, {size:.1} MiB)");
+        }
+        let on_its_way = |tier: &str, bytes: u64| {
+            let done = mib(bytes.min(now.bytes));
+            format!("Save(step={step}, durable={durable}, {tier} {done:.1}/{size:.1} MiB)")
         };
         match now.error {
             Some(error) => format!("Save(step={step}, durable={durable}, failed: {error})"),
             None if !now.staged => format!("Save(step={step}, durable=None, copying)"),
-            None if !self.is_due_for_disk() => {
-                format!("Save(step={step}, durable={durable}, {:.1} MiB)", mib(now.bytes))
-            }
-            None => format!(
-                "Save(step={step}, durable={durable}, disk {:.1}/{:.1} MiB)",
-                mib(now.disk_bytes.min(now.bytes)),
-                mib(now.bytes)
-            ),
+            None if self.is_due_for_disk() => on_its_way("disk", now.disk_bytes),
+            None if self.is_due_for_object() => on_its_way("bucket", now.object_bytes),
+            None => format!("Save(step={step}, durable={durable}, {size:.1} MiB)"),
         }
     }
 }

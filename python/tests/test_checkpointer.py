@@ -72,8 +72,9 @@ def test_a_wrong_destination_is_told(ram: Path, destination: str, message: str) 
 @pytest.mark.parametrize(
     ("destination", "options", "message"),
     [
-        ("s3://bucket/run", {}, 'say disk="'),
-        ("file:///tmp/run", {}, 'say disk="'),
+        ("s3://bucket/run", {"disk_every": 2}, "has no disk before it"),
+        ("file:///tmp/run", {"keep_last": 2}, "has no disk before it"),
+        ("s3://bucket/run", {"slots": 2}, "at least 3 without a disk"),
         ("s4://bucket/run", {"disk": "/tmp"}, "the schemes are"),
         ("s3://bucket/a b", {"disk": "/tmp"}, "run name"),
         ("s3://bucket/run", {"disk": "/tmp", "storage_options": {"aws_x": "1"}}, "aws_x"),

@@ -74,6 +74,28 @@ def test_a_job_saves_to_a_bucket_and_another_machine_goes_on(
     same(tierkeep.load(url, storage_options=options), 4)
 
 
+def test_a_job_without_a_disk_keeps_its_checkpoints_in_ram_and_in_the_bucket(
+    url: str, options: dict[str, str], ram: Path
+) -> None:
+    def open_without(ram_dir: Path) -> tierkeep.Checkpointer:
+        return tierkeep.Checkpointer(url, ram_dir=ram_dir, storage_options=options, agent=False)
+
+    with open_without(ram / "here") as ckpt:
+        assert ckpt.restore(state(0)) is None
+        save = ckpt.save(1, state(1))
+        save.wait("object", 60)
+        with pytest.raises(tierkeep.UnavailableError, match="there is none here"):
+            save.wait("disk", 0)
+        assert save.progress().error is None and "object" in repr(save)
+        ckpt.save(2, state(2))
+    with open_without(ram / "there") as ckpt:
+        found = ckpt.restore(state(0))
+        assert found is not None and (found.step, found.tier) == (2, "object")
+        same(found.state, 2)
+        ckpt.save(3, state(3)).wait("object", 60)
+    same(tierkeep.load(url, storage_options=options), 3)
+
+
 def test_a_clean_end_waits_for_the_bucket(url: str, options: dict[str, str], ram: Path) -> None:
     with open_(url, options, ram, object_every=2) as ckpt:
         assert ckpt.restore(state(0)) is None

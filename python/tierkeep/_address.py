@@ -17,19 +17,27 @@ def is_url(path: str) -> bool:
 def places(
     destination: str | os.PathLike[str], disk: str | os.PathLike[str] | None
 ) -> tuple[str, str | None]:
-    """The directory `<root>/<run>` of the disk tier, and the bucket's URL where there is one."""
+    """Where the run lies on this node: `<root>/<run>` of the disk tier, or the bucket's URL where
+    there is no disk; and the bucket's URL where there is one.
+    """
     path = os.fsdecode(destination)
     if not is_url(path):
         if disk is not None:
             raise InvalidError(f"disk: {path} is the disk; it goes with a bucket, as in s3://...")
         return path, None
-    if disk is None:
-        raise InvalidError(
-            f'{path}: say disk="/nvme/ckpt", a directory of this node: checkpoints go to the '
-            "bucket from there"
-        )
     path = path.rstrip("/")
+    if disk is None:
+        return path, path
     return os.path.join(os.fsdecode(disk), path.rsplit("/", 1)[-1]), path
+
+
+def of_disk(place: tuple[str, str | None], **said: int | None) -> dict[str, object]:
+    """The settings of the disk in `place` (as `places` has it); without one none may be given."""
+    path, url = place
+    for name, value in said.items():
+        if path == url and value is not None:
+            raise InvalidError(f'{name}: {path} has no disk before it: name one, as in disk="/nvme"')
+    return dict(said)
 
 
 _OF_BUCKET = (

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from tierkeep import _agent, _ending, _ranks, _replicas, _stop
-from tierkeep._address import bucket, directory, places
+from tierkeep._address import bucket, directory, of_disk, places
 from tierkeep._build import Include
 from tierkeep._checks import at_least_one, names, one_of, setting, words
 from tierkeep._cuda import Stager
@@ -64,6 +64,7 @@ class Checkpointer:
             name on each node, where the nodes' agents know of each other; or its place in a bucket,
             as in `s3://bucket/root/run` (`gs://`, `az://`; `file://` for a shared file system).
         disk: for a destination in a bucket: this node's directory for `<run>` on its way there.
+            Default: none; then checkpoints go to the bucket from RAM.
         storage_options: for the bucket, under the names that Rust's `object_store` uses, as in
             `{"aws_endpoint": "http://host:9000"}`; beside what AWS_*, GOOGLE_* or AZURE_* say.
         every: `step` saves steps that are divisible by it; default: 1.
@@ -92,7 +93,7 @@ class Checkpointer:
         replicas: copies of every rank's shard that other nodes hold in RAM, so that as many nodes
             can be lost at once; 16 at most. Default: 1 where the agent has others (`gossip`), else
             none.
-        slots: snapshots that RAM holds for this rank, 2 or more.
+        slots: snapshots that RAM holds for this rank: 2 or more, 3 without a disk.
         disk_every: steps that are divisible by it go to disk.
         keep_last: newest checkpoints that stay on disk.
         keep_every: steps that are divisible by it stay on disk for ever.
@@ -177,9 +178,9 @@ class Checkpointer:
             "ram_bytes_max": ram_bytes_max,
             "replicas": replicas,
             "slots": slots,
-            "disk_every": disk_every,
-            "keep_last": keep_last,
-            "keep_every": keep_every,
+            **of_disk(
+                (path, url), disk_every=disk_every, keep_last=keep_last, keep_every=keep_every
+            ),
             **bucket(
                 (path, url, storage_options),
                 (object_every, object_keep_last, object_keep_every, object_bytes_per_second_max),

@@ -99,7 +99,8 @@ def not_there(newest: Save | None, timeout_s: float) -> str:
     if newest is None:
         return f"the disk tier did not end within {timeout_s} s"
     now = newest.progress()
-    tier, has = ("object", "on disk") if now.disk else ("disk", "in RAM")
+    tier = "object" if now.disk or not newest.is_due_for_disk else "disk"
+    has = "on disk" if now.disk else "in RAM"
     return f"the {tier} tier did not end within {timeout_s} s: step {newest.step} is {has} only"
 
 

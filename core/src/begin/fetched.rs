@@ -1,18 +1,27 @@
-//! A shard that this node does not have comes from nodes that do, into a slot of its own: then it is
-//! restored as any other.
+//! A shard that this node does not have comes from nodes that do, or from the bucket, into a slot of its own:
+//! then it is restored as any other.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    os::unix::fs::FileExt,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use tierkeep_proto::peer::{self as wire, reply::Answer, request::Ask};
 
 use super::{AGAIN, Elsewhere};
 use crate::{
     attempt::AttemptRecord,
+    chunk::CHUNK_BYTES,
     clock::Deadline,
     commit::{Listing, publish_shard},
-    error::{Error, ErrorKind, Result},
+    error::{Doing, Error, ErrorKind, Result},
+    manifest::ShardManifest,
     names::{CheckpointKey, Rank},
-    observe::add,
+    observe::{add, locked},
     peers::{
         Incoming, Peers,
         fetch::fetch,
@@ -21,16 +30,16 @@ use crate::{
     },
     place::Place,
     restore::{
-        read::Restorable,
+        read::{READERS, Restorable, run_on},
         survey::{Found, ShardCopy, copies},
     },
-    snapshot::{arena::Memory, slot::SlotPayload},
-    tier::{Tier, TierKind},
+    snapshot::{
+        arena::{Filling, Memory},
+        slot::{Slot, SlotPayload},
+    },
+    tier::{Payload, Tier, TierKind, buffer::AlignedBuf},
     wire::convert,
 };
-
-/// How long it may take until this agent knows of all others.
-const SEEN_WITHIN: Duration = Duration::from_secs(20);
 
 /// The longest pause between two looks at all of them.
 const AGAIN_MAX: Duration = Duration::from_secs(4);
@@ -77,8 +86,8 @@ fn asked(
     said.places.into_iter().map(place).collect()
 }
 
-/// Fetches the shard of `rank`; false: no other node has it. Those that had it when the leader decided are
-/// asked, and all where that does not do.
+/// Fetches the shard of `rank`; false: within `patience` no other node has it. Those that had it when the
+/// leader decided are asked, and all where that does not do.
 ///
 /// # Errors
 /// A node that may have it does not answer, or there is no room for it here.
@@ -88,9 +97,9 @@ pub(super) fn fetch_shard(
     record: &AttemptRecord,
     (key, rank): (&CheckpointKey, Rank),
     seen: &Seen<'_>,
+    patience: Duration,
 ) -> Result<bool> {
-    // The leader saw it whole: where this agent does not see it, gossip has not told it of all nodes yet.
-    let deadline = Deadline::after(&*place.clock, SEEN_WITHIN.min(place.config.attempt_wait));
+    let deadline = Deadline::after(&*place.clock, patience);
     let mut pause = AGAIN;
     loop {
         let mut tried = Ok(false);
@@ -114,6 +123,9 @@ pub(super) fn fetch_shard(
         place.check_closed()?;
         place.clock.pause(pause);
         pause = (2 * pause).min(AGAIN_MAX); // All were asked.
+        if Listing::of(&*place.ram, key)?.manifests.contains(&rank) {
+            return Ok(true); // Another rank of this node has it by now.
+        }
     }
 }
 
@@ -137,9 +149,7 @@ pub(crate) fn with_remotes(peers: &Peers, here: &Restorable) -> Result<Restorabl
         return Err(Error::NotFound { what });
     }
     let mut both = here.clone();
-    let first = both.tiers.len();
-    both.tiers.extend(remotes.into_iter().map(|remote| remote as Arc<dyn Tier>));
-    both.copies.extend(good.into_iter().map(|c| ShardCopy { tier: first + c.tier, ..c }));
+    both.add_copies(remotes.into_iter().map(|remote| remote as Arc<dyn Tier>).collect(), good);
     Ok(both)
 }
 
@@ -163,14 +173,99 @@ fn copy_here(
         marks: false,
         care: None,
         over: None,
+        further: None,
         others: Vec::new(),
     };
+    add(&place.observer.counters.peer_fetched_bytes, copy_beside(place, &there)?);
+    Ok(())
+}
+
+/// Its bytes, once they lie in a file of its own.
+fn copy_beside(place: &Place, there: &Restorable) -> Result<u64> {
     let manifest = there.manifest();
-    let name = key.file(&manifest.payload.file);
+    let name = there.key.file(&manifest.payload.file);
     let receipt = place.ram.put(&name, &there.payload())?;
     publish_shard(&*place.ram, &manifest.identity, there.manifest_bytes(), receipt)?;
-    add(&place.observer.counters.peer_fetched_bytes, manifest.payload.length);
+    Ok(manifest.payload.length)
+}
+
+/// A shard that only the bucket has comes into a slot of this rank; another rank's, into a file beside.
+///
+/// # Errors
+/// The bucket does not answer, some of it is good there no more, or there is no room for it here.
+pub(super) fn bring_here(place: &Place, there: &Restorable) -> Result<()> {
+    let begun = place.clock.monotonic();
+    let (key, payload) = (&there.key, &there.manifest().payload);
+    if there.rank.0 == place.config.rank {
+        let slot = acquire(place, key, payload.length)?;
+        fill(slot.slot(), &there.payload())?;
+        keep(place, there.manifest(), there.manifest_bytes(), key, slot)?;
+    } else {
+        copy_beside(place, there)?;
+    }
+    add(&place.observer.counters.object_fetched_bytes, payload.length);
+    let took = place.clock.monotonic().saturating_sub(begun);
+    tell_fetched(place, key, payload.length, "the bucket", took);
     Ok(())
+}
+
+/// Writes a payload that checks itself into a slot, several chunks at a time.
+fn fill(slot: &Slot, payload: &dyn Payload) -> Result<()> {
+    let (next, trouble) = (AtomicU64::new(0), Mutex::new(None));
+    let work = || {
+        let mut scratch = AlignedBuf::new(1);
+        while locked(&trouble).is_none() {
+            let offset = next.fetch_add(1, Ordering::Relaxed) * CHUNK_BYTES;
+            if offset >= payload.len() {
+                return;
+            }
+            let len = usize::try_from((payload.len() - offset).min(CHUNK_BYTES)).unwrap_or(0);
+            let written = payload.block(offset, len, &mut scratch).and_then(|block| {
+                let write = slot.file().write_all_at(&block[..len], offset);
+                write.doing(|| "write to a slot".into())
+            });
+            if let Err(e) = written {
+                locked(&trouble).get_or_insert(e);
+            }
+        }
+    };
+    run_on(READERS, &work);
+    let trouble = locked(&trouble).take();
+    trouble.map_or(Ok(()), Err)
+}
+
+/// A slot for a shard of this rank.
+fn acquire(place: &Place, key: &CheckpointKey, len: u64) -> Result<Filling> {
+    // What else lies in this rank's slots here is older, or of no lineage: the decision is recorded.
+    let may_go = |held: &CheckpointKey| held != key;
+    let filling = place.arena.acquire(len, Memory::AsWritten, &may_go)?;
+    filling.ok_or_else(|| Error::Bug("no slot is free before a restore".into()))
+}
+
+/// What arrived in a slot is this rank's shard from here on.
+fn keep(
+    place: &Place,
+    manifest: &ShardManifest,
+    bytes: &[u8],
+    key: &CheckpointKey,
+    filling: Filling,
+) -> Result<()> {
+    let (identity, payload) = (&manifest.identity, &manifest.payload);
+    let slot = SlotPayload { slot: filling.slot().clone(), len: payload.length };
+    // A payload of this name without a good manifest is nobody's.
+    let name = key.file(&payload.file);
+    place.ram.delete(&key.manifest(Rank(identity.rank)))?;
+    place.ram.delete(&name)?;
+    let receipt = place.ram.put(&name, &slot)?;
+    publish_shard(&*place.ram, identity, bytes, receipt)?;
+    place.arena.hold(filling, key.clone());
+    Ok(())
+}
+
+fn tell_fetched(place: &Place, key: &CheckpointKey, bytes: u64, from: &str, took: Duration) {
+    let bytes = crate::snapshot::budget::human(bytes);
+    let text = format!("{}: {bytes} came from {from} in {:.2} s", key.step, took.as_secs_f64());
+    place.observer.info("fetched", Some(key.step.0), text);
 }
 
 /// Fetches it from tiers that were looked at, and knows who did not answer.
@@ -200,42 +295,22 @@ fn fetch_now(
     };
     let begun = place.clock.monotonic();
     let manifest = (*first.manifest).clone();
-    let (identity, payload) = (manifest.identity.clone(), manifest.payload.clone());
     let holders: Vec<_> = good.iter().map(|copy| remotes[copy.tier].clone()).collect();
-    // What else lies in this rank's slots here is older, or of no lineage: the decision is recorded.
-    let may_go = |held: &CheckpointKey| held != key;
     if rank.0 != place.config.rank {
         return copy_here(place, key, rank, (&remotes, good)).map(|()| true);
     }
-    let filling = place.arena.acquire(payload.length, Memory::AsWritten, &may_go)?;
-    let filling = filling.ok_or_else(|| Error::Bug("no slot is free before a restore".into()))?;
-    let incoming = Incoming::new(filling, manifest, first.bytes.to_vec(), false);
+    let length = manifest.payload.length;
+    let filling = acquire(place, key, length)?;
+    let incoming = Incoming::new(filling, manifest.clone(), first.bytes.to_vec(), false);
     let told = fetch(peers, key, &holders, &incoming)?;
     for why in &told.trouble {
         place.observer.warn("damaged_copy", Some(key.step.0), format!("{key}: {why}"));
     }
     let filling = incoming.take().ok_or_else(|| Error::Bug("a fetch that ended twice".into()))?;
-    let slot = SlotPayload { slot: filling.slot().clone(), len: payload.length };
-    // A payload of this name without a good manifest is nobody's.
-    let name = key.file(&payload.file);
-    place.ram.delete(&key.manifest(rank))?;
-    place.ram.delete(&name)?;
-    let receipt = place.ram.put(&name, &slot)?;
-    publish_shard(&*place.ram, &identity, &first.bytes, receipt)?;
-    place.arena.hold(filling, key.clone());
-    add(&place.observer.counters.peer_fetched_bytes, payload.length);
+    keep(place, &manifest, &first.bytes, key, filling)?;
+    add(&place.observer.counters.peer_fetched_bytes, length);
     let took = place.clock.monotonic().saturating_sub(begun);
     let from: Vec<&str> = holders.iter().map(|holder| holder.node.as_str()).collect();
-    place.observer.info(
-        "fetched",
-        Some(key.step.0),
-        format!(
-            "{}: {} came from {} in {:.2} s",
-            key.step,
-            crate::snapshot::budget::human(payload.length),
-            from.join(" and "),
-            took.as_secs_f64()
-        ),
-    );
+    tell_fetched(place, key, length, &from.join(" and "), took);
     Ok(true)
 }

@@ -5,22 +5,28 @@
 //!
 //! - A rank that finds no good copy anywhere says so in `bad/`; one that finds a good one says nothing.
 //! - The bucket is asked for what neither this node nor another one has.
+//! - Where agents run, a shard is read from the bucket by its own rank's agent, and others have it from there:
+//!   each byte once for the whole cluster.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
-use super::fetched::{Seen, fetch_shard};
+use super::fetched::{Seen, bring_here, fetch_shard};
 use crate::{
     attempt::AttemptRecord,
     commit::Listing,
     error::{Error, Result},
-    names::{CheckpointKey, Rank},
+    names::{CheckpointKey, Id, Rank},
     place::Place,
     restore::{
-        read::Restorable,
+        read::{Copies, Further, Restorable},
         survey::{Found, copies, mark_bad},
     },
     tier::Tier,
 };
+
+/// How long it may take until this agent knows of all others: the leader saw the shard, so where this one
+/// does not, gossip has not told it of all nodes yet.
+const SEEN_WITHIN: Duration = Duration::from_secs(20);
 
 pub(super) fn find_shard(
     place: &Place,
@@ -54,7 +60,8 @@ fn find_shard_of(
     };
     let mut found = find(&near);
     if let Some(peers) = place.peers.as_ref().filter(|_| is_lost(&found)) {
-        match fetch_shard(place, peers, record, (key, rank), seen) {
+        let patience = patience(place, key, rank);
+        match fetch_shard(place, peers, record, (key, rank), seen, patience) {
             Ok(true) => found = find(&near),
             Ok(false) => {}
             Err(e) if place.bucket.is_none() => return Err(e),
@@ -63,11 +70,65 @@ fn find_shard_of(
     }
     if let Some(bucket) = place.bucket.as_ref().filter(|_| is_lost(&found)) {
         found = find(&[&place.ram, &place.disk, bucket]);
+        if place.is_hosted
+            && let Ok(there) = &found
+        {
+            bring_here(place, there)?;
+            found = find(&near);
+        }
     }
     if matches!(found, Err(Error::Lost { .. })) && place.config.saves() {
         mark_bad(&*place.disk, &place.observer, key, rank);
     }
-    found
+    let further = place.bucket.as_ref().filter(|_| !place.is_hosted).map(|bucket| {
+        let (bucket, key, run_id) = (bucket.clone(), key.clone(), record.run_id);
+        Further::new(move || copies_in(bucket.clone(), &key, rank, &run_id))
+    });
+    found.map(|found| Restorable { further, ..found })
+}
+
+/// How long other nodes are asked for a shard.
+fn patience(place: &Place, key: &CheckpointKey, rank: Rank) -> Duration {
+    let in_bucket = |bucket: &Arc<dyn Tier>| {
+        Listing::of(&**bucket, key).is_ok_and(|listing| listing.manifests.contains(&rank))
+    };
+    match place.bucket.as_ref().is_some_and(in_bucket) {
+        // Once: what they have not is there.
+        true if rank.0 == place.config.rank => Duration::ZERO,
+        // Its own rank's agent has it from there in a moment.
+        true => place.config.attempt_wait,
+        false => SEEN_WITHIN.min(place.config.attempt_wait),
+    }
+}
+
+/// Good copies of a shard in a bucket.
+fn copies_in(
+    bucket: Arc<dyn Tier>,
+    key: &CheckpointKey,
+    rank: Rank,
+    run_id: &Id,
+) -> Result<Copies> {
+    let listings = vec![Listing::of(&*bucket, key)?];
+    let found = Found { key: key.clone(), listings };
+    let (good, _) = copies(&[&*bucket], &found, rank, Some(run_id))?;
+    Ok((vec![bucket], good))
+}
+
+/// The shard with its copies in the bucket behind those that are here.
+///
+/// # Errors
+/// The bucket has none, or does not answer.
+pub(crate) fn with_bucket(bucket: &Arc<dyn Tier>, here: &Restorable) -> Result<Restorable> {
+    let run_id = here.manifest().identity.run_id;
+    let (tiers, mut good) = copies_in(bucket.clone(), &here.key, here.rank, &run_id)?;
+    good.retain(|copy| copy.bytes.as_slice() == here.manifest_bytes());
+    if good.is_empty() {
+        let what = format!("{}'s shard of {} in the bucket", here.rank, here.key);
+        return Err(Error::NotFound { what });
+    }
+    let mut both = here.clone();
+    both.add_copies(tiers, good);
+    Ok(both)
 }
 
 fn find_shard_in(
@@ -130,6 +191,7 @@ fn find_shard_in(
         marks,
         care: None,
         over: None,
+        further: None,
         others: Vec::new(),
     })
 }

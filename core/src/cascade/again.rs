@@ -7,7 +7,7 @@
 
 use super::{Carry, Cascade};
 use crate::{
-    agree::InRam,
+    agree::{InRam, Lane},
     clock::Deadline,
     error::{Error, Result},
     names::Step,
@@ -23,7 +23,8 @@ impl Cascade {
             return Ok(()); // It carries nothing, and would wait for itself when it closes.
         }
         let agreements = &self.parts.agreements;
-        let Some(step) = agreements.carried()? else { return Ok(()) };
+        self.resume_sending()?;
+        let Some(step) = agreements.chosen(Lane::Disk)? else { return Ok(()) };
         let gave_up = agreements.gave_up(step)?.is_some();
         // What was resumed from may be whole on this node's disk alone: the leader waits for all to say so.
         let sealed = match agreements.is_spread() {
@@ -45,6 +46,7 @@ impl Cascade {
     pub(crate) fn take_up(&self, save: &Save) -> Result<()> {
         self.mark_due(save);
         let step = save.step();
+        self.doubt_sent(step);
         let sealed = self.is_sealed(&self.key_of(step))?;
         if sealed {
             save.reach(Level::Ram, false);

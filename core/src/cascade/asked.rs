@@ -95,7 +95,8 @@ impl Cascade {
         (self.parts.replicas, there)
     }
 
-    /// True where what is newest in RAM is sealed on disk, or nothing is there.
+    /// True where what is newest in RAM is sealed on disk, or in the bucket where there is no disk; or
+    /// nothing is there.
     pub(crate) fn is_durable(&self) -> bool {
         if !self.parts.config.saves() {
             return true;
@@ -105,6 +106,7 @@ impl Cascade {
             return false; // Found in RAM, perhaps, and not looked at.
         }
         match &work.newest {
+            Some(key) if self.is_bucket_only() => self.in_bucket() == Some(key.step.0),
             Some(key) => {
                 work.sealed == Some(key.step.0)
                     || (self.is_parent(key.step.0) && !work.parent_waits)

@@ -3,14 +3,15 @@
 //! # Invariants
 //!
 //! - A slot is never taken from the newest complete checkpoint, nor from one that is on its way to
-//!   disk or to other nodes, nor from one that the leader is about to choose.
+//!   disk, to other nodes or, where there is no disk, to the bucket, nor from one that the leader is about
+//!   to choose.
 //! - The newest step that other nodes hold stays here too until they hold a newer one: what they hold is
 //!   one copy fewer each time that a node is lost. Where there are too few nodes, nothing is kept for them.
 //! - No directory is asked with the cascade locked.
 
 use super::{Cascade, Shard, Work, standing::Standing, whom};
 use crate::{
-    agree::InRam,
+    agree::{InRam, Lane},
     error::{Error, Result},
     names::CheckpointKey,
     observe::locked,
@@ -41,8 +42,9 @@ impl Cascade {
         let complete = shard.complete || matches!(self.in_ram(key), Ok(Standing::Whole));
         // The leader may choose it at this moment.
         let may_go = !complete
-            || !self.may_be_chosen(&locked(&self.work), step)
-            || self.passed(step, trouble, carries);
+            || ((!self.may_be_chosen(&locked(&self.work), step)
+                || self.passed(step, trouble, carries))
+                && (!self.may_be_sent(step) || self.is_passed_for_bucket(step)));
         let gone = {
             let mut work = locked(&self.work);
             if !may_go || self.is_needed(&work, key) {
@@ -58,7 +60,10 @@ impl Cascade {
 
     fn is_needed(&self, work: &Work, key: &CheckpointKey) -> bool {
         let on_its_way = work.carry.as_ref().is_some_and(|c| self.key_of(c.step) == *key);
-        work.newest.as_ref() == Some(key) || on_its_way || self.is_kept_for_peers(work, key)
+        work.newest.as_ref() == Some(key)
+            || on_its_way
+            || self.is_kept_for_peers(work, key)
+            || self.is_kept_for_bucket(key)
     }
 
     pub(super) fn may_be_chosen(&self, work: &Work, step: u64) -> bool {
@@ -70,11 +75,13 @@ impl Cascade {
     fn passed(&self, step: u64, trouble: bool, carries: bool) -> bool {
         let agreements = &self.parts.agreements;
         if trouble {
-            let _ = agreements.pass_over(step);
+            let _ = agreements.pass_over(Lane::Disk, step);
             return true; // Nothing is kept for a disk that does not answer.
         }
-        let passed =
-            if carries { agreements.pass_over(step) } else { agreements.was_passed_over(step) };
+        let passed = match carries {
+            true => agreements.pass_over(Lane::Disk, step),
+            false => agreements.was_passed_over(Lane::Disk, step),
+        };
         passed.unwrap_or(false)
     }
 

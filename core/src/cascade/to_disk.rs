@@ -8,7 +8,7 @@ use std::{
 
 use super::{Carry, Cascade, Shard, Work};
 use crate::{
-    agree::Own,
+    agree::{Lane, Own},
     attempt::Attempts,
     chunk::{CHUNK_BYTES, chunk_len},
     clock::Deadline,
@@ -40,14 +40,14 @@ impl Cascade {
             in_ram.chain(parent).filter(newer).max().filter(|_| idle)
         } else {
             // A newer choice means that the leader is done with the old one, one way or the other.
-            self.parts.agreements.carried()?.filter(newer)
+            self.parts.agreements.chosen(Lane::Disk)?.filter(newer)
         };
         let Some(step) = next else { return Ok(false) };
         self.check_fence()?;
         if self.is_fenced() {
             return Ok(false);
         }
-        if self.parts.config.leads() && !self.parts.agreements.carry(step)? {
+        if self.parts.config.leads() && !self.parts.agreements.choose(Lane::Disk, step)? {
             self.passed_by_another(step);
             return Ok(true);
         }
@@ -115,7 +115,7 @@ impl Cascade {
         };
         let mut moved = false;
         for step in waiting {
-            if self.parts.agreements.was_passed_over(step)? {
+            if self.parts.agreements.was_passed_over(Lane::Disk, step)? {
                 self.passed_by_another(step);
                 moved = true;
             }
@@ -137,6 +137,9 @@ impl Cascade {
     }
 
     pub(super) fn pass_over(&self, save: &Save, for_step: u64) {
+        if self.is_bucket_only() {
+            return; // That it is on no disk was told; what becomes of it in the bucket will be.
+        }
         let why = if self.is_due(save.step()) {
             add(&self.parts.observer.counters.disk_passed_over, 1);
             format!(

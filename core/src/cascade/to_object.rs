@@ -3,13 +3,13 @@
 //!
 //! The leader records which step goes next (the newest that is sealed on disk and due). Every rank sends its
 //! shard of it, and says so; when all have, the leader seals the checkpoint in the bucket. A bucket that is
-//! away keeps the step on its way until the deadline, and nothing else: slots and the disk go on.
+//! away keeps the step on its way until the deadline, and nothing else: slots and the disk go on. What lies
+//! in the bucket beside shards is `in_bucket`'s.
 //!
 //! # Invariants
 //!
 //! - What is sent was checked chunk by chunk when it was read, and the bucket has it under the checksums of
 //!   the save.
-//! - The seal is written by a leader that found no newer attempt in the bucket right before.
 //! - A step is told as being in the bucket only when it is sealed there.
 //! - The disk keeps a step that is on its way.
 
@@ -19,20 +19,17 @@ use std::{
     time::Duration,
 };
 
-use super::{Cascade, IDLE};
+use super::{Cascade, IDLE, Work};
 use crate::{
-    agree::{InRam, Own},
-    attempt::{self, Attempts},
+    agree::{InRam, Lane, Own},
     bucket::Bucket,
     clock::Deadline,
-    commit::{Gathered, Listing, gather, publish_shard},
+    commit::{Listing, publish_shard},
     error::{Error, ErrorKind, Result},
-    manifest::replicated::differences_in_words,
-    names::{ATTEMPTS, CheckpointKey, Rank, Step, parse_attempt_file, ranks},
+    names::{CheckpointKey, Rank, Step, ranks},
     observe::{add, locked},
     reader::Reader,
-    restore::{decide::lineage_of, survey::survey},
-    retain,
+    restore::survey::survey,
     save::{Level, Save},
     snapshot::slot::Slot,
     tier::{Payload, Tier, buffer::AlignedBuf},
@@ -61,6 +58,13 @@ struct Now {
     pause: Duration,
 }
 
+impl Now {
+    fn new(step: u64, deadline: Deadline, saves: bool) -> Self {
+        let (own_done, told) = (!saves, !saves);
+        Self { step, deadline, own_done, told, not_before: Duration::ZERO, pause: AGAIN }
+    }
+}
+
 /// How far this rank's way to the bucket is.
 #[derive(Debug, Default)]
 pub(crate) struct Sending {
@@ -69,18 +73,23 @@ pub(crate) struct Sending {
     next: Option<u64>,
     /// The newest step that was ever chosen.
     chosen: Option<u64>,
+    /// The newest that was seen to be sealed.
+    sealed: Option<u64>,
     /// Saves that are due here and not decided yet.
     saves: BTreeMap<u64, Save>,
+    /// Steps that were chosen, or may have been before this owner: where nobody says what became of one, the
+    /// bucket is asked.
+    doubtful: BTreeSet<u64>,
     /// The records of the attempts are there.
-    has_records: bool,
+    pub(super) has_records: bool,
     /// Why it is away, where it is.
     trouble: Option<String>,
 }
 
 impl Sending {
-    /// `next`: what the attempt resumed from, where the bucket lacks it.
-    pub(super) fn beginning_with(next: Option<u64>) -> Self {
-        Self { next, ..Self::default() }
+    /// `next`: what the attempt resumed from, where the bucket lacks it; `sealed`: that, where it has it.
+    pub(super) fn beginning_with(next: Option<u64>, sealed: Option<u64>) -> Self {
+        Self { next, sealed, ..Self::default() }
     }
 
     /// The step that is to be chosen next.
@@ -98,10 +107,7 @@ impl Cascade {
     pub(super) fn mark_due_for_bucket(&self, save: &Save) {
         let step = save.step();
         let why = match &self.parts.far {
-            Some(far)
-                if self.is_due(step)
-                    && (step.is_multiple_of(far.settings.every) || self.is_last(step)) =>
-            {
+            Some(far) if self.is_due_for_bucket(far, step) => {
                 save.set_due_for_object();
                 if save.is_pending(Level::Object) {
                     locked(&self.sending).saves.insert(step, save.clone());
@@ -116,10 +122,55 @@ impl Cascade {
         save.fail(Level::Object, &Error::Skipped { step: Step(step), why });
     }
 
-    /// A step is sealed on disk.
+    /// Steps go there from RAM, by no disk.
+    pub(super) fn is_bucket_only(&self) -> bool {
+        self.parts.config.is_bucket_only()
+    }
+
+    fn is_due_for_bucket(&self, far: &Far, step: u64) -> bool {
+        let chosen = step.is_multiple_of(far.settings.every) || self.is_last(step);
+        match self.is_bucket_only() {
+            true => chosen || self.is_parent(step) || self.is_hurried(step),
+            false => chosen && self.is_due(step),
+        }
+    }
+
+    /// Whether a slot of this rank stays for the bucket's sake.
+    pub(super) fn is_kept_for_bucket(&self, key: &CheckpointKey) -> bool {
+        let now = locked(&self.sending).now.as_ref().map(|now| now.step);
+        self.is_bucket_only() && now.is_some_and(|step| self.key_of(step) == *key)
+    }
+
+    /// The leader may choose it, from RAM.
+    pub(super) fn may_be_sent(&self, step: u64) -> bool {
+        let Some(far) = self.parts.far.as_ref().filter(|_| self.is_bucket_only()) else {
+            return false;
+        };
+        let chosen = locked(&self.sending).chosen;
+        self.is_due_for_bucket(far, step) && chosen.is_none_or(|chosen| step > chosen)
+    }
+
+    /// Whether all ranks know that a step which the leader may choose will not go there. While another one is
+    /// on its way this rank may say so itself: the bucket is slower than the saves.
+    pub(super) fn is_passed_for_bucket(&self, step: u64) -> bool {
+        let agreements = &self.parts.agreements;
+        let is_busy = locked(&self.sending).now.is_some();
+        let passed = match is_busy {
+            true => agreements.pass_over(Lane::Bucket, step),
+            false => agreements.was_passed_over(Lane::Bucket, step),
+        };
+        passed.unwrap_or(false)
+    }
+
+    /// The newest step that is sealed there, as far as this owner saw.
+    pub(crate) fn in_bucket(&self) -> Option<u64> {
+        locked(&self.sending).sealed
+    }
+
+    /// A step is sealed on disk; without one, it is complete in RAM.
     pub(super) fn offer_to_bucket(&self, step: u64) {
         let Some(far) = &self.parts.far else { return };
-        if !step.is_multiple_of(far.settings.every) && !self.is_last(step) {
+        if !self.is_due_for_bucket(far, step) {
             return;
         }
         let mut sending = locked(&self.sending);
@@ -136,7 +187,7 @@ impl Cascade {
     }
 
     /// Something is on its way to the bucket, or about to be.
-    pub(super) fn is_sending(&self) -> bool {
+    pub(crate) fn is_sending(&self) -> bool {
         self.parts.far.is_some() && locked(&self.sending).is_busy()
     }
 
@@ -185,7 +236,8 @@ impl Cascade {
         }
         let chosen = self.choose_for_bucket(far)?;
         let sent = self.send_to_bucket(far)?;
-        Ok(self.watch_bucket(far)? || chosen || sent)
+        let watched = self.watch_bucket(far)?;
+        Ok(self.settle_older(far)? || watched || chosen || sent)
     }
 
     /// The leader chooses; the others read what it chose.
@@ -198,52 +250,93 @@ impl Cascade {
         let next = match self.parts.config.leads() {
             true => offered.filter(|_| idle).filter(newer),
             // A newer choice means that the leader is done with the old one, one way or the other.
-            false => self.parts.agreements.sent()?.filter(newer),
+            false => self.parts.agreements.chosen(Lane::Bucket)?.filter(newer),
         };
         let Some(step) = next else { return Ok(false) };
         if self.parts.config.leads() {
-            self.parts.agreements.send(step)?;
+            if !self.parts.agreements.choose(Lane::Bucket, step)? {
+                locked(&self.sending).chosen = Some(step); // A rank had no other slot.
+                return Ok(true);
+            }
+            let has = |work: &Work| self.is_parent(step) || work.shards.contains_key(&step);
+            if self.is_bucket_only() && self.parts.config.saves() && !has(&locked(&self.work)) {
+                let why = "its slot was used again".into();
+                self.parts.agreements.in_bucket(step, InRam::GivenUp(why))?;
+                locked(&self.sending).chosen = Some(step);
+                return Ok(true);
+            }
         }
         let deadline = Deadline::after(&*self.parts.clock, far.settings.wait);
-        let now = Now {
-            step,
-            deadline,
-            own_done: !self.parts.config.saves(),
-            told: !self.parts.config.saves(),
-            not_before: Duration::ZERO,
-            pause: AGAIN,
-        };
-        let (old, passed) = {
-            let mut sending = locked(&self.sending);
-            sending.chosen = Some(step);
-            let later = sending.saves.split_off(&step);
-            (sending.now.replace(now), std::mem::replace(&mut sending.saves, later))
-        };
-        for (older, save) in passed {
-            if old.as_ref().is_some_and(|old| old.step == older) {
-                self.settle_old(older, &save)?;
-                continue;
-            }
-            add(&self.parts.observer.counters.object_passed_over, 1);
-            let why = format!("it was passed over for the bucket: step {step} is newer");
-            save.fail(Level::Object, &Error::Skipped { step: Step(older), why });
+        let now = Now::new(step, deadline, self.parts.config.saves());
+        let mut sending = locked(&self.sending);
+        sending.chosen = Some(step);
+        if let Some(old) = sending.now.replace(now) {
+            sending.doubtful.insert(old.step);
         }
         Ok(true)
     }
 
-    /// The leader went on to a newer step: what became of the one before it is recorded.
-    fn settle_old(&self, step: u64, save: &Save) -> Result<()> {
-        match self.parts.agreements.was_in_bucket(step)? {
-            Some(InRam::Whole) => save.reach(Level::Object, false),
-            Some(InRam::GivenUp(why)) => {
-                save.fail(Level::Object, &Error::Skipped { step: Step(step), why })
-            }
-            None => {
-                let why = "the leader went on to a newer step".into();
+    /// Goes on where an owner before this one was, of the same attempt.
+    pub(super) fn resume_sending(&self) -> Result<()> {
+        let Some(far) = &self.parts.far else { return Ok(()) };
+        let agreements = &self.parts.agreements;
+        let sent = agreements.chosen(Lane::Bucket)?;
+        let open = match sent {
+            Some(step) => agreements.was_in_bucket(step)?.is_none(),
+            None => false,
+        };
+        let found = survey(&[&*self.parts.disk])?.into_iter();
+        let sealed = found.filter(|f| self.is_own(&f.key) && f.listings.iter().any(|l| l.sealed));
+        let due = sealed.map(|f| f.key.step.0).filter(|step| self.is_due_for_bucket(far, *step));
+        let mut sending = locked(&self.sending);
+        sending.next = due.max().max(sending.next);
+        sending.chosen = sent;
+        let deadline = Deadline::after(&*self.parts.clock, far.settings.wait);
+        let now = |step| Now::new(step, deadline, self.parts.config.saves());
+        sending.now = sent.filter(|_| open).map(now);
+        Ok(())
+    }
+
+    /// A save of an owner before this one, whose way to the bucket is not known.
+    pub(super) fn doubt_sent(&self, step: u64) {
+        if self.parts.far.is_some() {
+            locked(&self.sending).doubtful.insert(step);
+        }
+    }
+
+    /// Tells the saves that an older choice has left behind what became of them.
+    fn settle_older(&self, far: &Far) -> Result<bool> {
+        let older: Vec<(Save, bool, u64)> = {
+            let sending = locked(&self.sending);
+            let Some(chosen) = sending.chosen else { return Ok(false) };
+            let now = sending.now.as_ref().map(|now| now.step);
+            let older = sending.saves.range(..=chosen).filter(|(step, _)| Some(**step) != now);
+            older.map(|(step, s)| (s.clone(), sending.doubtful.contains(step), chosen)).collect()
+        };
+        for (save, is_doubtful, chosen) in &older {
+            let step = save.step();
+            let said = self.parts.agreements.was_in_bucket(step)?;
+            let is_there = match said {
+                Some(InRam::Whole) => true,
+                None if *is_doubtful => Listing::of(&*far.tier, &self.key_of(step))?.sealed,
+                Some(InRam::GivenUp(_)) | None => false,
+            };
+            let why = match said {
+                Some(InRam::GivenUp(why)) => format!("it was given up for the bucket: {why}"),
+                _ => format!("it was passed over for the bucket: step {chosen} is newer"),
+            };
+            let mut sending = locked(&self.sending);
+            sending.saves.remove(&step);
+            sending.doubtful.remove(&step);
+            drop(sending);
+            if is_there {
+                save.reach(Level::Object, false);
+            } else {
+                add(&self.parts.observer.counters.object_passed_over, 1);
                 save.fail(Level::Object, &Error::Skipped { step: Step(step), why });
             }
         }
-        Ok(())
+        Ok(!older.is_empty())
     }
 
     /// Sends this rank's shard of the chosen step.
@@ -323,17 +416,6 @@ impl Cascade {
         Ok(())
     }
 
-    /// The bucket tells the lineage without this cluster: it has the record of every attempt.
-    fn keep_records_in_bucket(&self, far: &Far) -> Result<()> {
-        if !self.parts.config.leads() || locked(&self.sending).has_records {
-            return Ok(());
-        }
-        let here: [&dyn Tier; 2] = [&*self.parts.disk, &*self.parts.ram];
-        attempt::keep_missing(&Attempts::load(&here)?, &here, &*far.tier)?;
-        locked(&self.sending).has_records = true;
-        Ok(())
-    }
-
     /// Sees that the step was sealed or given up; the leader seals it when every rank is done.
     fn watch_bucket(&self, far: &Far) -> Result<bool> {
         let (step, deadline, done, told) = {
@@ -377,41 +459,6 @@ impl Cascade {
         Ok(true)
     }
 
-    fn seal_in_bucket(&self, far: &Far, key: &CheckpointKey) -> Result<()> {
-        let tier = &*far.tier;
-        if Listing::of(tier, key)?.sealed {
-            return Ok(());
-        }
-        match gather(tier, key, &self.parts.config.savers)? {
-            Gathered::Complete(complete) => {
-                self.check_bucket_fence(tier)?;
-                complete.seal(tier).map(drop)
-            }
-            Gathered::Differ(list) => {
-                Err(Error::Broken { what: key.to_string(), why: differences_in_words(&list) })
-            }
-            Gathered::Deleted => Err(Error::Fenced { why: format!("{key} is being deleted") }),
-            // They were acknowledged: a listing that lags.
-            Gathered::Missing(missing) => Err(Error::Io {
-                what: format!("see the shards of {}", ranks(&missing)),
-                source: std::io::Error::other("the bucket does not list them yet"),
-            }),
-        }
-    }
-
-    /// A newer attempt of this run has begun, perhaps in another cluster: nothing of this one is sealed.
-    fn check_bucket_fence(&self, tier: &dyn Tier) -> Result<()> {
-        let own = self.parts.record.attempt;
-        let names = tier.list(ATTEMPTS)?;
-        let newest = names.iter().filter_map(|entry| parse_attempt_file(&entry.name)).max();
-        match newest {
-            Some(number) if number > own.number => Err(Error::Fenced {
-                why: format!("attempt {number} of this run has begun: {own} writes no more"),
-            }),
-            _ => Ok(()),
-        }
-    }
-
     /// What became of the chosen step is known.
     fn ended_in_bucket(&self, far: &Far, step: u64, said: &InRam) {
         let save = {
@@ -419,6 +466,7 @@ impl Cascade {
             sending.now.take_if(|now| now.step == step);
             if *said == InRam::Whole {
                 sending.trouble = None;
+                sending.sealed = sending.sealed.max(Some(step));
             }
             sending.saves.remove(&step)
         };
@@ -445,49 +493,17 @@ impl Cascade {
         if !self.parts.config.leads() {
             return;
         }
-        let tidied = self
-            .parts
-            .agreements
+        let agreements = &self.parts.agreements;
+        let tidied = agreements
             .forget_sent_before(step)
+            // Without a disk nobody else forgets what was said of RAM.
+            .and_then(
+                |()| if self.is_bucket_only() { agreements.forget_before(step) } else { Ok(()) },
+            )
             .and_then(|()| self.retain_in_bucket(far));
         if let Err(e) = tidied {
             tracing::warn!("nothing was collected in the bucket after step {step}: {}", e.chain());
         }
-    }
-
-    /// Deletes what the policy lets go there.
-    fn retain_in_bucket(&self, far: &Far) -> Result<()> {
-        let tier = &*far.tier;
-        let found = survey(&[tier])?;
-        let attempts = Attempts::load(&[tier])?;
-        let newest = attempts.newest().map_or(0, |r| r.attempt.number);
-        if newest != self.parts.record.attempt.number {
-            return Ok(()); // Superseded: its leader collects.
-        }
-        let lineage = lineage_of(&[tier], &found, &attempts)?;
-        let policy = retain::Policy {
-            keep_last: far.settings.keep_last,
-            keep_every: far.settings.keep_every,
-            abandoned: false,
-        };
-        let in_flight: BTreeSet<CheckpointKey> = self.kept_for_bucket().into_iter().collect();
-        let known = retain::Known {
-            found: &found,
-            lineage: &lineage,
-            attempts: &attempts,
-            pins: &retain::pins(tier)?,
-            in_flight: &in_flight,
-            given_up: &Default::default(),
-        };
-        retain::collect(tier, &retain::plan(&policy, &known), newest)?;
-        // What dead processes began, and no rank is at: this is the newest attempt, and between two steps.
-        let kept: Vec<String> = in_flight.iter().map(CheckpointKey::dir).collect();
-        let stays = |name: &str| kept.iter().any(|dir| name.starts_with(dir.as_str()));
-        let ended = tier.sweep(&stays)?;
-        if ended > 0 {
-            tracing::info!("ended {ended} uploads in the bucket that dead processes had left");
-        }
-        Ok(())
     }
 }
 

@@ -12,7 +12,7 @@
 
 use super::Cascade;
 use crate::{
-    agree::{InRam, Saving},
+    agree::{InRam, Lane, Saving},
     commit::Listing,
     error::{Error, Result},
     names::{Step, ranks},
@@ -51,7 +51,7 @@ impl Cascade {
             return Ok(false);
         }
         // Before any seal is looked for: the leader goes on only when it is done with a step.
-        let carried = self.parts.agreements.carried()?;
+        let carried = self.parts.agreements.chosen(Lane::Disk)?;
         let mut moved = false;
         for save in &open {
             moved |= self.watch_in_ram(save)?;
@@ -131,7 +131,7 @@ impl Cascade {
             save.fail(Level::Disk, &Error::Skipped { step: Step(step), why });
             return Ok(true);
         }
-        if self.parts.agreements.was_passed_over(step)? {
+        if self.parts.agreements.was_passed_over(Lane::Disk, step)? {
             self.pass_over(save, self.newest().map_or(step, |newest| newest.step.0));
             return Ok(true);
         }

@@ -93,7 +93,7 @@ impl Host {
         let ram = self.ram_dir(site);
         let mut places = vec![
             here(TierKind::Ram, Arc::new(MemoryTier::reader(&ram)) as Arc<dyn Tier>),
-            here(TierKind::Disk, Arc::new(DiskTier::reader(&site.destination))),
+            here(TierKind::Disk, Arc::new(DiskTier::reader(&self.home(site)))),
         ];
         for remote in found {
             let kind = if remote.is_ram() { TierKind::Ram } else { TierKind::Disk };

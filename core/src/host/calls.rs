@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     attempt::AttemptRecord,
-    begin::fetched::with_remotes,
+    begin::{fetched::with_remotes, found::with_bucket},
     cascade::Cascade,
     chunk::{CHUNK_BYTES, chunk_count},
     clock::Deadline,
@@ -138,7 +138,7 @@ impl Connection {
         }
         if let Some(other) = taken.as_ref().filter(|seat| seat.who.uid != self.peer.who.uid) {
             // Whoever may not enter the directory learns nothing of it.
-            DiskTier::open(&config.destination)?;
+            DiskTier::open(&config.home())?;
             return Err(Error::Fenced {
                 why: format!("{} is kept for user {}", other.name(), other.who.uid),
             });
@@ -338,7 +338,8 @@ impl Connection {
         seat.say_bye();
         // What is in RAM alone stays somebody's: in time it goes to disk, and then the memory goes back.
         // So does a leader's seat while ranks on other nodes still ask it.
-        if close.clean && seat.has_begun() && seat.is_durable() && !seat.is_asked() {
+        let is_over = seat.is_durable() && !seat.is_sending() && !seat.is_asked();
+        if close.clean && seat.has_begun() && is_over {
             let chair = self.host.chair(&config);
             let mut taken = chair.lock();
             if taken.as_ref().is_some_and(|there| Arc::ptr_eq(there, seat)) {
@@ -418,13 +419,18 @@ fn mend_shard(seat: &Seat, mend: &wire::Mend) -> Answered {
         bad.extend(chunks.filter(|chunk| *chunk < count));
     }
     let place = &seat.keeper.place;
-    match &place.peers {
-        Some(peers) if mend.from_peers => with_remotes(peers, found)?.mend_all(&damaged)?,
-        _ if mend.from_peers => {
-            let what = format!("another node that may have {}", found.key);
-            return Err(Error::NotFound { what });
-        }
-        _ => found.mend(&damaged),
+    if !mend.from_peers {
+        found.mend(&damaged);
+        return done();
     }
+    let from_peers =
+        place.peers.as_ref().map(|peers| with_remotes(peers, found)?.mend_all(&damaged));
+    if matches!(from_peers, Some(Ok(()))) {
+        return done();
+    }
+    let from_bucket = place.bucket.as_ref().map(|it| with_bucket(it, found)?.mend_all(&damaged));
+    let nowhere =
+        || Err(Error::NotFound { what: format!("another place that may have {}", found.key) });
+    from_bucket.or(from_peers).unwrap_or_else(nowhere)?;
     done()
 }

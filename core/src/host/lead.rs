@@ -120,7 +120,7 @@ impl Host {
 
     fn board(&self, site: &Site, attempt: &str) -> Result<Arc<Board>> {
         let (seat, record) = self.leader(site, attempt)?;
-        let shared = &seat.keeper.place.config.destination;
+        let shared = &seat.keeper.place.config.home();
         Ok(self.commons.board(shared, &record.attempt))
     }
 

@@ -200,6 +200,11 @@ impl Host {
         crate::config::ram_dir(&self.users.root_of(site.uid), &site.destination)
     }
 
+    /// Where a run's records lie here.
+    pub(super) fn home(&self, site: &Site) -> PathBuf {
+        crate::config::home(&self.users.root_of(site.uid), &site.destination)
+    }
+
     fn offer(&self, site: &Site, from: String, offer: wire::Offer) -> Result<Answer> {
         let (key, rank) = (key_of(offer.key.as_ref())?, Rank(offer.rank));
         let keep: Vec<CheckpointKey> =
@@ -274,7 +279,7 @@ impl Host {
     fn tier_of(&self, site: &Site, kind: TierKind) -> Option<Box<dyn Tier>> {
         let root = match kind {
             TierKind::Ram => self.ram_dir(site),
-            _ => site.destination.clone(),
+            _ => self.home(site),
         };
         root.is_dir().then(|| match kind {
             TierKind::Ram => Box::new(MemoryTier::reader(&root)) as Box<dyn Tier>,

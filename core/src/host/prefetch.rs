@@ -131,7 +131,7 @@ impl Host {
         let dir = self.ram_dir(&peers.site);
         let budget = self.users.budget(peers.site.uid, &self.settings, &dir)?;
         let ram = MemoryTier::open(&dir, budget)?;
-        let disk = DiskTier::reader(&peers.site.destination);
+        let disk = DiskTier::reader(&self.home(&peers.site));
         let own: [&dyn Tier; 2] = [&ram, &disk];
         let far = remotes.iter().map(|remote| &**remote as &dyn Tier);
         let tiers: Vec<&dyn Tier> = own.into_iter().chain(far).collect();
@@ -153,7 +153,7 @@ impl Host {
     /// Bytes that came.
     fn prefetch_one(&self, peers: &Peers, chosen: &Chosen, rank: Rank) -> Result<u64> {
         let Chosen { key, run_id, remotes, ram } = chosen;
-        let disk = DiskTier::reader(&peers.site.destination);
+        let disk = DiskTier::reader(&self.home(&peers.site));
         for tier in [ram as &dyn Tier, &disk] {
             if Listing::of(tier, key)?.manifests.contains(&rank) {
                 return Ok(0);

@@ -300,12 +300,25 @@ impl Seat {
         }
         // What never became due for disk goes there now: nobody will save anything newer.
         cascade.hurry();
-        !cascade.is_carrying() && (cascade.is_durable() || cascade.is_fenced())
+        if cascade.is_carrying() || !(cascade.is_durable() || cascade.is_fenced()) {
+            return false;
+        }
+        // What is on its way to the bucket is read from disk: its memory goes back meanwhile.
+        let sends = cascade.is_sending() && !cascade.is_fenced();
+        if sends && let Err(e) = self.keeper.place.arena.give_back() {
+            tracing::warn!("{}: memory was not given back: {}", self.name(), e.chain());
+        }
+        !sends
     }
 
     /// Something is on its way to disk.
     pub(super) fn is_busy(&self) -> bool {
         self.keeper.running().is_some_and(|(_, cascade)| cascade.is_carrying())
+    }
+
+    /// Something is on its way to the bucket.
+    pub(super) fn is_sending(&self) -> bool {
+        self.keeper.running().is_some_and(|(_, cascade)| cascade.is_sending())
     }
 
     /// Ends the keeper.

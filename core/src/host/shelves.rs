@@ -126,7 +126,7 @@ impl Host {
         if file != ram_dir.join(note::name(rank)) {
             return Err(Error::damaged(name, "it lies in another place than its own"));
         }
-        let lock = ownership::rank_lock(&site.destination, rank);
+        let lock = ownership::rank_lock(&self.home(&site), rank);
         if ram_dir.join(left::name(rank.0)).exists() || ownership::is_held(&lock)? {
             return Ok(()); // It has come here meanwhile: these slots are its own.
         }

@@ -23,6 +23,7 @@ use super::{
     peer::{Peer, Who},
 };
 use crate::{
+    bucket::Bucket,
     error::{Doing, Error, Result},
     observe::locked,
     snapshot::budget::{Budget, Counted},
@@ -104,6 +105,36 @@ impl Users {
         locked(&self.roots).clone()
     }
 
+    /// A bucket is reached with the agent's own credentials: its own user may send them anywhere, others
+    /// only where the agent was told to, and by no words of theirs.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] that names what the agent has to be told.
+    pub(super) fn check_bucket(&self, uid: u32, bucket: &Bucket, allowed: &[String]) -> Result<()> {
+        // A directory is reached as the user.
+        if uid == self.own || bucket.url.starts_with("file://") {
+            return Ok(());
+        }
+        let below = |place: &String| {
+            let place = place.trim_end_matches('/');
+            bucket.url.strip_prefix(place).is_some_and(|rest| rest.starts_with('/'))
+        };
+        if !allowed.iter().any(below) {
+            return Err(Error::invalid(format!(
+                "{}: this agent carries checkpoints of user {uid} to no such bucket: say so to the agent \
+                 (buckets, TIERKEEP_BUCKETS)",
+                bucket.url
+            )));
+        }
+        match bucket.options.keys().next() {
+            None => Ok(()),
+            Some(name) => Err(Error::invalid(format!(
+                "{name:?}: the agent of another user reaches a bucket as it was told itself: give no \
+                 storage_options"
+            ))),
+        }
+    }
+
     /// The budget of a user's run, which is everybody's.
     pub(super) fn budget(&self, uid: u32, settings: &Settings, run: &Path) -> Result<Budget> {
         let root = self.root_of(uid);
@@ -138,5 +169,41 @@ impl Users {
             }
         }
         roots
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn an_agents_credentials_go_where_it_was_told_and_by_no_word_of_another_user() {
+        let settings = Settings {
+            socket: "/nowhere/agent.sock".into(),
+            ram_root: format!("/nowhere/tierkeep-{UID}").into(),
+            ram_bytes_max: None,
+            run_bytes_max: None,
+            buckets: Vec::new(),
+            trainers_max: 1,
+            idle: Duration::ZERO,
+        };
+        let users = Users::new(&settings);
+        let (own, other) = (users.own, users.own + 1);
+        let bucket = |url: &str| Bucket::new(url, 1).expect("a bucket");
+        let allowed = ["s3://models/team-a/".to_owned(), "gs://all".to_owned()];
+        users.check_bucket(own, &bucket("s3://any/run"), &[]).expect("its own user");
+        for good in ["s3://models/team-a/run", "gs://all/x/run", "file:///shared/run"] {
+            users.check_bucket(other, &bucket(good), &allowed).expect(good);
+        }
+        for bad in ["s3://models/team-b/run", "s3://models/team-ab/run", "s3://all/run"] {
+            let e = users.check_bucket(other, &bucket(bad), &allowed).expect_err(bad);
+            assert!(e.chain().contains("TIERKEEP_BUCKETS"), "{}", e.chain());
+        }
+        let mut sly = bucket("gs://all/run");
+        sly.options.insert("google_base_url".into(), "http://elsewhere".into());
+        let e = users.check_bucket(other, &sly, &allowed).expect_err("a server of its own");
+        assert!(e.chain().contains("google_base_url"), "{}", e.chain());
     }
 }

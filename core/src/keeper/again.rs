@@ -9,11 +9,12 @@
 use super::{FoundHere, Keeper};
 use crate::{
     attempt,
-    begin::Elsewhere,
+    begin::{Elsewhere, Stands},
     cascade::{Cascade, Shard},
-    commit::{Listing, read_manifest},
+    commit::read_manifest,
     error::{Error, Result},
     names::{CheckpointKey, Rank},
+    peers::commons::ask_who_leads,
     save::Save,
     snapshot::slot::SlotPayload,
 };
@@ -35,20 +36,48 @@ impl Keeper {
         let rank = Rank(place.config.rank);
         attempt::claim(&*place.disk, &record.attempt, rank, &place.nonce)?;
         self.set_decisions(decisions);
-        let waits = match &record.parent {
-            Some(parent) => !Listing::of(&*place.disk, &parent.key())?.sealed,
-            None => false,
-        };
+        let stands = Stands::of(place, &record)?;
+        let in_ram = record.parent.is_some() && !stands.on_disk && !stands.in_bucket;
+        let step = record.parent.map(|parent| parent.step);
         let ours = |key: &CheckpointKey| {
             key.attempt.is(&record.attempt)
-                || (waits && record.parent.is_some_and(|parent| parent.key() == *key))
+                || (in_ram && record.parent.is_some_and(|parent| parent.key() == *key))
         };
         let held = place.arena.holds().into_iter().filter(ours);
         let shards = held.filter_map(|key| self.shard_in_ram(key)).collect();
-        // What is newest on disk is offered to the bucket when it is seen to be sealed.
-        let found =
-            FoundHere { parent_waits: waits, first_for_bucket: None, shards, is_read: false };
-        self.run(record, Elsewhere::default(), found).map(drop)
+        let found = FoundHere {
+            parent_waits: in_ram && !place.config.is_bucket_only(),
+            first_for_bucket: step.filter(|_| place.lacks_in_bucket(stands)),
+            in_bucket: step.filter(|_| stands.in_bucket),
+            shards,
+            is_read: false,
+        };
+        let leads = place.is_spread() && place.config.leads();
+        if !leads {
+            self.look_for_leader(&record);
+        }
+        self.run(record.clone(), Elsewhere::default(), found)?;
+        // The agents that knew it may all be gone: they are upgraded one after the other.
+        if leads { self.announce(&record) } else { Ok(()) }
+    }
+
+    /// Asks the others where the leader of the attempt is, where this agent was not told.
+    fn look_for_leader(&self, record: &attempt::AttemptRecord) {
+        let Some(peers) = self.place.peers.as_ref().filter(|_| self.place.is_spread()) else {
+            return;
+        };
+        let knows = || {
+            let led = peers.commons.led(&peers.site);
+            led.is_some_and(|led| led.record.attempt == record.attempt)
+        };
+        for node in peers.others() {
+            if knows() {
+                return;
+            }
+            if let Err(e) = ask_who_leads(peers, &node.name) {
+                tracing::debug!("{} does not say who leads: {}", node.name, e.chain());
+            }
+        }
     }
 
     /// This rank's shard of `key` as it lies in a slot. One whose manifest is bad is nobody's.

@@ -110,7 +110,7 @@ impl Keeper {
     pub(crate) fn end_start(&self) {
         if locked(&self.start_lock).take().is_some_and(|lock| lock.is_current()) {
             // A dead start's lock file is of no use; left behind it would be swept at the next.
-            let path = start_lock_path(&self.place.config.destination, &self.place.start);
+            let path = start_lock_path(&self.place.config.home(), &self.place.start);
             let _ = crate::tier::publish::remove(&path);
         }
     }

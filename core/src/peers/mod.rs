@@ -44,7 +44,7 @@ use crate::{
     error::{Error, Result},
     names::{AttemptDir, CheckpointKey, Step},
     placement::Node,
-    tier::Source,
+    tier::{Source, object::address::is_url},
     wire::convert,
 };
 
@@ -122,7 +122,9 @@ impl Site {
 
     pub(crate) fn new(destination: PathBuf, uid: u32, gid: u32, groups: Vec<u32>) -> Result<Self> {
         let climbs = |part| matches!(part, std::path::Component::ParentDir);
-        if !destination.is_absolute() || destination.components().any(climbs) {
+        if !(destination.is_absolute() || destination.to_str().is_some_and(is_url))
+            || destination.components().any(climbs)
+        {
             return Err(Error::invalid(format!("{} is no destination", destination.display())));
         }
         let run = destination.file_name().and_then(|name| name.to_str()).unwrap_or("");

@@ -58,8 +58,31 @@ pub struct Restorable {
     pub(crate) care: Option<Arc<dyn Care>>,
     /// Whom it matters to that it has been read.
     pub(crate) over: Option<Arc<Over>>,
+    /// Looks for copies further away, where those that are known are not enough.
+    pub(crate) further: Option<Further>,
     /// The shards of other ranks that have tensors of this one. They are only read.
     pub others: Vec<Restorable>,
+}
+
+/// Copies of a shard that are asked for only when they are needed.
+#[derive(Clone)]
+pub(crate) struct Further(Arc<Look>);
+
+/// The copies' tiers count from these.
+pub(crate) type Copies = (Vec<Arc<dyn Tier>>, Vec<ShardCopy>);
+
+type Look = dyn Fn() -> Result<Copies> + Send + Sync;
+
+impl Further {
+    pub(crate) fn new(look: impl Fn() -> Result<Copies> + Send + Sync + 'static) -> Self {
+        Self(Arc::new(look))
+    }
+}
+
+impl std::fmt::Debug for Further {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Further")
+    }
 }
 
 /// Says once that a restore needs its shard no more: it was read, or nobody is left who would.
@@ -193,9 +216,27 @@ impl Restorable {
         Error::Lost { step: self.key.step, rank: self.rank, why: damaged.join("; ") }
     }
 
+    /// The same with the copies that are further away; false: there are none.
+    pub(super) fn look_further(&mut self) -> Result<bool> {
+        let Some(further) = self.further.take() else { return Ok(false) };
+        let (tiers, mut copies) = (further.0)()?;
+        copies.retain(|copy| copy.bytes.as_slice() == self.manifest_bytes());
+        self.add_copies(tiers, copies);
+        Ok(true)
+    }
+
+    /// Copies behind those that are here.
+    pub(crate) fn add_copies(&mut self, tiers: Vec<Arc<dyn Tier>>, copies: Vec<ShardCopy>) {
+        let first = self.tiers.len();
+        self.tiers.extend(tiers);
+        self.copies.extend(copies.into_iter().map(|c| ShardCopy { tier: first + c.tier, ..c }));
+    }
+
     /// The next decision passes this step over: this rank found no good copy.
     pub(crate) fn mark_lost(&self) {
-        match (&self.care, self.tiers.last()) {
+        // Decisions are made by what lies beside the records of this node, not by a bucket.
+        let home = self.tiers.iter().rev().find(|tier| tier.kind() != TierKind::Object);
+        match (&self.care, home) {
             _ if !self.marks => {}
             (Some(care), _) => care.lost(self.rank),
             (None, Some(home)) => mark_bad(&**home, &self.observer, &self.key, self.rank),
@@ -268,7 +309,7 @@ impl Restorable {
 
     fn mend_chunk(&self, copy: usize, chunk: usize) -> Result<()> {
         let mut buffer = AlignedBuf::new(1);
-        let good = self.good_chunk(copy, chunk, &mut buffer)?;
+        let good = self.good_chunk(&Opened::default(), copy, chunk, &mut buffer)?;
         let payload = &self.copies[copy].manifest.payload;
         let offset = chunk as u64 * payload.chunk_bytes;
         self.tier(copy).mend(&self.key.file(&payload.file), offset, good)
@@ -277,6 +318,7 @@ impl Restorable {
     /// A checked chunk from any copy but `not`.
     fn good_chunk<'a>(
         &self,
+        opened: &Opened,
         not: usize,
         chunk: usize,
         buffer: &'a mut AlignedBuf,
@@ -284,7 +326,7 @@ impl Restorable {
         let (mut len, mut trouble) = (None, None);
         for index in (0..self.copies.len()).filter(|i| *i != not) {
             let payload = &self.copies[index].manifest.payload;
-            let source = match self.tier(index).open(&self.key.file(&payload.file)) {
+            let source = match opened.get(self, index) {
                 Ok(source) => source,
                 Err(e) => {
                     trouble = Some(e);
@@ -325,12 +367,12 @@ impl Restorable {
         tier.delete(&self.key.manifest(self.rank))?;
         match there {
             Some(source) => {
-                let mut buffer = AlignedBuf::new(1);
+                let (mut buffer, opened) = (AlignedBuf::new(1), Opened::default());
                 for chunk in 0..manifest.payload.chunks.len() {
                     let read = read_chunk(&*source, &manifest.payload, chunk, &mut buffer);
                     let crc = manifest.payload.chunks[chunk];
                     if !read.is_ok_and(|bytes| crc32fast::hash(bytes) == crc) {
-                        let good = self.good_chunk(usize::MAX, chunk, &mut buffer)?;
+                        let good = self.good_chunk(&opened, usize::MAX, chunk, &mut buffer)?;
                         tier.mend(&name, chunk as u64 * manifest.payload.chunk_bytes, good)?;
                     }
                 }
@@ -349,7 +391,8 @@ impl Restorable {
     /// The shard as a payload that checks each block: for copying it elsewhere.
     #[must_use]
     pub fn payload(&self) -> impl Payload + '_ {
-        CheckedPayload { shard: self, kept: Mutex::new((None, AlignedBuf::new(1))) }
+        let kept = Mutex::new((None, AlignedBuf::new(1)));
+        CheckedPayload { shard: self, opened: Opened::default(), kept }
     }
 
     /// Reads every byte of every copy and says what is wrong with each: the whole of `verify`.
@@ -393,9 +436,26 @@ impl Restorable {
     }
 }
 
+/// Copies that were opened, each once: a bucket is asked for an object's length each time, and reads ahead
+/// only for who reads on.
+#[derive(Default)]
+struct Opened(Mutex<HashMap<usize, Arc<dyn Source>>>);
+
+impl Opened {
+    fn get(&self, shard: &Restorable, copy: usize) -> Result<Arc<dyn Source>> {
+        if let Some(source) = locked(&self.0).get(&copy) {
+            return Ok(source.clone());
+        }
+        let name = shard.key.file(&shard.copies[copy].manifest.payload.file);
+        let source: Arc<dyn Source> = shard.tier(copy).open(&name)?.into();
+        Ok(locked(&self.0).entry(copy).or_insert(source).clone())
+    }
+}
+
 /// A shard read from whichever copy is good, block by block.
 struct CheckedPayload<'a> {
     shard: &'a Restorable,
+    opened: Opened,
     /// The chunk that was checked last, where blocks are not chunks: several blocks of a large one
     /// are read once.
     kept: Mutex<(Option<usize>, AlignedBuf)>,
@@ -419,7 +479,8 @@ impl Payload for CheckedPayload<'_> {
         if offset.is_multiple_of(payload.chunk_bytes)
             && len == padded(usize::try_from(payload.chunk_len(chunk)).unwrap_or(0))
         {
-            let good = self.shard.good_chunk(usize::MAX, chunk, scratch)?.len();
+            let opened = &self.opened;
+            let good = self.shard.good_chunk(opened, usize::MAX, chunk, scratch)?.len();
             scratch[good..].fill(0);
         } else {
             self.gather(offset, &mut scratch[..len])?;
@@ -445,7 +506,7 @@ impl CheckedPayload<'_> {
             let chunk = usize::try_from(at / payload.chunk_bytes).unwrap_or(usize::MAX);
             if *known != Some(chunk) {
                 *known = None;
-                self.shard.good_chunk(usize::MAX, chunk, buffer)?;
+                self.shard.good_chunk(&self.opened, usize::MAX, chunk, buffer)?;
                 *known = Some(chunk);
             }
             let end = usize::try_from(payload.chunk_len(chunk)).unwrap_or(0);

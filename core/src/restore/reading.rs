@@ -127,7 +127,7 @@ impl Reading {
         let all: Vec<usize> = (0..plan.chunks()).filter(|c| plan.wants(*c)).collect();
         // SAFETY: the caller's promise.
         let mut left = unsafe { self.read_copies(&plan, all, threads) };
-        if !left.chunks.is_empty() && !left.retired && self.fetch() {
+        if !left.chunks.is_empty() && !left.retired && (self.fetch() || self.look_further()?) {
             // SAFETY: the caller's promise.
             left = unsafe { self.read_copies(&plan, left.chunks, threads) };
         }
@@ -156,6 +156,13 @@ impl Reading {
             copy.mended.extend(mended);
         }
         true
+    }
+
+    /// Knows copies further away, from here on.
+    fn look_further(&mut self) -> Result<bool> {
+        let found = self.from.look_further()?;
+        self.read.resize_with(self.from.copies.len(), Read::default);
+        Ok(found)
     }
 
     /// From one copy after the other, nearest first.

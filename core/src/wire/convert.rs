@@ -27,7 +27,7 @@ use crate::{
         survey::{BadCopy, ShardCopy},
     },
     state::replicas::Rule,
-    tier::{Tier, TierKind},
+    tier::{Tier, TierKind, object::address::is_url},
 };
 
 /// A failure for the wire.
@@ -145,7 +145,8 @@ pub(crate) fn open(config: &Config, start: Id, nonce: Id) -> wire::Open {
 /// [`Error::Invalid`] that names what is wrong.
 pub(crate) fn config(open: &wire::Open, ram_root: PathBuf) -> Result<Config> {
     let destination = PathBuf::from(std::ffi::OsString::from_vec(open.destination.clone()));
-    if !destination.is_absolute() {
+    let is_url = destination.to_str().is_some_and(is_url);
+    if !destination.is_absolute() && !is_url {
         return Err(Error::invalid(format!("{} is not absolute", destination.display())));
     }
     let run = destination.file_name().and_then(|name| name.to_str()).unwrap_or("");
@@ -307,6 +308,7 @@ pub(crate) fn restorable(
         marks: said.marks,
         care: Some(care.clone()),
         over: None,
+        further: None,
         others: others.collect::<Result<_>>()?,
         key,
     })

@@ -68,6 +68,7 @@ pub fn settings(ram: &Path) -> Settings {
         ram_root: ram.into(),
         ram_bytes_max: None,
         run_bytes_max: None,
+        buckets: Vec::new(),
         trainers_max: 64,
         idle: Duration::from_secs(3600),
     }
@@ -86,6 +87,10 @@ impl Places {
     pub fn new() -> Self {
         let ram = ram();
         Self { hosted: hosted(ram.path()), disk: tempfile::tempdir().expect("tempdir"), ram }
+    }
+
+    pub fn is_hosted(&self) -> bool {
+        self.hosted.is_some()
     }
 
     pub fn destination(&self) -> PathBuf {

@@ -4,6 +4,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod cascade;
+mod diskless;
 mod proxy;
 mod runs;
 mod servers;

@@ -12,6 +12,7 @@ use std::{
 
 use tierkeep::{
     Error, Result,
+    bucket::Bucket,
     checkpointer::Checkpointer,
     host::{Host, Settings},
     peers::{Chunks, Landing, Network, Ticket},
@@ -57,6 +58,9 @@ pub(crate) struct World {
     pub(crate) answers: Mutex<Option<(String, usize)>>,
     /// These tell what they have and give nothing of it.
     pub(crate) only_names: Mutex<BTreeSet<String>>,
+    /// The bucket that all of them reach, and how fast each rank.
+    pub(crate) bucket: Mutex<Option<String>>,
+    pub(crate) bucket_rate: Mutex<Option<u64>>,
 }
 
 impl World {
@@ -170,6 +174,10 @@ impl World {
         config.agent = Some(ram.join("agent.sock"));
         config.replicas = Some(replicas);
         config.peer_wait = Duration::from_secs(5);
+        config.bucket = self.bucket.lock().unwrap().as_ref().map(|url| Bucket {
+            bytes_per_second_max: *self.bucket_rate.lock().unwrap(),
+            ..Bucket::new(url, config.disk_every).unwrap()
+        });
         config
     }
 

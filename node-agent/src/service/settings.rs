@@ -17,6 +17,7 @@ use bytesize::ByteSize;
 use tierkeep::{
     config::default_ram_root,
     host::{self, UID},
+    tier::object::address::is_url,
 };
 
 use super::{peers, transport};
@@ -31,11 +32,12 @@ use crate::{
 const FILE: &str = "/etc/tierkeep/agent.toml";
 
 /// Which keys there are, the variable of each, and what it means.
-const KEYS: [(&str, &str); 22] = [
+const KEYS: [(&str, &str); 23] = [
     ("socket", "TIERKEEP_AGENT"),
     ("ram_dir", "TIERKEEP_RAM_DIR"),
     ("ram_bytes_max", "TIERKEEP_RAM_BYTES_MAX"),
     ("run_bytes_max", "TIERKEEP_RUN_BYTES_MAX"),
+    ("buckets", "TIERKEEP_BUCKETS"),
     ("http", "TIERKEEP_AGENT_HTTP"),
     ("trainers_max", "TIERKEEP_AGENT_TRAINERS_MAX"),
     ("idle", "TIERKEEP_AGENT_IDLE"),
@@ -63,6 +65,8 @@ pub(crate) struct Settings {
     pub(crate) ram_dir: PathBuf,
     pub(crate) ram_bytes_max: Option<u64>,
     pub(crate) run_bytes_max: Option<u64>,
+    /// Where other users' checkpoints may go.
+    pub(crate) buckets: Vec<String>,
     pub(crate) http: Option<SocketAddr>,
     pub(crate) trainers_max: usize,
     pub(crate) idle: Duration,
@@ -161,6 +165,17 @@ impl Settings {
             })?),
             None => None,
         };
+        let buckets = match last("buckets") {
+            Some(given) => {
+                let places: Vec<String> = given.text.split(',').map(String::from).collect();
+                if !places.iter().all(|place| is_url(place.trim_end_matches('/'))) {
+                    let why = "it is no list of places in buckets";
+                    return Err(wrong("buckets", given, why, "as in s3://bucket/team,gs://other"));
+                }
+                places
+            }
+            None => Vec::new(),
+        };
         let trainers_max = match last("trainers_max") {
             Some(given) => {
                 given.text.parse().ok().filter(|n| (1..=4096).contains(n)).ok_or_else(|| {
@@ -177,6 +192,7 @@ impl Settings {
             socket: path("socket", socket)?,
             ram_bytes_max: size("ram_bytes_max")?,
             run_bytes_max: size("run_bytes_max")?,
+            buckets,
             http,
             trainers_max,
             idle: duration("idle", Duration::from_secs(3600))?,
@@ -196,6 +212,7 @@ impl Settings {
             ram_root: self.ram_dir.clone(),
             ram_bytes_max: self.ram_bytes_max,
             run_bytes_max: self.run_bytes_max,
+            buckets: self.buckets.clone(),
             trainers_max: self.trainers_max,
             idle: self.idle,
         }
@@ -212,6 +229,7 @@ impl Settings {
                 |n| n.to_string(),
             ),
             self.run_bytes_max.map_or_else(|| "no limit of its own".into(), |n| n.to_string()),
+            if self.buckets.is_empty() { "none".into() } else { self.buckets.join(",") },
             self.http.map_or_else(|| "off".into(), |address| address.to_string()),
             self.trainers_max.to_string(),
             text(self.idle),

@@ -63,6 +63,7 @@ impl Agent {
             ram_root: ram.path().into(),
             ram_bytes_max: None,
             run_bytes_max: None,
+            buckets: Vec::new(),
             trainers_max: 64,
             idle: Duration::from_secs(3600),
         })

@@ -1,0 +1,105 @@
+//! What a cascade does in the bucket beside sending shards: the records of the attempts, the seal, and what
+//! retention lets go.
+//!
+//! # Invariants
+//!
+//! - The seal is written by a leader that found no newer attempt in the bucket right before.
+//! - What is on its way is not collected, nor what a superseded leader would collect.
+
+use std::collections::BTreeSet;
+
+use super::{Cascade, to_object::Far};
+use crate::{
+    attempt::{self, Attempts},
+    commit::{Gathered, Listing, gather},
+    error::{Error, Result},
+    manifest::replicated::differences_in_words,
+    names::{ATTEMPTS, CheckpointKey, parse_attempt_file, ranks},
+    observe::locked,
+    restore::{decide::lineage_of, survey::survey},
+    retain,
+    tier::Tier,
+};
+
+impl Cascade {
+    /// The bucket tells the lineage without this cluster: it has the record of every attempt.
+    pub(super) fn keep_records_in_bucket(&self, far: &Far) -> Result<()> {
+        if !self.parts.config.leads() || locked(&self.sending).has_records {
+            return Ok(());
+        }
+        let here: [&dyn Tier; 2] = [&*self.parts.disk, &*self.parts.ram];
+        attempt::keep_missing(&Attempts::load(&here)?, &here, &*far.tier)?;
+        locked(&self.sending).has_records = true;
+        Ok(())
+    }
+
+    pub(super) fn seal_in_bucket(&self, far: &Far, key: &CheckpointKey) -> Result<()> {
+        let tier = &*far.tier;
+        if Listing::of(tier, key)?.sealed {
+            return Ok(());
+        }
+        match gather(tier, key, &self.parts.config.savers)? {
+            Gathered::Complete(complete) => {
+                self.check_bucket_fence(tier)?;
+                complete.seal(tier).map(drop)
+            }
+            Gathered::Differ(list) => {
+                Err(Error::Broken { what: key.to_string(), why: differences_in_words(&list) })
+            }
+            Gathered::Deleted => Err(Error::Fenced { why: format!("{key} is being deleted") }),
+            // They were acknowledged: a listing that lags.
+            Gathered::Missing(missing) => Err(Error::Io {
+                what: format!("see the shards of {}", ranks(&missing)),
+                source: std::io::Error::other("the bucket does not list them yet"),
+            }),
+        }
+    }
+
+    /// A newer attempt of this run has begun, perhaps in another cluster: nothing of this one is sealed.
+    fn check_bucket_fence(&self, tier: &dyn Tier) -> Result<()> {
+        let own = self.parts.record.attempt;
+        let names = tier.list(ATTEMPTS)?;
+        let newest = names.iter().filter_map(|entry| parse_attempt_file(&entry.name)).max();
+        match newest {
+            Some(number) if number > own.number => Err(Error::Fenced {
+                why: format!("attempt {number} of this run has begun: {own} writes no more"),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Deletes what the policy lets go there.
+    pub(super) fn retain_in_bucket(&self, far: &Far) -> Result<()> {
+        let tier = &*far.tier;
+        let found = survey(&[tier])?;
+        let attempts = Attempts::load(&[tier])?;
+        let newest = attempts.newest().map_or(0, |r| r.attempt.number);
+        if newest != self.parts.record.attempt.number {
+            return Ok(()); // Superseded: its leader collects.
+        }
+        let lineage = lineage_of(&[tier], &found, &attempts)?;
+        let policy = retain::Policy {
+            keep_last: far.settings.keep_last,
+            keep_every: far.settings.keep_every,
+            abandoned: false,
+        };
+        let in_flight: BTreeSet<CheckpointKey> = self.kept_for_bucket().into_iter().collect();
+        let known = retain::Known {
+            found: &found,
+            lineage: &lineage,
+            attempts: &attempts,
+            pins: &retain::pins(tier)?,
+            in_flight: &in_flight,
+            given_up: &Default::default(),
+        };
+        retain::collect(tier, &retain::plan(&policy, &known), newest)?;
+        // What dead processes began, and no rank is at: this is the newest attempt, and between two steps.
+        let kept: Vec<String> = in_flight.iter().map(CheckpointKey::dir).collect();
+        let stays = |name: &str| kept.iter().any(|dir| name.starts_with(dir.as_str()));
+        let ended = tier.sweep(&stays)?;
+        if ended > 0 {
+            tracing::info!("ended {ended} uploads in the bucket that dead processes had left");
+        }
+        Ok(())
+    }
+}
