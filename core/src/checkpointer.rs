@@ -152,12 +152,6 @@ impl Checkpointer {
         let Some(socket) = config.agent.clone() else {
             return Self::open_wrapped(config, &|tier| tier);
         };
-        if let Some(bucket) = &config.bucket {
-            return Err(Error::invalid(format!(
-                "{}: agents carry nothing to a bucket in this version: say agent=False (TIERKEEP_AGENT=off)",
-                bucket.url
-            )));
-        }
         let run = crate::config::real(&config.destination);
         let seat = Seat::Agent(socket.clone(), run, config.rank);
         seat.take_over()?;
