@@ -19,7 +19,7 @@
 //! - A newer attempt's record ends this cascade: a late writer completes nothing.
 
 mod again;
-mod asked;
+pub(crate) mod asked;
 mod below;
 mod needed;
 mod release;

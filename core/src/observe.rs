@@ -83,6 +83,8 @@ pub struct Counters {
     pub object_failed: AtomicU64,
     /// Bytes that came back from other nodes, for a restore.
     pub peer_fetched_bytes: AtomicU64,
+    /// Bytes that came back from the bucket, for a restore.
+    pub object_fetched_bytes: AtomicU64,
     /// Chunks that did not match their checksum.
     pub checksum_failures: AtomicU64,
     /// Copies that were written anew from a good one.

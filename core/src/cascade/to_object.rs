@@ -19,7 +19,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Cascade, IDLE};
+use super::{Cascade, IDLE, asked::ToBucket};
 use crate::{
     agree::{InRam, Own},
     attempt::{self, Attempts},
@@ -73,8 +73,10 @@ pub(crate) struct Sending {
     saves: BTreeMap<u64, Save>,
     /// The records of the attempts are there.
     has_records: bool,
-    /// Why it is away, where it is.
-    trouble: Option<String>,
+    /// The newest step that was seen sealed there.
+    sealed: Option<u64>,
+    /// Since when it is away and why, where it is.
+    trouble: Option<(Duration, String)>,
 }
 
 impl Sending {
@@ -86,6 +88,31 @@ impl Sending {
     /// The step that is to be chosen next.
     fn waits(&self) -> Option<u64> {
         self.next.filter(|next| self.chosen.is_none_or(|chosen| *next > chosen))
+    }
+
+    /// For people.
+    pub(super) fn view(&self, clock: Duration) -> ToBucket {
+        let trouble = self.trouble.as_ref();
+        ToBucket {
+            sealed: self.sealed,
+            sending: self.now.as_ref().map(|now| now.step),
+            next: self.waits(),
+            trouble: trouble.map(|(_, why)| why.clone()),
+            trouble_for: trouble.map(|(since, _)| clock.saturating_sub(*since)),
+        }
+    }
+
+    /// It is away; true: it was not before.
+    fn is_away(&mut self, clock: Duration, why: String) -> bool {
+        let before = self.trouble.take();
+        let since = before.as_ref().map_or(clock, |(since, _)| *since);
+        self.trouble = Some((since, why));
+        before.is_none()
+    }
+
+    /// `step` is sealed there.
+    fn has(&mut self, step: u64) {
+        self.sealed = self.sealed.max(Some(step));
     }
 
     fn is_busy(&self) -> bool {
@@ -234,7 +261,10 @@ impl Cascade {
     /// The leader went on to a newer step: what became of the one before it is recorded.
     fn settle_old(&self, step: u64, save: &Save) -> Result<()> {
         match self.parts.agreements.was_in_bucket(step)? {
-            Some(InRam::Whole) => save.reach(Level::Object, false),
+            Some(InRam::Whole) => {
+                locked(&self.sending).has(step);
+                save.reach(Level::Object, false);
+            }
             Some(InRam::GivenUp(why)) => {
                 save.fail(Level::Object, &Error::Skipped { step: Step(step), why })
             }
@@ -286,9 +316,10 @@ impl Cascade {
     fn wait_for_bucket(&self, step: u64, e: &Error) {
         let mut sending = locked(&self.sending);
         let text = e.chain();
-        let first = sending.trouble.replace(text.clone()).is_none();
+        let clock = self.parts.clock.monotonic();
+        let first = sending.is_away(clock, text.clone());
         if let Some(now) = sending.now.as_mut().filter(|now| now.step == step) {
-            now.not_before = self.parts.clock.monotonic() + now.pause;
+            now.not_before = clock + now.pause;
             now.pause = (2 * now.pause).min(AGAIN_MAX);
         }
         drop(sending);
@@ -364,7 +395,11 @@ impl Cascade {
                     let key = self.key_of(step);
                     match self.seal_in_bucket(far, &key) {
                         Ok(()) => agreements.in_bucket(step, InRam::Whole)?,
-                        Err(e) if e.kind() == ErrorKind::Unavailable && !late => return Err(e),
+                        Err(e) if e.kind() == ErrorKind::Unavailable && !late => {
+                            let clock = self.parts.clock.monotonic();
+                            locked(&self.sending).is_away(clock, e.chain());
+                            return Err(e);
+                        }
                         Err(e) => {
                             let why = format!("it could not be sealed: {}", e.chain());
                             agreements.in_bucket(step, InRam::GivenUp(why))?
@@ -418,6 +453,7 @@ impl Cascade {
             let mut sending = locked(&self.sending);
             sending.now.take_if(|now| now.step == step);
             if *said == InRam::Whole {
+                sending.has(step);
                 sending.trouble = None;
             }
             sending.saves.remove(&step)
