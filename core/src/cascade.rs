@@ -19,11 +19,12 @@
 //! - A newer attempt's record ends this cascade: a late writer completes nothing.
 
 mod again;
-mod asked;
+pub(crate) mod asked;
 mod below;
 mod in_bucket;
 mod needed;
 mod release;
+mod sending;
 mod standing;
 mod to_disk;
 pub(crate) mod to_object;
@@ -39,11 +40,7 @@ use std::{
     time::Duration,
 };
 
-use self::{
-    standing::Standing,
-    to_object::{Far, Sending},
-    to_peers::Copies,
-};
+use self::{sending::Sending, standing::Standing, to_object::Far, to_peers::Copies};
 use crate::{
     agree::{Agreements, InRam, Own},
     attempt::{self, AttemptRecord},

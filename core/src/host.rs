@@ -62,6 +62,7 @@ use self::{
     users::Users,
     view::Tally,
 };
+pub use crate::cascade::asked::ToBucket;
 use crate::{
     clock::{Clock, Deadline, SystemClock},
     config::Config,

@@ -9,7 +9,7 @@ use std::{
     os::unix::{fs::PermissionsExt, net::UnixListener},
     path::PathBuf,
     process::{Child, Command, Stdio},
-    sync::Arc,
+    sync::{Arc, atomic::Ordering::Relaxed},
     time::{Duration, Instant},
 };
 
@@ -18,6 +18,7 @@ use serde_json::json;
 use tierkeep::{
     ErrorKind,
     begin::Begin,
+    bucket::Bucket,
     checkpointer::Checkpointer,
     config::Config,
     host::{Host, Settings},
@@ -72,10 +73,15 @@ impl Serving {
     }
 
     fn trainer(&self, disk_every: u64) -> Checkpointer {
+        self.trainer_with(disk_every, None)
+    }
+
+    fn trainer_with(&self, disk_every: u64, bucket: Option<Bucket>) -> Checkpointer {
         let mut config = Config::new(&self.place.run()).unwrap();
         config.ram_root = self.place.ram().into();
         config.agent = Some(self.place.ram().join("agent.sock"));
         config.disk_every = disk_every;
+        config.bucket = bucket;
         let trainer = Checkpointer::open(config).unwrap();
         trainer.begin(&Begin::default()).unwrap();
         trainer
@@ -163,6 +169,9 @@ fn status_is_told_over_grpc_as_a_table_and_as_json() {
     assert_eq!((&rank["ram_step"], &rank["disk_step"]), (&json!(3), &json!(3)));
     assert_eq!((&rank["trouble"], &rank["gone_s"]), (&json!(null), &json!(null)));
     assert_eq!(rank["counters"]["saves"], 3);
+    // It goes to no bucket: nothing is said of one, but to programs.
+    assert!(!shown.out.contains("BUCKET") && !shown.out.contains("bucket"), "{shown:?}");
+    assert_eq!((&rank["bucket"], &rank["object_step"]), (&json!(null), &json!(null)));
 
     // Its memory stays where its trainer is gone.
     assert!(trainer.close(PATIENCE, true).unwrap());
@@ -250,7 +259,8 @@ fn pages_for_probes_and_prometheus() {
     ] {
         assert!(page.lines().any(|l| l == line), "no {line} in\n{page}");
     }
-    // It has no others: nothing is told of them.
+    // It has no others, and no bucket: nothing is told of them.
+    assert!(!page.contains("tier=\"object\""), "{page}");
     assert!(!page.contains("tierkeep_nodes") && !page.contains("tier=\"peer\""), "{page}");
     let number = |name: &str| -> f64 {
         let line = page.lines().find(|l| l.starts_with(name));
@@ -276,6 +286,85 @@ fn pages_for_probes_and_prometheus() {
         code == 503 && why.starts_with("the ram tier does not answer: could not "),
         "{code} {why}"
     );
+}
+
+#[test]
+fn what_goes_to_a_bucket_is_told_and_what_keeps_it_from_there() {
+    let serving = Serving::new();
+    let place = serving.place.root().join("bucket");
+    let url = format!("file://{}/run", place.display());
+    let bucket = Bucket { every: 2, ..Bucket::new(&url, 1).unwrap() };
+    let trainer = serving.trainer_with(1, Some(bucket));
+    (1..=3).for_each(|step| saved(&trainer, step, Level::Disk));
+    saved(&trainer, 4, Level::Object);
+
+    let run = serving.place.run();
+    let rank = || serving.tierkeep(&["status", "--json"]).ok().json()["ranks"][0].clone();
+    until("the agent has seen it there", || rank()["object_step"] == 4);
+    let there = rank();
+    assert_eq!(there["bucket"], url.as_str());
+    let ways = [&there["sending"], &there["object_next"], &there["object_trouble"]];
+    assert!(ways.iter().all(|way| way.is_null()) && there["object_trouble_s"].is_null(), "{there}");
+    let sums = &there["counters"];
+    assert!(sums["object_bytes"].as_u64() > Some(4 << 20) && sums["object_s"].as_f64() > Some(0.0));
+    assert_eq!((&sums["object_failed"], &sums["object_fetched_bytes"]), (&json!(0), &json!(0)));
+    // Step 2 went, or gave way to step 4: the trainer has the same sums.
+    let of = |name: &str| sums[name].as_u64().unwrap();
+    assert_eq!(of("object_sealed") + of("object_passed_over"), 2);
+    let own = &trainer.observer().counters;
+    until("the trainer knows", || own.object_sealed.load(Relaxed) == of("object_sealed"));
+    assert_eq!(own.object_bytes.load(Relaxed), of("object_bytes"));
+    assert!(own.object_ns.load(Relaxed) > 0);
+
+    // It loops, so everything that is asked of it fails.
+    let away = serving.place.root().join("away");
+    std::fs::rename(&place, &away).unwrap();
+    std::os::unix::fs::symlink(&place, &place).unwrap();
+    (5..=7).for_each(|step| saved(&trainer, step, Level::Disk));
+    until("it is told", || !rank()["object_trouble"].is_null());
+    saved(&trainer, 8, Level::Disk);
+    until("step 8 is next", || rank()["object_next"] == 8);
+    let waits = rank();
+    assert_eq!((&waits["object_step"], &waits["sending"]), (&json!(4), &json!(6)), "{waits}");
+    assert!(waits["object_trouble_s"].as_f64() > Some(0.0), "{waits}");
+    let shown = serving.tierkeep(&["status"]).ok();
+    shown.says(
+        "step 6 is on its way to the bucket, step 8 is next; the bucket has not answered for ",
+    );
+    shown.says("Too many levels of symbolic links");
+    let rows: Vec<&str> = shown.out.lines().skip(2).collect();
+    assert!(rows[0].contains("ON PEERS  IN BUCKET  ") && rows[0].ends_with("NOTES"), "{shown:?}");
+    let cells: Vec<&str> = rows[1].split_whitespace().collect();
+    assert_eq!(cells[..2], [run.to_str().unwrap(), "0/1"]);
+    assert_eq!(cells[4..9], ["1", "8", "8", "-", "4"], "{shown:?}");
+    let page = serving.get("/metrics").1;
+    let of = format!("{{run=\"{}\",rank=\"0\"}}", run.display());
+    for line in [
+        format!("tierkeep_step{{tier=\"object\",run=\"{}\",rank=\"0\"}} 4", run.display()),
+        format!("tierkeep_object_busy{of} 1"),
+        format!("tierkeep_object_trouble{of} 1"),
+        format!("tierkeep_object_failed_total{of} 0"),
+        format!("tierkeep_object_fetched_bytes_total{of} 0"),
+    ] {
+        assert!(page.lines().any(|l| l == line), "no {line} in\n{page}");
+    }
+    for name in ["sealed_total", "passed_over_total", "bytes_total", "seconds_total"] {
+        assert!(page.contains(&format!("tierkeep_object_{name}{of} ")), "no {name} in\n{page}");
+    }
+    let (top, mut lines) = Top::new(&serving, &[]);
+    let head = lines.find(|line| line.starts_with("agent ")).unwrap();
+    assert!(head.ends_with("to RAM -, to disk -, to the bucket -"), "{head}");
+    let head = lines.find(|line| line.starts_with("RUN ")).unwrap();
+    assert!(head.contains("  IN BUCKET  TO RAM  TO DISK  TO PEERS  TO BUCKET  NOTES"), "{head}");
+    assert_eq!(top.interrupt(), (0, String::new()));
+
+    std::fs::remove_file(&place).unwrap();
+    std::fs::rename(&away, &place).unwrap();
+    until("it has caught up", || rank()["object_step"] == 8);
+    let there = rank();
+    assert!(there["object_trouble"].is_null() && there["sending"].is_null(), "{there}");
+    assert!(!serving.tierkeep(&["status"]).ok().out.contains("the bucket has not answered"));
+    drop(trainer);
 }
 
 #[test]

@@ -464,6 +464,7 @@ impl Handle {
             ("object_sealed", &now.object_sealed),
             ("object_passed_over", &now.object_passed_over),
             ("object_failed", &now.object_failed),
+            ("object_fetched_bytes", &now.object_fetched_bytes),
             ("checksum_failures", &now.checksum_failures),
             ("repairs", &now.repairs),
         ] {

@@ -5,13 +5,14 @@
 //!
 //! - A level that is told was seen, or recorded by a rank that saw it.
 
-use super::{Carry, Cascade};
+use super::{Carry, Cascade, sending::Now};
 use crate::{
     agree::{InRam, Lane},
     clock::Deadline,
     error::{Error, Result},
     names::Step,
     observe::locked,
+    restore::survey::survey,
     save::{Level, Save},
 };
 
@@ -88,5 +89,33 @@ impl Cascade {
             }
         }
         Ok(())
+    }
+
+    /// Goes on where an owner before this one was, of the same attempt.
+    fn resume_sending(&self) -> Result<()> {
+        let Some(far) = &self.parts.far else { return Ok(()) };
+        let agreements = &self.parts.agreements;
+        let sent = agreements.chosen(Lane::Bucket)?;
+        let open = match sent {
+            Some(step) => agreements.was_in_bucket(step)?.is_none(),
+            None => false,
+        };
+        let found = survey(&[&*self.parts.disk])?.into_iter();
+        let sealed = found.filter(|f| self.is_own(&f.key) && f.listings.iter().any(|l| l.sealed));
+        let due = sealed.map(|f| f.key.step.0).filter(|step| self.is_due_for_bucket(far, *step));
+        let mut sending = locked(&self.sending);
+        sending.next = due.max().max(sending.next);
+        sending.chosen = sent;
+        let deadline = Deadline::after(&*self.parts.clock, far.settings.wait);
+        let now = |step| Now::new(step, deadline, self.parts.config.saves());
+        sending.now = sent.filter(|_| open).map(now);
+        Ok(())
+    }
+
+    /// A save of an owner before this one, whose way to the bucket is not known.
+    fn doubt_sent(&self, step: u64) {
+        if self.parts.far.is_some() {
+            locked(&self.sending).doubtful.insert(step);
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! What others ask of a cascade: how far it is, and to end.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
 use super::{Cascade, Shard, Work};
 use crate::{
@@ -13,6 +13,21 @@ use crate::{
 
 /// The newest failed steps that are told to the others.
 const FAILED_KEPT: usize = 256;
+
+/// How far a rank is on its way to the bucket.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ToBucket {
+    /// The newest step that this owner saw sealed there, all ranks' shards.
+    pub sealed: Option<u64>,
+    /// The step that is on its way there.
+    pub sending: Option<u64>,
+    /// The newest step that is to go next.
+    pub next: Option<u64>,
+    /// Why the bucket does not take what is sent, where that is so.
+    pub trouble: Option<String>,
+    /// For how long it has not.
+    pub trouble_for: Option<Duration>,
+}
 
 impl Cascade {
     /// True until the newest step that can still reach disk has reached it or failed.
@@ -130,6 +145,11 @@ impl Cascade {
     /// Why the disk tier does not answer, where it does not.
     pub(crate) fn trouble(&self) -> Option<String> {
         locked(&self.work).trouble.clone()
+    }
+
+    /// How far it is on its way to the bucket; nothing, where there is none.
+    pub(crate) fn to_bucket(&self) -> ToBucket {
+        locked(&self.sending).view(self.parts.clock.monotonic())
     }
 
     /// The attempt that it carries.

@@ -13,13 +13,12 @@
 //! - A step is told as being in the bucket only when it is sealed there.
 //! - The disk keeps a step that is on its way.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Arc,
-    time::Duration,
-};
+use std::sync::Arc;
 
-use super::{Cascade, IDLE, Work};
+use super::{
+    Cascade, IDLE, Work,
+    sending::{AGAIN_MAX, Now, Sent},
+};
 use crate::{
     agree::{InRam, Lane, Own},
     bucket::Bucket,
@@ -29,77 +28,14 @@ use crate::{
     names::{CheckpointKey, Rank, Step, ranks},
     observe::{add, locked},
     reader::Reader,
-    restore::survey::survey,
     save::{Level, Save},
-    snapshot::slot::Slot,
-    tier::{Payload, Tier, buffer::AlignedBuf},
+    tier::{Payload, Tier},
 };
-
-/// Between two tries of a bucket that is away, at first; then twice as long each time.
-const AGAIN: Duration = Duration::from_secs(1);
-const AGAIN_MAX: Duration = Duration::from_secs(30);
 
 /// The bucket, and what is asked of it.
 pub(crate) struct Far {
     pub(crate) tier: Arc<dyn Tier>,
     pub(crate) settings: Bucket,
-}
-
-/// The step that goes to the bucket.
-#[derive(Debug)]
-struct Now {
-    step: u64,
-    deadline: Deadline,
-    own_done: bool,
-    /// The leader was told so.
-    told: bool,
-    /// The bucket was away: not before then, and the pause after that.
-    not_before: Duration,
-    pause: Duration,
-}
-
-impl Now {
-    fn new(step: u64, deadline: Deadline, saves: bool) -> Self {
-        let (own_done, told) = (!saves, !saves);
-        Self { step, deadline, own_done, told, not_before: Duration::ZERO, pause: AGAIN }
-    }
-}
-
-/// How far this rank's way to the bucket is.
-#[derive(Debug, Default)]
-pub(crate) struct Sending {
-    now: Option<Now>,
-    /// The newest step that is sealed on disk and due here.
-    next: Option<u64>,
-    /// The newest step that was ever chosen.
-    chosen: Option<u64>,
-    /// The newest that was seen to be sealed.
-    sealed: Option<u64>,
-    /// Saves that are due here and not decided yet.
-    saves: BTreeMap<u64, Save>,
-    /// Steps that were chosen, or may have been before this owner: where nobody says what became of one, the
-    /// bucket is asked.
-    doubtful: BTreeSet<u64>,
-    /// The records of the attempts are there.
-    pub(super) has_records: bool,
-    /// Why it is away, where it is.
-    trouble: Option<String>,
-}
-
-impl Sending {
-    /// `next`: what the attempt resumed from, where the bucket lacks it; `sealed`: that, where it has it.
-    pub(super) fn beginning_with(next: Option<u64>, sealed: Option<u64>) -> Self {
-        Self { next, sealed, ..Self::default() }
-    }
-
-    /// The step that is to be chosen next.
-    fn waits(&self) -> Option<u64> {
-        self.next.filter(|next| self.chosen.is_none_or(|chosen| *next > chosen))
-    }
-
-    fn is_busy(&self) -> bool {
-        self.now.is_some() || self.waits().is_some()
-    }
 }
 
 impl Cascade {
@@ -127,7 +63,7 @@ impl Cascade {
         self.parts.config.is_bucket_only()
     }
 
-    fn is_due_for_bucket(&self, far: &Far, step: u64) -> bool {
+    pub(super) fn is_due_for_bucket(&self, far: &Far, step: u64) -> bool {
         let chosen = step.is_multiple_of(far.settings.every) || self.is_last(step);
         match self.is_bucket_only() {
             true => chosen || self.is_parent(step) || self.is_hurried(step),
@@ -276,34 +212,6 @@ impl Cascade {
         Ok(true)
     }
 
-    /// Goes on where an owner before this one was, of the same attempt.
-    pub(super) fn resume_sending(&self) -> Result<()> {
-        let Some(far) = &self.parts.far else { return Ok(()) };
-        let agreements = &self.parts.agreements;
-        let sent = agreements.chosen(Lane::Bucket)?;
-        let open = match sent {
-            Some(step) => agreements.was_in_bucket(step)?.is_none(),
-            None => false,
-        };
-        let found = survey(&[&*self.parts.disk])?.into_iter();
-        let sealed = found.filter(|f| self.is_own(&f.key) && f.listings.iter().any(|l| l.sealed));
-        let due = sealed.map(|f| f.key.step.0).filter(|step| self.is_due_for_bucket(far, *step));
-        let mut sending = locked(&self.sending);
-        sending.next = due.max().max(sending.next);
-        sending.chosen = sent;
-        let deadline = Deadline::after(&*self.parts.clock, far.settings.wait);
-        let now = |step| Now::new(step, deadline, self.parts.config.saves());
-        sending.now = sent.filter(|_| open).map(now);
-        Ok(())
-    }
-
-    /// A save of an owner before this one, whose way to the bucket is not known.
-    pub(super) fn doubt_sent(&self, step: u64) {
-        if self.parts.far.is_some() {
-            locked(&self.sending).doubtful.insert(step);
-        }
-    }
-
     /// Tells the saves that an older choice has left behind what became of them.
     fn settle_older(&self, far: &Far) -> Result<bool> {
         let older: Vec<(Save, bool, u64)> = {
@@ -330,6 +238,7 @@ impl Cascade {
             sending.doubtful.remove(&step);
             drop(sending);
             if is_there {
+                locked(&self.sending).has(step);
                 save.reach(Level::Object, false);
             } else {
                 add(&self.parts.observer.counters.object_passed_over, 1);
@@ -379,9 +288,10 @@ impl Cascade {
     fn wait_for_bucket(&self, step: u64, e: &Error) {
         let mut sending = locked(&self.sending);
         let text = e.chain();
-        let first = sending.trouble.replace(text.clone()).is_none();
+        let clock = self.parts.clock.monotonic();
+        let first = sending.is_away(clock, text.clone());
         if let Some(now) = sending.now.as_mut().filter(|now| now.step == step) {
-            now.not_before = self.parts.clock.monotonic() + now.pause;
+            now.not_before = clock + now.pause;
             now.pause = (2 * now.pause).min(AGAIN_MAX);
         }
         drop(sending);
@@ -446,7 +356,11 @@ impl Cascade {
                     let key = self.key_of(step);
                     match self.seal_in_bucket(far, &key) {
                         Ok(()) => agreements.in_bucket(step, InRam::Whole)?,
-                        Err(e) if e.kind() == ErrorKind::Unavailable && !late => return Err(e),
+                        Err(e) if e.kind() == ErrorKind::Unavailable && !late => {
+                            let clock = self.parts.clock.monotonic();
+                            locked(&self.sending).is_away(clock, e.chain());
+                            return Err(e);
+                        }
                         Err(e) => {
                             let why = format!("it could not be sealed: {}", e.chain());
                             agreements.in_bucket(step, InRam::GivenUp(why))?
@@ -465,8 +379,8 @@ impl Cascade {
             let mut sending = locked(&self.sending);
             sending.now.take_if(|now| now.step == step);
             if *said == InRam::Whole {
+                sending.has(step);
                 sending.trouble = None;
-                sending.sealed = sending.sealed.max(Some(step));
             }
             sending.saves.remove(&step)
         };
@@ -504,51 +418,5 @@ impl Cascade {
         if let Err(e) = tidied {
             tracing::warn!("nothing was collected in the bucket after step {step}: {}", e.chain());
         }
-    }
-}
-
-/// The shard's payload on its way: its bytes are counted, and a cascade that was stopped hands out no more.
-struct Sent<'a, P> {
-    payload: &'a P,
-    save: Option<Save>,
-    cascade: &'a Cascade,
-}
-
-#[deny(clippy::missing_trait_methods)]
-impl<P: Payload> Payload for Sent<'_, P> {
-    fn len(&self) -> u64 {
-        self.payload.len()
-    }
-
-    fn is_empty(&self) -> bool {
-        self.payload.is_empty()
-    }
-
-    fn block<'a>(
-        &'a self,
-        offset: u64,
-        len: usize,
-        scratch: &'a mut AlignedBuf,
-    ) -> Result<&'a [u8]> {
-        if locked(&self.cascade.work).stop {
-            return Err(Error::Fenced { why: "the attempt ended in this process".into() });
-        }
-        let block = self.payload.block(offset, len, scratch)?;
-        if let Some(save) = &self.save {
-            save.add_object_bytes((len as u64).min(self.len().saturating_sub(offset)));
-        }
-        Ok(block)
-    }
-
-    fn block_bytes(&self) -> u64 {
-        self.payload.block_bytes()
-    }
-
-    fn crc32(&self, offset: u64, len: u64) -> Option<u32> {
-        self.payload.crc32(offset, len)
-    }
-
-    fn slot(&self) -> Option<&Slot> {
-        self.payload.slot()
     }
 }

@@ -105,6 +105,12 @@ fn new_counts(counters: &Counters, told: &mut wire::Counts) -> Option<wire::Coun
         peer_failed: counters.peer_failed.load(Ordering::Relaxed),
         peer_refused: counters.peer_refused.load(Ordering::Relaxed),
         peer_fetched_bytes: counters.peer_fetched_bytes.load(Ordering::Relaxed),
+        object_bytes: counters.object_bytes.load(Ordering::Relaxed),
+        object_ns: counters.object_ns.load(Ordering::Relaxed),
+        object_sealed: counters.object_sealed.load(Ordering::Relaxed),
+        object_passed_over: counters.object_passed_over.load(Ordering::Relaxed),
+        object_failed: counters.object_failed.load(Ordering::Relaxed),
+        object_fetched_bytes: counters.object_fetched_bytes.load(Ordering::Relaxed),
     };
     let before = std::mem::replace(told, now);
     let new = wire::Counts {
@@ -124,6 +130,12 @@ fn new_counts(counters: &Counters, told: &mut wire::Counts) -> Option<wire::Coun
         peer_failed: now.peer_failed - before.peer_failed,
         peer_refused: now.peer_refused - before.peer_refused,
         peer_fetched_bytes: now.peer_fetched_bytes - before.peer_fetched_bytes,
+        object_bytes: now.object_bytes - before.object_bytes,
+        object_ns: now.object_ns - before.object_ns,
+        object_sealed: now.object_sealed - before.object_sealed,
+        object_passed_over: now.object_passed_over - before.object_passed_over,
+        object_failed: now.object_failed - before.object_failed,
+        object_fetched_bytes: now.object_fetched_bytes - before.object_fetched_bytes,
     };
     (new != wire::Counts::default()).then_some(new)
 }

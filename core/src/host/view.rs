@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::{Host, seat::Seat};
-use crate::{clock::Clock, observe::locked};
+use crate::{cascade::asked::ToBucket, clock::Clock, observe::locked};
 
 /// A rank as people see it.
 #[derive(Clone, Debug)]
@@ -45,6 +45,10 @@ pub struct RankView {
     pub slot_bytes: u64,
     /// Why nothing goes to disk, where that is so.
     pub trouble: Option<String>,
+    /// The URL of the bucket that it goes to, if it goes to one.
+    pub bucket: Option<String>,
+    /// How far it is on the way there.
+    pub to_bucket: ToBucket,
     /// Saves that were published here, since the rank was taken; so are all sums below.
     pub saves: u64,
     /// Saves that failed here.
@@ -73,6 +77,18 @@ pub struct RankView {
     pub peer_refused: u64,
     /// Bytes that came back from other nodes.
     pub peer_fetched_bytes: u64,
+    /// Bytes sent to the bucket.
+    pub object_bytes: u64,
+    /// Nanoseconds of sending to the bucket.
+    pub object_ns: u64,
+    /// Checkpoints seen sealed in the bucket.
+    pub object_sealed: u64,
+    /// Steps that were due for the bucket and passed over for a newer one.
+    pub object_passed_over: u64,
+    /// Steps that were given up for the bucket.
+    pub object_failed: u64,
+    /// Bytes that came back from the bucket.
+    pub object_fetched_bytes: u64,
     /// Chunks that did not match their checksum.
     pub checksum_failures: u64,
     /// Copies that were written anew from a good one.
@@ -158,6 +174,8 @@ impl Seat {
             busy: cascade.is_some_and(|c| c.is_carrying()),
             slot_bytes: self.keeper.place.arena.bytes(),
             trouble: cascade.and_then(|c| c.trouble()),
+            bucket: config.bucket.as_ref().map(|bucket| bucket.url.clone()),
+            to_bucket: cascade.map(|c| c.to_bucket()).unwrap_or_default(),
             saves: sum(&counters.saves),
             saves_failed: sum(&counters.saves_failed),
             saves_skipped: sum(&counters.saves_skipped),
@@ -172,6 +190,12 @@ impl Seat {
             peer_failed: sum(&counters.peer_failed),
             peer_refused: sum(&counters.peer_refused),
             peer_fetched_bytes: sum(&counters.peer_fetched_bytes),
+            object_bytes: sum(&counters.object_bytes),
+            object_ns: sum(&counters.object_ns),
+            object_sealed: sum(&counters.object_sealed),
+            object_passed_over: sum(&counters.object_passed_over),
+            object_failed: sum(&counters.object_failed),
+            object_fetched_bytes: sum(&counters.object_fetched_bytes),
             checksum_failures: sum(&counters.checksum_failures),
             repairs: sum(&counters.repairs),
         }

@@ -247,6 +247,12 @@ fn count(counters: &Counters, new: &wire::Counts) {
         (&counters.peer_failed, new.peer_failed),
         (&counters.peer_refused, new.peer_refused),
         (&counters.peer_fetched_bytes, new.peer_fetched_bytes),
+        (&counters.object_bytes, new.object_bytes),
+        (&counters.object_ns, new.object_ns),
+        (&counters.object_sealed, new.object_sealed),
+        (&counters.object_passed_over, new.object_passed_over),
+        (&counters.object_failed, new.object_failed),
+        (&counters.object_fetched_bytes, new.object_fetched_bytes),
     ] {
         add(counter, n);
     }

@@ -59,6 +59,12 @@ struct RankData {
     busy: bool,
     slot_bytes: u64,
     trouble: Option<String>,
+    bucket: Option<String>,
+    object_step: Option<u64>,
+    sending: Option<u64>,
+    object_next: Option<u64>,
+    object_trouble: Option<String>,
+    object_trouble_s: Option<f64>,
     counters: CountersData,
 }
 
@@ -80,6 +86,12 @@ struct CountersData {
     peer_failed: u64,
     peer_refused: u64,
     peer_fetched_bytes: u64,
+    object_bytes: u64,
+    object_s: f64,
+    object_sealed: u64,
+    object_passed_over: u64,
+    object_failed: u64,
+    object_fetched_bytes: u64,
 }
 
 pub(super) fn run(args: &Status, json: bool, out: &mut dyn Write) -> Result<i32, Failure> {
@@ -101,17 +113,33 @@ pub(super) fn run(args: &Status, json: bool, out: &mut dyn Write) -> Result<i32,
         return Ok(OK);
     }
     writeln!(out)?;
-    let head =
-        ["RUN", "RANK", "TRAINER", "ATTEMPT", "IN RAM", "ON DISK", "ON PEERS", "SLOTS", "NOTES"];
-    let mut rows = vec![head.map(String::from).to_vec()];
+    let bucket = has_bucket(&status);
+    let head = ["RUN", "RANK", "TRAINER", "ATTEMPT"].into_iter().chain(tiers(bucket));
+    let mut rows = vec![head.chain(["SLOTS", "NOTES"]).map(String::from).collect::<Vec<_>>()];
     rows.extend(status.ranks.iter().map(|rank| {
-        let [run, number, trainer, ram, disk, peers] = place(rank);
-        let attempt = or_dash(rank.attempt);
-        let slots = show::bytes(rank.slot_bytes);
-        vec![run, number, trainer, attempt, ram, disk, peers, slots, notes(rank).join("; ")]
+        let mut row = who(rank).to_vec();
+        row.push(or_dash(rank.attempt));
+        row.extend(steps(rank, bucket));
+        row.extend([show::bytes(rank.slot_bytes), notes(rank).join("; ")]);
+        row
     }));
-    show::table(out, "", &rows, &[1, 3, 4, 5, 6, 7])?;
+    show::table(out, "", &rows, &numbers(rows[0].len()))?;
     Ok(OK)
+}
+
+/// Where no rank goes to a bucket, the tables have no column of it.
+pub(super) fn has_bucket(status: &StatusReply) -> bool {
+    status.ranks.iter().any(|rank| rank.bucket.is_some())
+}
+
+/// The heads of [`steps`].
+pub(super) fn tiers(bucket: bool) -> impl Iterator<Item = &'static str> {
+    ["IN RAM", "ON DISK", "ON PEERS"].into_iter().chain(bucket.then_some("IN BUCKET"))
+}
+
+/// Which columns of a table are numbers: the rank, and what is between the trainer and the notes.
+pub(super) fn numbers(columns: usize) -> Vec<usize> {
+    std::iter::once(1).chain(3..columns - 1).collect()
 }
 
 /// `agent 0.1.0, up 2h 3m, 1.2 GiB of 8.0 GiB of RAM, 2 ranks`
@@ -139,17 +167,21 @@ pub(super) fn others(peers: &Peers) -> String {
     )
 }
 
-/// Run, rank, trainer, newest step in RAM, on disk and on other nodes.
-pub(super) fn place(rank: &Rank) -> [String; 6] {
+/// Run, rank, trainer.
+pub(super) fn who(rank: &Rank) -> [String; 3] {
     let trainer = match (rank.pid, rank.gone_ms) {
         (Some(pid), _) => format!("pid {pid}"),
         (None, Some(gone)) => format!("gone {}", seconds(gone)),
         (None, None) => "gone".into(),
     };
     let number = format!("{}/{}", rank.rank, rank.world);
-    let steps = [rank.ram_step, rank.disk_step, rank.peer_step];
-    let [ram, disk, peers] = steps.map(or_dash);
-    [path(&rank.destination), number, trainer, ram, disk, peers]
+    [path(&rank.destination), number, trainer]
+}
+
+/// The newest step in RAM, on disk, on other nodes, and in the bucket where the table has it.
+pub(super) fn steps(rank: &Rank, bucket: bool) -> impl Iterator<Item = String> {
+    let near = [rank.ram_step, rank.disk_step, rank.peer_step];
+    near.into_iter().chain(bucket.then_some(rank.object_step)).map(or_dash)
 }
 
 /// What is on its way, and what is wrong.
@@ -162,6 +194,18 @@ pub(super) fn notes(rank: &Rank) -> Vec<String> {
     }
     if let Some(trouble) = &rank.trouble {
         notes.push(format!("nothing goes to disk: {trouble}"));
+    }
+    match (rank.sending, rank.object_next) {
+        (Some(step), None) => notes.push(format!("step {step} is on its way to the bucket")),
+        (Some(step), Some(next)) => {
+            notes.push(format!("step {step} is on its way to the bucket, step {next} is next"));
+        }
+        (None, Some(next)) => notes.push(format!("step {next} is about to go to the bucket")),
+        (None, None) => {}
+    }
+    if let Some(trouble) = &rank.object_trouble {
+        let time = seconds(rank.object_trouble_ms.unwrap_or_default());
+        notes.push(format!("the bucket has not answered for {time}: {trouble}"));
     }
     if rank.ram_step.is_some() && rank.copies_there < rank.copies_wanted {
         let (there, wanted) = (rank.copies_there, rank.copies_wanted);
@@ -177,6 +221,8 @@ pub(super) fn notes(rank: &Rank) -> Vec<String> {
     count(counters.saves_failed, "save", "failed");
     count(counters.saves_skipped, "save", "passed over");
     count(counters.peer_failed, "step", "without all copies on other nodes");
+    count(counters.object_passed_over, "step", "passed over for the bucket");
+    count(counters.object_failed, "step", "given up for the bucket");
     count(counters.checksum_failures, "chunk", "damaged");
     count(counters.repairs, "copy", "repaired");
     notes
@@ -242,6 +288,12 @@ fn rank_data(rank: &Rank) -> RankData {
         busy: rank.busy,
         slot_bytes: rank.slot_bytes,
         trouble: rank.trouble.clone(),
+        bucket: rank.bucket.clone(),
+        object_step: rank.object_step,
+        sending: rank.sending,
+        object_next: rank.object_next,
+        object_trouble: rank.object_trouble.clone(),
+        object_trouble_s: rank.object_trouble_ms.map(exact),
         counters: CountersData {
             saves: counters.saves,
             saves_failed: counters.saves_failed,
@@ -259,6 +311,12 @@ fn rank_data(rank: &Rank) -> RankData {
             peer_failed: counters.peer_failed,
             peer_refused: counters.peer_refused,
             peer_fetched_bytes: counters.peer_fetched_bytes,
+            object_bytes: counters.object_bytes,
+            object_s: Duration::from_nanos(counters.object_ns).as_secs_f64(),
+            object_sealed: counters.object_sealed,
+            object_passed_over: counters.object_passed_over,
+            object_failed: counters.object_failed,
+            object_fetched_bytes: counters.object_fetched_bytes,
         },
     }
 }

@@ -9,7 +9,7 @@ use tierkeep_proto::control::{Counters, Rank, StatusReply};
 
 use super::{
     reach::Reached,
-    status::{data, headline, notes, others, place},
+    status::{data, has_bucket, headline, notes, numbers, others, steps, tiers, who},
 };
 use crate::{
     cli::Top,
@@ -59,13 +59,16 @@ fn snapshot(
     let known: Vec<Rates> = rates.iter().flatten().copied().collect();
     let sum =
         |of: fn(&Rates) -> f64| per_second((!known.is_empty()).then(|| known.iter().map(of).sum()));
-    writeln!(
+    let bucket = has_bucket(now);
+    write!(
         out,
         "{}; to RAM {}, to disk {}",
         headline(now),
         sum(|rates| rates.ram),
         sum(|rates| rates.disk)
     )?;
+    let to_bucket = || format!(", to the bucket {}", sum(|rates| rates.bucket));
+    writeln!(out, "{}", if bucket { to_bucket() } else { String::new() })?;
     if let Some(peers) = &now.peers {
         writeln!(out, "{}; to other nodes {}", others(peers), sum(|rates| rates.peers))?;
     }
@@ -73,19 +76,19 @@ fn snapshot(
         return Ok(());
     }
     writeln!(out)?;
-    let head = [
-        "RUN", "RANK", "TRAINER", "IN RAM", "ON DISK", "ON PEERS", "TO RAM", "TO DISK", "TO PEERS",
-        "NOTES",
-    ];
-    let mut rows = vec![head.map(String::from).to_vec()];
+    let head = ["RUN", "RANK", "TRAINER"].into_iter().chain(tiers(bucket));
+    let head = head.chain(["TO RAM", "TO DISK", "TO PEERS"]).chain(bucket.then_some("TO BUCKET"));
+    let mut rows = vec![head.chain(["NOTES"]).map(String::from).collect::<Vec<_>>()];
     rows.extend(now.ranks.iter().zip(rates).map(|(rank, rates)| {
-        let mut row = place(rank).to_vec();
-        let of: [fn(Rates) -> f64; 3] = [|r| r.ram, |r| r.disk, |r| r.peers];
-        row.extend(of.map(|of| per_second(rates.map(of))));
+        let mut row = who(rank).to_vec();
+        row.extend(steps(rank, bucket));
+        let of: [fn(Rates) -> f64; 4] = [|r| r.ram, |r| r.disk, |r| r.peers, |r| r.bucket];
+        let shown = if bucket { &of[..] } else { &of[..3] };
+        row.extend(shown.iter().map(|of| per_second(rates.map(of))));
         row.push(notes(rank).join("; "));
         row
     }));
-    Ok(show::table(out, "", &rows, &[1, 3, 4, 5, 6, 7, 8])?)
+    Ok(show::table(out, "", &rows, &numbers(rows[0].len()))?)
 }
 
 /// Bytes a second since the last look.
@@ -94,6 +97,7 @@ struct Rates {
     ram: f64,
     disk: f64,
     peers: f64,
+    bucket: f64,
 }
 
 /// `None` where there was no last look at this rank, by this owner.
@@ -111,6 +115,7 @@ fn rates(rank: &Rank, now: &StatusReply, before: Option<&StatusReply>) -> Option
         ram: rate(|c| c.captured_bytes)?,
         disk: rate(|c| c.disk_bytes)?,
         peers: rate(|c| c.peer_bytes)?,
+        bucket: rate(|c| c.object_bytes)?,
     })
 }
 
@@ -167,6 +172,35 @@ mod tests {
         let cells: Vec<&str> = row.split_whitespace().collect();
         let rates = ["4.0", "MiB/s", "1.0", "MiB/s", "0", "B/s"];
         assert_eq!(cells, [&["/ckpt/run", "0/1", "gone", "-", "-", "-"][..], &rates].concat());
+    }
+
+    #[test]
+    fn a_bucket_has_its_columns_where_some_rank_has_one() {
+        let mut now = seen(1000, 0, 0);
+        assert!(!text(&now, None).contains("BUCKET"));
+        let mut before = now.clone();
+        now.ranks.push(Rank { bucket: Some("s3://b/run".into()), rank: 1, ..now.ranks[0].clone() });
+        now.ranks[1].object_step = Some(7);
+        before.ranks = now.ranks.clone();
+        now.uptime_ms = 2000;
+        let counters = now.ranks[1].counters.as_mut().unwrap();
+        (counters.object_bytes, counters.object_passed_over, counters.object_failed) =
+            (1 << 20, 3, 1);
+        let shown = text(&now, Some(&before));
+        assert!(shown.contains("to disk 0 B/s, to the bucket 1.0 MiB/s\n"), "{shown}");
+        let rows: Vec<Vec<&str>> = shown.lines().map(|l| l.split("  ").collect()).collect();
+        let cells = |row: &[&str]| {
+            let cells = row.iter().map(|cell| cell.trim()).filter(|cell| !cell.is_empty());
+            cells.map(String::from).collect::<Vec<_>>()
+        };
+        let [head, without, with] = &rows[2..] else { panic!("{shown}") };
+        assert_eq!(
+            cells(head)[6..],
+            ["IN BUCKET", "TO RAM", "TO DISK", "TO PEERS", "TO BUCKET", "NOTES"]
+        );
+        assert_eq!(cells(without)[6..], ["-", "0 B/s", "0 B/s", "0 B/s", "0 B/s"]);
+        let notes = "3 steps passed over for the bucket; 1 step given up for the bucket";
+        assert_eq!(cells(with)[6..], ["7", "0 B/s", "0 B/s", "0 B/s", "1.0 MiB/s", notes]);
     }
 
     #[test]

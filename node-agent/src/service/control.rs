@@ -317,6 +317,12 @@ fn rank(view: RankView) -> wire::Rank {
         busy: view.busy,
         slot_bytes: view.slot_bytes,
         trouble: view.trouble,
+        bucket: view.bucket,
+        object_step: view.to_bucket.sealed,
+        sending: view.to_bucket.sending,
+        object_next: view.to_bucket.next,
+        object_trouble: view.to_bucket.trouble,
+        object_trouble_ms: view.to_bucket.trouble_for.map(millis),
         counters: Some(wire::Counters {
             saves: view.saves,
             saves_failed: view.saves_failed,
@@ -334,6 +340,12 @@ fn rank(view: RankView) -> wire::Rank {
             peer_failed: view.peer_failed,
             peer_refused: view.peer_refused,
             peer_fetched_bytes: view.peer_fetched_bytes,
+            object_bytes: view.object_bytes,
+            object_ns: view.object_ns,
+            object_sealed: view.object_sealed,
+            object_passed_over: view.object_passed_over,
+            object_failed: view.object_failed,
+            object_fetched_bytes: view.object_fetched_bytes,
         }),
     }
 }

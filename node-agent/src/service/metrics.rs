@@ -40,7 +40,7 @@ struct Seen {
 /// A number of something: its name without unit, what it is, its unit, the number.
 type Number<T> = (&'static str, &'static str, Option<Unit>, fn(&T) -> u64);
 
-const GAUGES: [Number<RankView>; 7] = [
+const GAUGES: [Number<RankView>; 9] = [
     ("trainer_up", "Whether the rank's trainer lives", None, |r| r.pid.is_some().into()),
     ("attempt", "The rank's attempt, 0 before it has begun", None, |r| {
         r.attempt.unwrap_or(0).into()
@@ -51,6 +51,12 @@ const GAUGES: [Number<RankView>; 7] = [
     ("disk_trouble", "Whether something keeps steps from the disk", None, |r| {
         r.trouble.is_some().into()
     }),
+    ("object_busy", "Whether something is on its way to the bucket, or about to be", None, |r| {
+        (r.to_bucket.sending.is_some() || r.to_bucket.next.is_some()).into()
+    }),
+    ("object_trouble", "Whether the bucket does not take what is sent", None, |r| {
+        r.to_bucket.trouble.is_some().into()
+    }),
     ("copies_wanted", "Copies of the rank's shard that are to be on other nodes", None, |r| {
         r.copies_wanted
     }),
@@ -58,7 +64,7 @@ const GAUGES: [Number<RankView>; 7] = [
     ("slot", "Memory of the rank's slots", Some(Unit::Bytes), |r| r.slot_bytes),
 ];
 
-const COUNTERS: [Number<RankView>; 14] = [
+const COUNTERS: [Number<RankView>; 19] = [
     ("saves", "Saves that were published in RAM", None, |r| r.saves),
     ("saves_failed", "Saves that failed at the agent", None, |r| r.saves_failed),
     ("saves_skipped", "Saves passed over because every slot was in use", None, |r| r.saves_skipped),
@@ -77,15 +83,25 @@ const COUNTERS: [Number<RankView>; 14] = [
         r.peer_failed
     }),
     ("peer_refused", "Copies that another node refused or did not take", None, |r| r.peer_refused),
+    ("object", "Bytes sent to the bucket", Some(Unit::Bytes), |r| r.object_bytes),
+    ("object_fetched", "Bytes that came back from the bucket", Some(Unit::Bytes), |r| {
+        r.object_fetched_bytes
+    }),
+    ("object_sealed", "Checkpoints seen sealed in the bucket", None, |r| r.object_sealed),
+    ("object_passed_over", "Steps due for the bucket that were passed over", None, |r| {
+        r.object_passed_over
+    }),
+    ("object_failed", "Steps that were given up for the bucket", None, |r| r.object_failed),
     ("checksum_failures", "Chunks that did not match their checksum", None, |r| {
         r.checksum_failures
     }),
     ("repairs", "Copies written anew from a good one", None, |r| r.repairs),
 ];
 
-const SECONDS: [Number<RankView>; 2] = [
+const SECONDS: [Number<RankView>; 3] = [
     ("disk", "Time spent carrying to disk", Some(Unit::Seconds), |r| r.disk_ns),
     ("peer", "Time spent sending to other nodes", Some(Unit::Seconds), |r| r.peer_ns),
+    ("object", "Time spent sending to the bucket", Some(Unit::Seconds), |r| r.object_ns),
 ];
 
 const PEER_GAUGES: [Number<PeersView>; 4] = [
@@ -154,7 +170,12 @@ impl Seen {
         )?;
         for rank in &self.ranks {
             let (run, number) = labels(rank);
-            let steps = [("ram", rank.in_ram), ("disk", rank.on_disk), ("peer", rank.on_peers)];
+            let steps = [
+                ("ram", rank.in_ram),
+                ("disk", rank.on_disk),
+                ("peer", rank.on_peers),
+                ("object", rank.to_bucket.sealed),
+            ];
             for (tier, step) in steps {
                 let labels = [("tier", tier), ("run", run.as_str()), ("rank", number.as_str())];
                 if let Some(step) = step {

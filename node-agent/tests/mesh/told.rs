@@ -58,6 +58,7 @@ fn an_agent_tells_of_its_copies_and_of_what_it_holds_for_others() {
         format!("tierkeep_peer_failed_total{{{of}}} 0"),
         format!("tierkeep_peer_refused_total{{{of}}} 0"),
         format!("tierkeep_peer_fetched_bytes_total{{{of}}} 0"),
+        format!("tierkeep_object_trouble{{{of}}} 0"),
         "tierkeep_nodes_alive 2".into(),
         "tierkeep_held_shards 0".into(),
         "tierkeep_held_bytes 0".into(),
