@@ -394,7 +394,8 @@ impl Save {
             // A checkpoint that is not complete in RAM is never chosen for anywhere else.
             Level::Ram => &[Level::Ram, Level::Peer, Level::Disk, Level::Object],
             Level::Peer => &[Level::Peer],
-            // Nor one for the bucket that is not on disk.
+            // Nor one for the bucket that is not on disk; one that is there may be on its way.
+            Level::Disk if matches!(stages.stage(Level::Disk, false), Stage::Reached) => &[],
             Level::Disk => &[Level::Disk, Level::Object],
             Level::Object => &[Level::Object],
         };

@@ -4,6 +4,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod cascade;
+mod kills;
 mod proxy;
 mod runs;
 mod servers;
