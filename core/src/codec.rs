@@ -45,7 +45,7 @@ use std::ops::Range;
 
 use zstd::{
     bulk::{Compressor, Decompressor},
-    zstd_safe::{CParameter, Strategy},
+    zstd_safe::{self, CParameter, ParamSwitch},
 };
 
 pub use self::{pack::compress, unpack::decompress};
@@ -146,6 +146,18 @@ pub fn parts_of(tensors: &[TensorEntry], chunk: Range<u64>) -> Vec<Part> {
     parts
 }
 
+/// How planes of floats are compressed: by Huffman's code alone, which is all that an exponent gives. Only
+/// each 512th byte is looked at for a repetition, so that rows of zeros are found and chance is not, which
+/// would take time and make the code worse: measured, a level that looks for more is slower by half and
+/// its result larger. The negative levels look as rarely, but have no Huffman's code.
+const FLOATS: [CParameter; 5] = [
+    CParameter::Strategy(zstd_safe::Strategy::ZSTD_fast),
+    CParameter::HashLog(6),
+    CParameter::MinMatch(7),
+    CParameter::TargetLength(512),
+    CParameter::LiteralCompressionMode(ParamSwitch::Enable),
+];
+
 /// Memory that compressing and decompressing work in: for one thread, used again for each chunk.
 pub struct Scratch {
     /// The planes of a segment.
@@ -178,10 +190,3 @@ impl Scratch {
         made().map_err(|error| Error::Bug(format!("zstd: {error}")))
     }
 }
-
-const FLOATS: [CParameter; 4] = [
-    CParameter::Strategy(Strategy::ZSTD_fast),
-    CParameter::HashLog(10),
-    CParameter::MinMatch(7),
-    CParameter::TargetLength(0),
-];
