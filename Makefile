@@ -14,6 +14,9 @@
 ##   make bench-object
 ##                 uploads and downloads beside boto3, awscli and s3fs, against a real server on this
 ##                 machine; ten minutes, 15 GiB of disk; prints JSON
+##   make bench-compress
+##                 the codec of chunks beside zstd and ZipNN, on a GPT that it trains first; some
+##                 minutes; prints JSON
 ##   make clean    remove what was built (target, build); .venv stays: remove it by hand
 ##
 ## Variables, as in `make demo SEED=7`:
@@ -72,7 +75,7 @@ WHEEL_SOURCES := Cargo.toml $(wildcard Cargo.lock) rust-toolchain.toml \
 PYTHON_PATHS := python examples $(wildcard benches)
 
 .PHONY: help setup wheel demo test check test-rust test-python lab lab-tools bench bench-nodes \
-	bench-object clean
+	bench-object bench-compress clean
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -184,6 +187,11 @@ bench-nodes: wheel lab-tools
 bench-object: wheel
 	$(BIN)/python -m pip install --quiet --requirement benches/requirements-object.txt
 	$(BIN)/python benches/object.py
+
+bench-compress: $(SETUP)
+	$(BIN)/python -m pip install --quiet --requirement benches/requirements-compress.txt
+	cargo build --quiet --release --package tierkeep-benches --bin bench-compress
+	$(BIN)/python benches/compress.py
 
 clean:
 	cargo clean --quiet

@@ -18,6 +18,7 @@ pub mod begin;
 pub mod state;
 pub mod snapshot;
 pub mod chunk;
+pub mod codec;
 pub mod save;
 
 pub mod tier;
