@@ -32,6 +32,8 @@ pub struct Bucket {
     pub keep_every: Option<u64>,
     /// Limit of what this rank sends, in bytes a second. `TIERKEEP_OBJECT_BYTES_PER_SECOND_MAX`.
     pub bytes_per_second_max: Option<u64>,
+    /// Floats are compressed on their way there, where that gains something. `TIERKEEP_OBJECT_COMPRESS`: 1.
+    pub compress: bool,
     /// How long a step may take to be sealed there before it is given up.
     pub wait: Duration,
 }
@@ -66,6 +68,7 @@ impl Bucket {
             keep_last: number("TIERKEEP_OBJECT_KEEP_LAST")?.unwrap_or(3),
             keep_every: number("TIERKEEP_OBJECT_KEEP_EVERY")?,
             bytes_per_second_max: number("TIERKEEP_OBJECT_BYTES_PER_SECOND_MAX")?,
+            compress: number::<u8>("TIERKEEP_OBJECT_COMPRESS")?.is_some_and(|on| on > 0),
             wait: Duration::from_secs(4 * 3600),
         })
     }

@@ -26,8 +26,9 @@ use std::collections::BTreeMap;
 
 use crate::{
     error::{Error, Result},
-    manifest::{Identity, Seal, SealedShard, ShardManifest, decode, replicated::differences},
+    manifest::{Identity, Seal, SealedShard, ShardManifest, replicated::differences},
     names::{CheckpointKey, Rank, SEAL, TOMBSTONE, WHOLE, parse_manifest_name, parse_payload_name},
+    packed::decode_any,
     tier::{Receipt, Tier, create_same, find_record, label, read_record},
 };
 
@@ -92,7 +93,8 @@ pub fn publish_shard(
 ) -> Result<()> {
     let key = identity.key();
     assert_eq!(receipt.tier, tier.kind(), "a receipt of another tier");
-    assert_eq!(receipt.name, key.file(&identity.payload_name()), "a receipt for another shard");
+    let names = [identity.payload_name(), identity.packed_name()].map(|name| key.file(&name));
+    assert!(names.contains(&receipt.name), "a receipt for another shard");
     let name = key.manifest(Rank(identity.rank));
     if create_same(tier, &name, manifest)? {
         return Ok(());
@@ -112,6 +114,8 @@ pub(crate) fn mark_whole(tier: &dyn Tier, key: &CheckpointKey) -> Result<()> {
 /// Reads the manifest of one shard in one tier and checks it against its place, and against the
 /// seal if there is one.
 ///
+/// The bytes are those that it has where nothing is compressed.
+///
 /// # Errors
 /// Not found, damaged, or the tier did not answer.
 pub fn read_manifest(
@@ -126,7 +130,7 @@ pub fn read_manifest(
     if let Some(seal) = seal {
         seal.check(rank, &bytes, &file)?;
     }
-    Ok((decode(&bytes, &file, key, rank)?, bytes))
+    decode_any(bytes, &file, key, rank)
 }
 
 /// Reads the seal, where there is one.
@@ -184,10 +188,13 @@ pub fn gather(tier: &dyn Tier, key: &CheckpointKey, savers: &[u32]) -> Result<Ga
     let mut shards: Vec<ShardManifest> = Vec::with_capacity(savers.len());
     let mut lines = Vec::with_capacity(savers.len());
     for rank in savers {
-        let (mut manifest, bytes) = read_manifest(tier, key, Rank(*rank), None)?;
-        same_checkpoint(&manifest, shards.first(), savers)
-            .map_err(|why| Error::damaged(label(tier, &key.manifest(Rank(*rank))), why))?;
+        let name = key.manifest(Rank(*rank));
+        let (bytes, file) = (read_record(tier, &name)?, label(tier, &name));
+        // The file as it lies is what is sealed.
         lines.push(SealedShard::of(*rank, &bytes));
+        let (mut manifest, _) = decode_any(bytes, &file, key, Rank(*rank))?;
+        same_checkpoint(&manifest, shards.first(), savers)
+            .map_err(|why| Error::damaged(file, why))?;
         // What is compared stays, of all ranks at once; trees and tensors of a thousand would not.
         (manifest.tree, manifest.tensors) = (serde_json::Value::Null, Vec::new());
         shards.push(manifest);

@@ -19,6 +19,7 @@ pub mod state;
 pub mod snapshot;
 pub mod chunk;
 pub mod codec;
+pub mod packed;
 pub mod save;
 
 pub mod tier;

@@ -23,7 +23,10 @@ use self::replicated::Replicated;
 use crate::{
     chunk::{CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, chunk_count, chunk_len},
     error::{Error, Result},
-    names::{AttemptRef, CheckpointKey, Id, Rank, Step, hex, manifest_name, payload_name},
+    names::{
+        AttemptRef, CheckpointKey, Id, Rank, Step, hex, manifest_name, packed_name, payload_name,
+    },
+    packed::Stored,
     record,
     state::dtype::Dtype,
 };
@@ -61,6 +64,12 @@ impl Identity {
         payload_name(Rank(self.rank), &self.writer)
     }
 
+    /// The same where it is compressed.
+    #[must_use]
+    pub fn packed_name(&self) -> String {
+        packed_name(Rank(self.rank), &self.writer)
+    }
+
     fn check(&self) -> Result<(), String> {
         if self.savers.is_empty() || self.savers.len() > RANKS_MAX {
             return Err(format!("{} ranks in the saver set", self.savers.len()));
@@ -94,6 +103,9 @@ pub struct PayloadInfo {
     /// CRC-32 of each chunk, eight hex digits each, in one string.
     #[serde(with = "crcs_hex")]
     pub chunks: Vec<u32>,
+    /// How it lies where it is compressed; all else here is said of the bytes that come out.
+    #[serde(skip)]
+    pub stored: Option<Stored>,
 }
 
 impl PayloadInfo {

@@ -252,11 +252,18 @@ pub fn payload_name(rank: Rank, nonce: &Id) -> String {
     format!("rank-{:06}-{}.safetensors", rank.0, nonce.short())
 }
 
-/// The rank in a payload's name, or `None` where the name is not a payload's.
+/// `rank-000003-1a2b3c4d.packed`
+#[must_use]
+pub fn packed_name(rank: Rank, nonce: &Id) -> String {
+    format!("rank-{:06}-{}.packed", rank.0, nonce.short())
+}
+
+/// The rank in a payload's name, compressed or not, or `None` where the name is not a payload's.
 #[must_use]
 pub fn parse_payload_name(name: &str) -> Option<Rank> {
-    let (rank, nonce) =
-        name.strip_prefix("rank-")?.strip_suffix(".safetensors")?.split_once('-')?;
+    let name = name.strip_prefix("rank-")?;
+    let name = name.strip_suffix(".safetensors").or_else(|| name.strip_suffix(".packed"))?;
+    let (rank, nonce) = name.split_once('-')?;
     if nonce.len() != 8 || !is_hex(nonce) {
         return None;
     }

@@ -20,7 +20,8 @@ use crate::error::{Error, Result};
 /// The format that this build writes, and the newest that it reads.
 pub(crate) const FORMAT: u32 = 1;
 /// Features beyond the base format that this build reads.
-pub(crate) const FEATURES: [&str; 1] = [crate::manifest::replicated::FEATURE];
+pub(crate) const FEATURES: [&str; 2] =
+    [crate::manifest::replicated::FEATURE, crate::packed::FEATURE];
 /// The longest record that is read: a manifest with 4 million tensors has about 1 GiB.
 pub(crate) const RECORD_BYTES_MAX: u64 = 1 << 30;
 
@@ -38,6 +39,18 @@ pub(crate) fn seal(body: &[u8]) -> Vec<u8> {
     let crc = format!("{:08x}", crc32fast::hash(&text));
     text[DIGITS].copy_from_slice(crc.as_bytes());
     text
+}
+
+/// The object in a record that [`seal`] made, without its checksum.
+pub(crate) fn body(record: &[u8]) -> Vec<u8> {
+    let members = record.get(DIGITS.end + 2..record.len().saturating_sub(1)).unwrap_or_default();
+    [b"{", members].concat()
+}
+
+/// Whether a record, if it is one, names the feature among those that a reader must know.
+pub(crate) fn requires(bytes: &[u8], feature: &str) -> bool {
+    let head: Result<Head, _> = serde_json::from_slice(bytes);
+    head.is_ok_and(|head| head.required_features.iter().any(|f| f == feature))
 }
 
 /// Checks a record and reads it. `file` is its name in messages.

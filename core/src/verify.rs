@@ -26,6 +26,7 @@ use crate::{
     },
     names::{ATTEMPTS, CheckpointKey, Id, Rank, SEAL, attempt_file},
     observe::locked,
+    packed,
     reader::Reader,
     restore::{
         read::{READERS, read_chunk, run_on},
@@ -262,10 +263,10 @@ impl Work<'_> {
             Ok(read) => read,
             Err(e) => return self.verdict.findings.extend(finding(tier, &name, &e)),
         };
-        named.insert(manifest.payload.file.clone());
+        named.insert(manifest.payload.stored_file().to_owned());
         let why = self.misfit(&manifest, rank, &bytes);
-        let payload = self.key.file(&manifest.payload.file);
-        let source = tier.open(&payload);
+        let payload = self.key.file(manifest.payload.stored_file());
+        let source = packed::open(tier, self.key, &manifest.payload);
         let mut bad = (0..manifest.payload.chunks.len()).collect();
         match source {
             Err(e) if e.is_not_found() => {

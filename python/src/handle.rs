@@ -165,6 +165,7 @@ fn configure(config: &mut Config, settings: &Bound<'_, PyDict>) -> PyResult<Opti
             "object_keep_last" => bucket.keep_last = Some(value.extract()?),
             "object_keep_every" => bucket.keep_every = Some(value.extract()?),
             "object_bytes_per_second_max" => bucket.bytes_per_second_max = Some(value.extract()?),
+            "object_compress" => bucket.compress = Some(value.extract()?),
             "object_wait_s" => bucket.wait = Some(seconds()?),
             _ => return Err(invalid(py, format!("unknown setting {name}"))),
         }
@@ -183,6 +184,7 @@ struct ForBucket {
     keep_last: Option<usize>,
     keep_every: Option<u64>,
     bytes_per_second_max: Option<u64>,
+    compress: Option<bool>,
     wait: Option<Duration>,
 }
 
@@ -196,6 +198,7 @@ impl ForBucket {
             keep_last: self.keep_last.unwrap_or(given.keep_last),
             keep_every: self.keep_every.or(given.keep_every),
             bytes_per_second_max: self.bytes_per_second_max.or(given.bytes_per_second_max),
+            compress: self.compress.unwrap_or(given.compress),
             wait: self.wait.unwrap_or(given.wait),
             ..given
         }))

@@ -31,12 +31,17 @@ def places(
     return os.path.join(os.fsdecode(disk), path.rsplit("/", 1)[-1]), path
 
 
-def of_disk(place: tuple[str, str | None], **said: int | None) -> dict[str, object]:
-    """The settings of the disk in `place` (as `places` has it); without one none may be given."""
+def of_disk(place: tuple[str, str | None], *numbers: int | None) -> dict[str, object]:
+    """The settings of the disk in `place` (as `places` has it), in the order of their names;
+    without a disk none may be given.
+    """
     path, url = place
+    said = dict(zip(("disk_every", "keep_last", "keep_every"), numbers, strict=True))
     for name, value in said.items():
         if path == url and value is not None:
-            raise InvalidError(f'{name}: {path} has no disk before it: name one, as in disk="/nvme"')
+            raise InvalidError(
+                f'{name}: {path} has no disk before it: name one, as in disk="/nvme"'
+            )
     return dict(said)
 
 
@@ -49,16 +54,19 @@ _OF_BUCKET = (
 
 
 def bucket(
-    place: tuple[str, str | None, Mapping[str, str] | None], numbers: tuple[int | None, ...]
+    place: tuple[str, str | None, Mapping[str, str] | None],
+    numbers: tuple[int | None, ...],
+    compress: bool | None,
 ) -> dict[str, object]:
     """The settings of the bucket in `place` (directory, URL, options); without a URL none may be
     given. `numbers` in the order of their names.
     """
     path, url, options = place
-    if url is None and any(said is not None for said in (options, *numbers)):
+    if url is None and any(said is not None for said in (options, compress, *numbers)):
         raise InvalidError(f"{path} is a directory: what is said of a bucket has no meaning")
-    said = None if options is None else dict(options)
-    return {"object": url, "storage_options": said, **dict(zip(_OF_BUCKET, numbers, strict=True))}
+    named = dict(zip(_OF_BUCKET, numbers, strict=True))
+    options = None if options is None else dict(options)
+    return {"object": url, "storage_options": options, "object_compress": compress, **named}
 
 
 def directory(origin: str | os.PathLike[str]) -> str:

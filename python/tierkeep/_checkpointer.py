@@ -95,12 +95,12 @@ class Checkpointer:
             none.
         slots: snapshots that RAM holds for this rank: 2 or more, 3 without a disk.
         disk_every: steps that are divisible by it go to disk.
-        keep_last: newest checkpoints that stay on disk.
-        keep_every: steps that are divisible by it stay on disk for ever.
+        keep_last, keep_every: newest checkpoints, and steps divisible by it, that stay on disk.
         object_every: steps that are divisible by it go on to the bucket, one at a time: a slow one
             gets fewer checkpoints, each of them whole. Default: `disk_every`.
         object_keep_last, object_keep_every: as on disk; default: 3, none.
         object_bytes_per_second_max: limit of what this rank sends there.
+        object_compress: floats are compressed on their way there, where that gains something.
         capture: `"now"` (the default): `save` returns when everything is copied. `"overlap"`:
             tensors of the optimizers given to `guard` are copied behind; their next step waits.
         busy: what a save does while every slot is in use: `"wait"` (the default), or `"skip"` the
@@ -144,6 +144,7 @@ class Checkpointer:
         object_keep_last: int | None = None,
         object_keep_every: int | None = None,
         object_bytes_per_second_max: int | None = None,
+        object_compress: bool | None = None,
         capture: Literal["now", "overlap"] | None = None,
         busy: Literal["wait", "skip"] | None = None,
         fresh: bool = False,
@@ -178,12 +179,11 @@ class Checkpointer:
             "ram_bytes_max": ram_bytes_max,
             "replicas": replicas,
             "slots": slots,
-            **of_disk(
-                (path, url), disk_every=disk_every, keep_last=keep_last, keep_every=keep_every
-            ),
+            **of_disk((path, url), disk_every, keep_last, keep_every),
             **bucket(
                 (path, url, storage_options),
                 (object_every, object_keep_last, object_keep_every, object_bytes_per_second_max),
+                object_compress,
             ),
             "threads": threads,
             **(timeouts_s or {}),

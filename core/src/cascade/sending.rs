@@ -107,14 +107,14 @@ impl Sending {
 }
 
 /// The shard's payload on its way: its bytes are counted, and a cascade that was stopped hands out no more.
-pub(super) struct Sent<'a, P> {
+pub(super) struct Sent<'a, P: ?Sized> {
     pub(super) payload: &'a P,
     pub(super) save: Option<Save>,
     pub(super) cascade: &'a Cascade,
 }
 
 #[deny(clippy::missing_trait_methods)]
-impl<P: Payload> Payload for Sent<'_, P> {
+impl<P: Payload + ?Sized> Payload for Sent<'_, P> {
     fn len(&self) -> u64 {
         self.payload.len()
     }

@@ -13,7 +13,7 @@
 //! - A step is told as being in the bucket only when it is sealed there.
 //! - The disk keeps a step that is on its way.
 
-use std::sync::Arc;
+use std::{path::PathBuf, sync::Arc};
 
 use super::{
     Cascade, IDLE, Work,
@@ -27,6 +27,7 @@ use crate::{
     error::{Error, ErrorKind, Result},
     names::{CheckpointKey, Rank, Step, ranks},
     observe::{add, locked},
+    packed::pack,
     reader::Reader,
     save::{Level, Save},
     tier::{Payload, Tier},
@@ -311,19 +312,35 @@ impl Cascade {
         let reader = Reader::of(vec![self.parts.ram.clone(), self.parts.disk.clone()]);
         let shard = reader.shard(key, rank)?;
         let identity = &shard.manifest().identity;
-        let name = key.file(&identity.payload_name());
         let save = locked(&self.sending).saves.get(&key.step.0).cloned();
-        let payload = shard.payload();
-        let receipt = far.tier.put(&name, &Sent { payload: &payload, save, cascade: self })?;
+        let whole = shard.payload();
+        let packed = match far.settings.compress {
+            true => {
+                let payload = Sent { payload: &whole, save: None, cascade: self };
+                pack(&payload, shard.manifest(), shard.manifest_bytes(), &self.room())?
+            }
+            false => None,
+        };
+        let (name, manifest, payload): (_, _, &dyn Payload) = match &packed {
+            Some(packed) => (packed.name.clone(), packed.manifest.as_slice(), packed),
+            None => (identity.payload_name(), shard.manifest_bytes(), &whole),
+        };
+        let sent = Sent { payload, save, cascade: self };
+        let receipt = far.tier.put(&key.file(&name), &sent)?;
         if self.is_fenced() {
             return Err(Error::Fenced { why: "a newer attempt has begun".into() });
         }
-        publish_shard(&*far.tier, identity, shard.manifest_bytes(), receipt)?;
+        publish_shard(&*far.tier, identity, manifest, receipt)?;
         let took = self.parts.clock.monotonic().saturating_sub(begun);
         let counters = &self.parts.observer.counters;
         add(&counters.object_bytes, payload.len());
         add(&counters.object_ns, u64::try_from(took.as_nanos()).unwrap_or(u64::MAX));
         Ok(())
+    }
+
+    /// Where a compressed shard lies on its way: on the disk; without one, where this host has temporary files.
+    fn room(&self) -> PathBuf {
+        if self.is_bucket_only() { std::env::temp_dir() } else { self.parts.config.home() }
     }
 
     /// Sees that the step was sealed or given up; the leader seals it when every rank is done.

@@ -22,15 +22,17 @@ use super::{
     survey::{BadCopy, ShardCopy, mark_bad},
 };
 use crate::{
+    commit::read_manifest,
     error::{Error, Result},
     manifest::{ShardManifest, TensorEntry},
     names::{CheckpointKey, Rank, Step},
     observe::{Observer, add, locked},
+    packed,
     snapshot::{copy::Memory, map::SlotMap},
     tier::{
         Payload, Source, Tier, TierKind,
         buffer::{AlignedBuf, padded},
-        create_same, find_record, label,
+        create_same, label,
     },
 };
 
@@ -201,7 +203,8 @@ impl Restorable {
     }
 
     pub(super) fn chunks_in_words(&self, copy: usize, bad: &BTreeSet<usize>) -> String {
-        let file = label(self.tier(copy), &self.key.file(&self.copies[copy].manifest.payload.file));
+        let payload = self.copies[copy].manifest.payload.stored_file();
+        let file = label(self.tier(copy), &self.key.file(payload));
         let shown: Vec<String> = bad.iter().take(4).map(ToString::to_string).collect();
         let more = if bad.len() > 4 { ", ..." } else { "" };
         let s = if bad.len() == 1 { "" } else { "s" };
@@ -311,6 +314,10 @@ impl Restorable {
         let mut buffer = AlignedBuf::new(1);
         let good = self.good_chunk(&Opened::default(), copy, chunk, &mut buffer)?;
         let payload = &self.copies[copy].manifest.payload;
+        if payload.stored.is_some() {
+            let what = format!("mend a chunk of {}, which is compressed", payload.stored_file());
+            return Err(Error::Io { what, source: std::io::ErrorKind::Unsupported.into() });
+        }
         let offset = chunk as u64 * payload.chunk_bytes;
         self.tier(copy).mend(&self.key.file(&payload.file), offset, good)
     }
@@ -350,8 +357,10 @@ impl Restorable {
 
     /// True where the copy's manifest is not the one that was read before: the job took the slot.
     pub(super) fn is_retired(&self, copy: usize) -> bool {
-        let there = find_record(self.tier(copy), &self.key.manifest(self.rank));
-        there.is_ok_and(|bytes| bytes.as_deref() != Some(self.copies[copy].bytes.as_slice()))
+        match read_manifest(self.tier(copy), &self.key, self.rank, None) {
+            Ok((_, bytes)) => bytes != *self.copies[copy].bytes,
+            Err(e) => e.is_not_found() || matches!(e, Error::Damaged { .. }),
+        }
     }
 
     /// Makes a copy good whose manifest is bad, or whose payload is gone or short. A payload of the
@@ -404,7 +413,7 @@ impl Restorable {
         for index in 0..self.copies.len() {
             let payload = &self.copies[index].manifest.payload;
             let tier = self.tier(index);
-            let source = match tier.open(&self.key.file(&payload.file)) {
+            let source = match packed::open(tier, &self.key, payload) {
                 Ok(source) => source,
                 Err(e) => {
                     findings.push(BadCopy { tier: tier.kind(), why: e.chain() });
@@ -446,8 +455,8 @@ impl Opened {
         if let Some(source) = locked(&self.0).get(&copy) {
             return Ok(source.clone());
         }
-        let name = shard.key.file(&shard.copies[copy].manifest.payload.file);
-        let source: Arc<dyn Source> = shard.tier(copy).open(&name)?.into();
+        let payload = &shard.copies[copy].manifest.payload;
+        let source: Arc<dyn Source> = packed::open(shard.tier(copy), &shard.key, payload)?.into();
         Ok(locked(&self.0).entry(copy).or_insert(source).clone())
     }
 }

@@ -25,6 +25,7 @@ use super::read::{Over, READERS, ReadReport, Restorable, read_chunk, run_on};
 use crate::{
     error::{Error, ErrorKind, Result},
     observe::{add, locked},
+    packed,
     snapshot::copy::{Memory, Piece, Plan, restore, restore_chunk, restore_passing, threads_for},
     tier::{Source, TierKind, buffer::AlignedBuf},
 };
@@ -293,7 +294,7 @@ impl Reading {
         let before = &mut self.read[index].source;
         let source = match before {
             Some(source) => source,
-            None => match from.tier(index).open(&from.key.file(&payload.file)) {
+            None => match packed::open(from.tier(index), &from.key, payload) {
                 Ok(source) => before.insert(source),
                 Err(e) => return (chunks.to_vec(), Some(e)),
             },

@@ -22,7 +22,7 @@ use crate::{
     },
     names::{AttemptDir, BAD, CheckpointKey, Id, Rank, Step, parse_step_dir},
     observe::Observer,
-    record,
+    packed, record,
     sys::host,
     tier::{Tier, TierKind, label},
 };
@@ -209,8 +209,8 @@ fn copy_in(
     if run_id.is_some_and(|id| *id != manifest.identity.run_id) {
         return Err(Error::damaged(file, format!("it is of run {}", manifest.identity.run_id)));
     }
-    let payload = found.key.file(&manifest.payload.file);
-    let there = match tier.open(&payload) {
+    let payload = found.key.file(manifest.payload.stored_file());
+    let there = match packed::open(tier, &found.key, &manifest.payload) {
         Ok(source) => source.len(),
         Err(e) if e.is_not_found() => {
             return Err(Error::damaged(label(tier, &payload), "it is missing"));

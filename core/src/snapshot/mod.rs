@@ -262,6 +262,7 @@ impl Snapshot {
             codec: "none".into(),
             crc: combine(&crcs, self.len(), CHUNK_BYTES),
             chunks: crcs,
+            stored: None,
         };
         let mut tree_json = Vec::new();
         self.tree.write_json(&mut tree_json).map_err(unstorable)?;

@@ -135,6 +135,7 @@ pub(crate) fn open(config: &Config, start: Id, nonce: Id) -> wire::Open {
             keep_every: bucket.keep_every,
             bytes_per_second_max: bucket.bytes_per_second_max,
             wait_ms: milliseconds(bucket.wait),
+            compress: bucket.compress,
         }),
     }
 }
@@ -185,6 +186,7 @@ pub(crate) fn config(open: &wire::Open, ram_root: PathBuf) -> Result<Config> {
             keep_every: bucket.keep_every,
             bytes_per_second_max: bucket.bytes_per_second_max,
             wait: length(bucket.wait_ms, 7 * 86_400),
+            compress: bucket.compress,
         }),
     };
     config.check()?;

@@ -7,6 +7,7 @@ mod common;
 mod cascade;
 mod diskless;
 mod kills;
+mod packed;
 mod proxy;
 mod runs;
 mod servers;

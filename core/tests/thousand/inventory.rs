@@ -63,6 +63,7 @@ fn payload(identity: &Identity) -> PayloadInfo {
         codec: "none".into(),
         crc: combine(&chunks, length, CHUNK),
         chunks,
+        stored: None,
     }
 }
 
