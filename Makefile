@@ -23,6 +23,8 @@
 ##                          20, enough for each push; 1000 before a release
 ##   TIERKEEP_AGENT_KILLS   test: how many agents are killed under saving trainers; default 15; 300
 ##                          before a release
+##   TIERKEEP_OBJECT_KILLS  test: how many times a job that uploads to a bucket is killed; default 12; 300
+##                          before a release
 ##   TIERKEEP_NODE_KILLS    test: how many times nodes of a lab are killed and wiped; default 4; 200
 ##                          before a release
 ##   TIERKEEP_SIM_NODES     test: how many agents are simulated in one process; default 64
@@ -47,6 +49,8 @@ TIERKEEP_KILL_TRIALS ?= 20
 export TIERKEEP_KILL_TRIALS
 TIERKEEP_AGENT_KILLS ?= 15
 export TIERKEEP_AGENT_KILLS
+TIERKEEP_OBJECT_KILLS ?= 12
+export TIERKEEP_OBJECT_KILLS
 
 # What holds for a rank that owns itself holds for one that has an agent: these run a second time, so.
 HOSTED_TESTS := $(addprefix --test ,bad_input device guarantees odds races ranks replicas savers)

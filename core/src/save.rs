@@ -390,12 +390,15 @@ impl Save {
 
     /// Fails every level that is not reached, from `level` on.
     pub(crate) fn fail(&self, level: Level, error: &Error) {
+        let is_on_disk =
+            matches!(locked(&self.shared.stages).stage(Level::Disk, false), Stage::Reached);
         let from: &[Level] = match level {
             Level::Staged => &[Level::Staged, Level::Ram, Level::Peer, Level::Disk, Level::Object],
             // A checkpoint that is not complete in RAM is never chosen for anywhere else.
             Level::Ram => &[Level::Ram, Level::Peer, Level::Disk, Level::Object],
             Level::Peer => &[Level::Peer],
-            // Nor one for the bucket that is not on disk.
+            // Nor one for the bucket that is not on disk; one that is there may be on its way.
+            Level::Disk if is_on_disk => &[],
             Level::Disk => &[Level::Disk, Level::Object],
             Level::Object => &[Level::Object],
         };

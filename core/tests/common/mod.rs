@@ -3,7 +3,9 @@
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)] // Each test uses its part.
 
 pub mod gate;
+pub mod lives;
 pub mod mount;
+pub mod whole;
 
 use std::{
     collections::HashMap,

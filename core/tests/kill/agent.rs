@@ -12,7 +12,7 @@ use std::{
 
 use tierkeep::host::Host;
 
-use crate::{common::settings, draw::Random};
+use crate::common::{lives::Random, settings};
 
 /// An agent's whole life, until it is killed or told to end.
 pub fn serve(ram: &Path) -> ! {

@@ -3,17 +3,14 @@
 
 use std::collections::BTreeSet;
 
-use tierkeep::{
-    Error,
-    names::{CheckpointKey, Rank},
-    reader::Reader,
-    restore::decide::Wish,
-    verify::{Finding, Gravity, verify, verify_records},
-};
+use tierkeep::{Error, names::Rank, reader::Reader};
 
 use crate::{
     WORLD,
-    common::{Places, SMALL, files, read_whole},
+    common::{
+        Places, SMALL, files, read_whole,
+        whole::{everything_is_whole, newest},
+    },
     draw::Settings,
 };
 
@@ -66,9 +63,10 @@ pub fn resumes_from(places: &Places, promised: Promised) -> u64 {
         return 0;
     };
     everything_is_whole(&both);
-    let disk = open(places, false).and_then(|disk| newest(&disk)).map_or(0, |key| key.step.0);
+    let disk =
+        open(places, false).and_then(|disk| newest(&disk, WORLD)).map_or(0, |key| key.step.0);
     assert!(disk >= promised.disk, "{promised:?}, but disk alone has step {disk}");
-    let Some(key) = newest(&both) else {
+    let Some(key) = newest(&both, WORLD) else {
         assert_eq!((promised.ram, promised.disk), (0, 0), "there is no checkpoint");
         return 0;
     };
@@ -122,43 +120,6 @@ fn open(places: &Places, ram: bool) -> Option<Reader> {
     match Reader::open(&places.destination(), Some(&root)) {
         Ok(reader) => Some(reader),
         Err(Error::NotFound { .. }) => None,
-        Err(e) => panic!("{}", e.chain()),
-    }
-}
-
-/// Every copy that a manifest speaks for is good in every byte, be its checkpoint complete or not;
-/// a sealed one is complete. Attempt records too.
-fn everything_is_whole(reader: &Reader) {
-    let (records, all) = verify_records(reader).expect("records");
-    let mut wrong = grave(&records.findings);
-    let run_id = records.good.first().map(|r| r.run_id);
-    for found in all.iter().filter(|f| !f.deleted()) {
-        let verdict = verify(reader, found, run_id.as_ref(), &|_| ());
-        wrong.extend(grave(&verdict.findings));
-        if found.sealed() && !verdict.is_good() {
-            wrong.push(format!("{} is sealed, but not whole", found.key));
-        }
-    }
-    assert!(wrong.is_empty(), "damaged, and nobody damaged it: {wrong:#?}");
-}
-
-fn grave(findings: &[Finding]) -> Vec<String> {
-    let grave = findings.iter().filter(|f| f.gravity != Gravity::Note);
-    grave.map(|f| format!("{}: {} ({:?})", f.file, f.why, f.gravity)).collect()
-}
-
-/// The checkpoint that a resume would take; it passes none over.
-fn newest(reader: &Reader) -> Option<CheckpointKey> {
-    match reader.choose(&Wish::default()) {
-        Ok((key, savers, passed_over)) => {
-            assert!(passed_over.is_empty(), "passed over: {passed_over:?}");
-            assert_eq!(savers, (0..WORLD).collect::<Vec<_>>());
-            Some(key)
-        }
-        Err(Error::NotFound { what }) => {
-            assert!(what.starts_with("a complete checkpoint"), "{what}");
-            None
-        }
         Err(e) => panic!("{}", e.chain()),
     }
 }

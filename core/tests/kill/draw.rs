@@ -5,24 +5,10 @@ use std::time::Duration;
 
 use tierkeep::{config::Config, state::replicas::Rule};
 
-use crate::{WORLD, common::ALIKE};
-
-/// SplitMix64: neighbouring seeds give unlike numbers.
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn below(&mut self, n: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut x = self.0;
-        x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        (x ^ (x >> 31)) % n
-    }
-
-    fn one_in(&mut self, n: u64) -> bool {
-        self.below(n) == 0
-    }
-}
+use crate::{
+    WORLD,
+    common::{ALIKE, lives::Random},
+};
 
 /// The settings of one start of the job; the next start may have others, as users change theirs.
 #[derive(Clone, Debug)]

@@ -25,9 +25,13 @@ use std::{
 
 use agent::{Agent, Agents};
 use checks::{Promised, Said};
-use common::{Places, SMALL, events, files, resume};
-use draw::{Random, Settings, Trial};
-use tierkeep::{checkpointer::Checkpointer, names::Id};
+use common::{
+    Places, SMALL, events, files,
+    lives::{Random, forget, number, said, seed},
+    resume,
+};
+use draw::{Settings, Trial};
+use tierkeep::checkpointer::Checkpointer;
 
 const WORLD: u32 = 3;
 /// Trials of one run: a short one is killed in other places than a long one.
@@ -47,10 +51,8 @@ fn a_rank_of_the_job() {
 
 #[test]
 fn sigkill_at_any_moment_costs_no_complete_checkpoint() {
-    let number = |name: &str| std::env::var(name).ok().and_then(|v| v.parse::<u64>().ok());
     let trials = number("TIERKEEP_KILL_TRIALS").unwrap_or(20);
-    let drawn = || u32::from_ne_bytes(Id::random().unwrap().0[..4].try_into().unwrap()).into();
-    let seed = number("TIERKEEP_KILL_SEED").unwrap_or_else(drawn);
+    let seed = seed();
     println!("{trials} trials, TIERKEEP_KILL_SEED={seed}");
     let (mut left, mut runs, mut sum) = (trials, 0, Sum::default());
     while left > 0 {
@@ -69,10 +71,8 @@ fn sigkill_at_any_moment_costs_no_complete_checkpoint() {
 /// trainers' deaths as well. `TIERKEEP_AGENT_KILLS` says how often (default 15).
 #[test]
 fn sigkill_of_the_agent_at_any_moment_costs_no_checkpoint_and_stops_no_training() {
-    let number = |name: &str| std::env::var(name).ok().and_then(|v| v.parse::<u64>().ok());
     let kills = number("TIERKEEP_AGENT_KILLS").unwrap_or(15);
-    let drawn = || u32::from_ne_bytes(Id::random().unwrap().0[..4].try_into().unwrap()).into();
-    let seed = number("TIERKEEP_KILL_SEED").unwrap_or_else(drawn);
+    let seed = seed();
     println!("{kills} kills of agents, TIERKEEP_KILL_SEED={seed}");
     let (mut runs, mut sum) = (0, Sum::default());
     while sum.agents_killed < kills {
@@ -127,10 +127,10 @@ impl Run {
         let trial = Trial::draw(&mut self.random);
         self.trial = Some(trial.clone());
         self.trials += 1;
-        trainer::forget(&self.place);
+        forget(&self.place, WORLD);
         self.live(&trial);
         self.places.settle();
-        let said = Said::of(trainer::said(&self.place));
+        let said = Said::of(said(&self.place, WORLD));
         // A step that one rank passed over because its agent was away is not complete on the others.
         let away = [": agent_", "could not reach the agent", ": incomplete: "];
         let away = if self.agents.is_some() { &away[..] } else { &[] };

@@ -13,7 +13,7 @@ use tierkeep::{
 
 use crate::{
     WORLD,
-    common::{Model, SMALL, config, events, resume},
+    common::{Model, SMALL, config, events, lives::say, resume},
     draw::rules,
 };
 
@@ -90,36 +90,5 @@ impl Open {
             say(place, rank, &format!("disk {step}"));
         }
         matches!(disk, Ok(false))
-    }
-}
-
-pub fn say(place: &Path, rank: u32, line: &str) {
-    use std::io::Write;
-    let path = log_path(place, rank);
-    let mut log = std::fs::File::options().create(true).append(true).open(path).expect("log");
-    log.write_all(format!("{line}\n").as_bytes()).expect("log");
-}
-
-fn log_path(place: &Path, rank: u32) -> PathBuf {
-    place.join(format!("log-{rank}"))
-}
-
-/// What the ranks said in one life of the job: (rank, word, the rest of the line).
-pub fn said(place: &Path) -> Vec<(u32, String, String)> {
-    let mut all = Vec::new();
-    for rank in 0..WORLD {
-        let log = std::fs::read_to_string(log_path(place, rank)).unwrap_or_default();
-        for line in log.lines() {
-            let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
-            all.push((rank, word.to_owned(), rest.to_owned()));
-        }
-    }
-    all
-}
-
-/// Before the next life.
-pub fn forget(place: &Path) {
-    for rank in 0..WORLD {
-        let _ = std::fs::remove_file(log_path(place, rank));
     }
 }

@@ -171,6 +171,30 @@ fn a_bucket_that_is_away_holds_nothing_up_and_catches_up() {
 }
 
 #[test]
+fn a_step_on_its_way_to_the_bucket_gets_there_though_its_slot_is_used_again() {
+    let away = Arc::new(AtomicBool::new(true));
+    let told = away.clone();
+    let proxy = Proxy::start(servers::s3_port(), move |request| {
+        match told.load(Ordering::Relaxed) && request.target.contains("safetensors") {
+            true => Fate::Refused(503, "ServiceUnavailable"),
+            false => Fate::Passes,
+        }
+    });
+    let (places, place) = (Places::new(), servers::s3_at(proxy.port));
+    let ckpt = start(&places, &place);
+    resume(&ckpt, &SMALL).expect("resume");
+    let first = save(&ckpt, &SMALL, 1);
+    until("it is on its way", || proxy.count(|r| r.target.contains("safetensors")) > 0);
+    // Each slot is used several times.
+    for step in 2..=8 {
+        wait(&save(&ckpt, &SMALL, step), Level::Disk);
+    }
+    away.store(false, Ordering::Relaxed);
+    wait(&first, Level::Object);
+    close(&ckpt);
+}
+
+#[test]
 fn a_cluster_that_was_given_up_seals_nothing_in_the_bucket_any_more() {
     let place = servers::s3();
     let (old, new) = (Places::new(), Places::new());

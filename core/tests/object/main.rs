@@ -5,6 +5,7 @@
 mod common;
 mod cascade;
 mod diskless;
+mod kills;
 mod proxy;
 mod runs;
 mod servers;

@@ -1,8 +1,9 @@
 //! Something between a client and a server that does to a request what networks and busy servers do.
 
 use std::{
+    collections::BTreeSet,
     io::{BufRead, BufReader, Read, Write},
-    net::{TcpListener, TcpStream},
+    net::{Shutdown, TcpListener, TcpStream},
     sync::{Arc, Mutex},
     time::Duration,
 };
@@ -59,7 +60,28 @@ type Plan = dyn Fn(&mut Request) -> Fate + Send + Sync;
 /// A proxy that listens; what it has seen is kept.
 pub(crate) struct Proxy {
     pub(crate) port: u16,
-    seen: Arc<Mutex<Vec<Request>>>,
+    seen: Arc<Mutex<Seen>>,
+}
+
+#[derive(Debug, Default)]
+struct Seen {
+    all: Vec<Request>,
+    /// Those that are not answered yet, nor given up.
+    going: BTreeSet<usize>,
+    connections: usize,
+}
+
+/// A connection that ends.
+struct Connection(Arc<Mutex<Seen>>, Option<usize>);
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        let mut seen = self.0.lock().expect("lock");
+        seen.connections -= 1;
+        if let Some(number) = self.1 {
+            seen.going.remove(&number);
+        }
+    }
 }
 
 impl Proxy {
@@ -78,13 +100,14 @@ impl Proxy {
     ) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
         let port = listener.local_addr().expect("address").port();
-        let seen = Arc::<Mutex<Vec<Request>>>::default();
+        let seen = Arc::<Mutex<Seen>>::default();
         let (plan, list): (Arc<Plan>, _) = (Arc::new(plan), seen.clone());
         std::thread::spawn(move || {
             for client in listener.incoming().flatten() {
-                let (plan, list) = (plan.clone(), list.clone());
+                list.lock().expect("lock").connections += 1;
+                let (plan, connection) = (plan.clone(), Connection(list.clone(), None));
                 // A client that goes away in the middle is what this is for.
-                std::thread::spawn(move || serve(client, upstream, &*plan, &list).ok());
+                std::thread::spawn(move || serve(client, upstream, &*plan, connection).ok());
             }
         });
         Self { port, seen }
@@ -92,7 +115,36 @@ impl Proxy {
 
     /// How many such requests came.
     pub(crate) fn count(&self, such: impl Fn(&Request) -> bool) -> usize {
-        self.seen.lock().expect("lock").iter().filter(|request| such(request)).count()
+        self.seen.lock().expect("lock").all.iter().filter(|request| such(request)).count()
+    }
+
+    /// Those that are on their way.
+    pub(crate) fn going(&self) -> Vec<Request> {
+        let seen = self.seen.lock().expect("lock");
+        seen.going.iter().map(|number| seen.all[*number].clone()).collect()
+    }
+
+    /// The last so many, for people.
+    pub(crate) fn last(&self, many: usize) -> String {
+        let seen = self.seen.lock().expect("lock");
+        let from = seen.all.len().saturating_sub(many);
+        let line = |request: &Request| {
+            // What follows is the signature.
+            let end = request.target.find("X-Amz").unwrap_or(request.target.len());
+            format!("{} {}\n", request.method, &request.target[..end])
+        };
+        seen.all[from..].iter().map(line).collect()
+    }
+
+    /// Waits until the server has done what processes that are dead now have asked for.
+    pub(crate) fn settle(&self) {
+        // Connections are taken in turn: when this one is, theirs were.
+        let mut last = TcpStream::connect(("127.0.0.1", self.port)).expect("connect");
+        last.shutdown(Shutdown::Write).expect("shutdown");
+        let _ = last.read(&mut [0]);
+        while self.seen.lock().expect("lock").connections > 0 {
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 }
 
@@ -100,7 +152,7 @@ fn serve(
     client: TcpStream,
     upstream: u16,
     plan: &Plan,
-    seen: &Mutex<Vec<Request>>,
+    mut connection: Connection,
 ) -> std::io::Result<()> {
     let mut reader = BufReader::new(client.try_clone()?);
     let mut client = client;
@@ -127,11 +179,13 @@ fn serve(
         (words.next().expect("method").into(), words.next().expect("target").into());
     let rest = words.next().expect("version").to_owned();
     let mut request = {
-        let mut seen = seen.lock().expect("lock");
-        let request = Request { method, target, number: seen.len() };
-        seen.push(request.clone());
+        let mut seen = connection.0.lock().expect("lock");
+        let request = Request { method, target, number: seen.all.len() };
+        seen.all.push(request.clone());
+        seen.going.insert(request.number);
         request
     };
+    connection.1 = Some(request.number);
     let fate = plan(&mut request);
     if fate == Fate::Reset {
         let mut half = vec![0; length / 2];

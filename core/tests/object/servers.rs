@@ -228,6 +228,11 @@ pub(crate) fn s3_port() -> u16 {
 
 /// The same through something that listens at `port`.
 pub(crate) fn s3_at(port: u16) -> Place {
+    s3_place(format!("s3://bucket/{}", unique()), port)
+}
+
+/// A place that another process was given, or that is reached on another way.
+pub(crate) fn s3_place(url: String, port: u16) -> Place {
     let options = [
         ("aws_endpoint", &*format!("http://127.0.0.1:{port}")),
         ("aws_access_key_id", KEY.0),
@@ -235,7 +240,7 @@ pub(crate) fn s3_at(port: u16) -> Place {
         ("aws_region", "us-east-1"),
     ];
     let options = options.map(|(name, value)| (name.into(), value.into()));
-    Place { url: format!("s3://bucket/{}", unique()), options: options.into() }
+    Place { url, options: options.into() }
 }
 
 /// A place in the bucket of the server that speaks Google's protocol. It takes whole objects by signed URLs
