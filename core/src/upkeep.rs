@@ -8,11 +8,14 @@ use std::{collections::BTreeSet, path::Path, time::Duration};
 use crate::{
     clock::SystemClock,
     error::{Error, Result},
-    names::{Rank, Step, parse_step_dir},
+    names::{AttemptDir, AttemptRef, Rank, Step, parse_step_dir},
     ownership::{Ownership, is_held},
     place::start_lock_path,
     reader::Reader,
-    restore::{decide::lineage_of, survey::survey},
+    restore::{
+        decide::lineage_of,
+        survey::{Found, survey},
+    },
     retain::{self, Collected, Known, Policy, Victim},
     tier::{TierKind, disk::DiskTier},
 };
@@ -24,10 +27,26 @@ pub struct Plan {
     pub victims: Vec<(Victim, u64)>,
     /// A live process leads the newest attempt: what it has not sealed yet is left to it.
     pub live: bool,
-    newest: u32,
-    /// The newest step that is sealed.
+    newest: Option<AttemptRef>,
+    /// The newest step of the lineage that is sealed, and the newest of the newest attempt.
     sealed: Option<Step>,
+    sealed_own: Option<Step>,
     ranks: Vec<u32>,
+}
+
+impl Plan {
+    fn number(&self) -> u32 {
+        self.newest.map_or(0, |attempt| attempt.number)
+    }
+
+    /// A job that lives may be at this file of a bucket.
+    fn is_left(&self, name: &str) -> bool {
+        let mut parts = name.split('/');
+        let step = parts.next().and_then(parse_step_dir);
+        let dir = parts.next().and_then(AttemptDir::parse);
+        let own = dir.zip(self.newest).is_some_and(|(dir, newest)| dir.is(&newest));
+        step.is_some() && (step > self.sealed || (own && step > self.sealed_own))
+    }
 }
 
 /// Plans a collection of the disk tier, or of a bucket.
@@ -48,15 +67,17 @@ pub fn plan(reader: &Reader, policy: &Policy) -> Result<Plan> {
     let lineage = lineage_of(&[disk], &found, &attempts)?;
     let newest = attempts.newest();
     let live = match newest {
-        // A bucket has no locks. What is not sealed there, and newer than all that is, is left alone anyway.
         Some(record) if disk.kind() == TierKind::Disk => {
             is_held(&start_lock_path(Path::new(&disk.address()), &record.attempt.id))?
         }
         _ => false,
     };
-    let unsealed_of_live = found
-        .iter()
-        .filter(|f| live && !f.sealed() && newest.is_some_and(|r| f.key.attempt.is(&r.attempt)));
+    let own = found.iter().filter(|f| newest.is_some_and(|r| f.key.attempt.is(&r.attempt)));
+    let sealed_own = own.clone().filter(|f| f.sealed()).map(|f| f.key.step).max();
+    // A bucket has no locks: there a job may live, and be at what is newer than all that it sealed.
+    let may_grow =
+        |f: &&Found| live || (disk.kind() == TierKind::Object && Some(f.key.step) > sealed_own);
+    let unsealed_of_live = own.filter(|f| !f.sealed()).filter(may_grow);
     let in_flight: BTreeSet<_> = unsealed_of_live.map(|f| f.key.clone()).collect();
     let pins = retain::pins(disk)?;
     let known = Known {
@@ -84,8 +105,9 @@ pub fn plan(reader: &Reader, policy: &Policy) -> Result<Plan> {
         attempts.records().iter().flat_map(|r| r.savers.iter().copied()).collect();
     ranks.sort_unstable();
     ranks.dedup();
-    let sealed = found.iter().filter(|f| f.sealed()).map(|f| f.key.step).max();
-    Ok(Plan { victims, live, newest: newest.map_or(0, |r| r.attempt.number), sealed, ranks })
+    let on_line = found.iter().filter(|f| f.sealed() && lineage.contains(&f.key));
+    let sealed = on_line.map(|f| f.key.step).max();
+    Ok(Plan { victims, live, newest: newest.map(|r| r.attempt), sealed, sealed_own, ranks })
 }
 
 /// Carries a plan out; how it ended, and how many uploads of dead processes were ended in a bucket. Files
@@ -97,15 +119,12 @@ pub fn collect(reader: &Reader, plan: &Plan) -> Result<(Collected, usize)> {
     let home = reader.home();
     let victims: Vec<Victim> = plan.victims.iter().map(|(v, _)| v.clone()).collect();
     if home.kind() != TierKind::Disk {
-        let collected = retain::collect(home, &victims, plan.newest)?;
-        // A live job may be at what is newer than all that is sealed.
-        let step_of = |name: &str| parse_step_dir(name.split('/').next().unwrap_or(""));
-        let stays = |name: &str| step_of(name).is_some_and(|step| Some(step) > plan.sealed);
-        return Ok((collected, home.sweep(&stays)?));
+        let collected = retain::collect(home, &victims, plan.number())?;
+        return Ok((collected, home.sweep(&|name| plan.is_left(name))?));
     }
     let root = home.address();
     let disk = DiskTier::open(Path::new(&root))?;
-    let collected = retain::collect(&disk, &victims, plan.newest)?;
+    let collected = retain::collect(&disk, &victims, plan.number())?;
     for rank in &plan.ranks {
         let path = Path::new(&root).join(format!("_locks/rank-{rank:06}"));
         let what = format!("rank {rank} of {root}");

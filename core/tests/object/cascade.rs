@@ -11,13 +11,16 @@ use std::{
 
 use tierkeep::{
     ErrorKind,
+    begin::Begin,
     bucket::Bucket,
     checkpointer::Checkpointer,
     config::Config,
     names::Rank,
     reader::Reader,
+    retain::Policy,
     save::{Level, Save},
     tier::Tier,
+    upkeep,
 };
 
 use crate::{
@@ -284,4 +287,70 @@ fn what_a_dead_process_began_to_send_is_ended_by_the_next_job_and_by_gc() {
     let (_, ended) = tierkeep::upkeep::collect(&reader, &plan).expect("collect");
     assert_eq!(ended, 1, "what is newer than all that is sealed may be a live job's");
     assert_eq!(tier.unfinished().expect("unfinished"), Some(1));
+}
+
+#[test]
+fn a_collector_in_the_bucket_leaves_alone_what_a_job_has_just_begun() {
+    let held = Arc::new(AtomicBool::new(false));
+    let told = held.clone();
+    let proxy = Proxy::start(servers::s3_port(), move |request| {
+        // The leader's word that its attempt has a checkpoint.
+        match told.load(Ordering::Relaxed) && request.target.ends_with(".joined") {
+            true => Fate::Refused(503, "ServiceUnavailable"),
+            false => Fate::Passes,
+        }
+    });
+    let (places, place) = (Places::new(), servers::s3_at(proxy.port));
+    let direct = Place { url: place.url.clone(), ..servers::s3() };
+    let world = 2;
+    let begin = |how: &Begin| -> Vec<Checkpointer> {
+        let ranks = (0..world).map(|rank| {
+            let savers = (0..world).collect();
+            Checkpointer::open(Config { rank, world, savers, ..config(&places, &place) })
+                .expect("open")
+        });
+        let ranks: Vec<_> = ranks.collect();
+        ranks.iter().for_each(|ckpt| drop(ckpt.begin(how).expect("begin")));
+        ranks
+    };
+    let save = |ranks: &[Checkpointer], step: u64| -> Vec<Save> {
+        ranks.iter().map(|ckpt| save(ckpt, &SMALL, step)).collect()
+    };
+    let first = begin(&Begin::default());
+    for step in 1..=3 {
+        save(&first, step).iter().for_each(|save| wait(save, Level::Object));
+    }
+    first.iter().for_each(close);
+    let collect = || {
+        let reader =
+            Reader::open_with(Path::new(&direct.url), None, &direct.options).expect("open");
+        let policy = Policy { keep_last: 1, keep_every: None, abandoned: true };
+        let plan = upkeep::plan(&reader, &policy).expect("plan");
+        upkeep::collect(&reader, &plan).expect("collect").1
+    };
+    // The other rank's shard is there before anything tells that the attempt leads.
+    held.store(true, Ordering::Relaxed);
+    let second = begin(&Begin::default());
+    let four = save(&second, 4);
+    let there = |name: &str| {
+        let dir = format!("{:020}/{}", 4, second[0].attempt().expect("attempt").attempt.dir());
+        open(&direct).list(&dir).expect("list").iter().any(|entry| entry.name == name)
+    };
+    until("the other rank's shard is there", || there("rank-000001.json"));
+    collect();
+    assert!(there("rank-000001.json"), "it was taken from under the job");
+    held.store(false, Ordering::Relaxed);
+    four.iter().for_each(|save| wait(save, Level::Object));
+    second.iter().for_each(close);
+    // After a fresh start a job is at steps that are older than those which it left.
+    let third = begin(&Begin { fresh: true, ..Begin::default() });
+    let name = format!(
+        "{:020}/{}/rank-000000-01020304.safetensors",
+        1,
+        third[0].attempt().expect("attempt").attempt.dir()
+    );
+    let tier = open(&direct);
+    tier.put(&name, &crate::uploads::dying()).map(drop).expect_err("it dies");
+    assert_eq!((collect(), tier.unfinished().expect("unfinished")), (0, Some(1)));
+    third.iter().for_each(close);
 }

@@ -21,7 +21,7 @@ impl Model {
         let large = if random.one_in(3) { world } else { random.below(world) };
         let bytes = (0..world).map(|rank| {
             if rank == large || large == world && random.one_in(2) {
-                16 * MIB + random.below(20 * MIB)
+                16 * MIB + random.below(18 * MIB)
             } else {
                 MIB / 2 + random.below(3 * MIB)
             }
@@ -141,22 +141,22 @@ impl Trial {
         };
         let aims = [
             // Kind, and the highest number of one.
-            (Begin, 4),
-            (Part, 12),
-            (Part, 12),
-            (Complete, 4),
-            (Whole, 6),
-            (Manifest, 9),
-            (Manifest, 9),
-            (Seal, 3),
-            (Seal, 3),
-            (Tombstone, 3),
-            (Delete, 30),
-            (Delete, 30),
-            (Delete, 30),
-            (Abort, 2),
+            (Begin, 2),
+            (Part, 6),
+            (Part, 6),
+            (Complete, 2),
+            (Whole, 4),
+            (Manifest, 6),
+            (Manifest, 6),
+            (Seal, 2),
+            (Seal, 2),
+            (Tombstone, 2),
+            (Delete, 14),
+            (Delete, 14),
+            (Delete, 14),
+            (Abort, 1),
             (Record, 4),
-            (Look, 150),
+            (Look, 100),
         ];
         let (deed, most) = aims[random.below(aims.len() as u64) as usize];
         let number = 1 + random.below(most);
@@ -164,12 +164,16 @@ impl Trial {
         let abandoned = random.one_in(3);
         let collector = Collector { keep_last: 1 + random.below(3), abandoned };
         let collector = random.one_in(4).then_some(collector);
+        let aim = (!random.one_in(4)).then_some(Aim { deed, number, end });
+        // One in four before most have begun to save.
+        let most = if random.one_in(4) { 500_000 } else { 4_000_000 };
+        let longest = if aim.is_some() { 10_000_000 } else { random.below(most) };
         Self {
             settings: Settings::draw(random),
             rolls_back: collector.is_none() && random.one_in(10),
-            aim: (!random.one_in(4)).then_some(Aim { deed, number, end }),
-            seals: 2 + random.below(5),
-            longest: Duration::from_micros(50_000 + random.below(4_000_000)),
+            aim,
+            seals: 2 + random.below(4),
+            longest: Duration::from_micros(longest),
             then: Duration::from_micros(if random.one_in(2) { 0 } else { random.below(30_000) }),
             first: random.below(u64::from(world)) as usize,
             alone: Duration::from_micros(if random.one_in(4) { random.below(400_000) } else { 0 }),
