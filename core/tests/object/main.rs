@@ -1,5 +1,6 @@
 //! The object tier against real servers, and against a proxy between it and them.
-#![allow(clippy::unwrap_used, clippy::disallowed_methods, clippy::print_stdout)] // Tests.
+#![allow(clippy::unwrap_used, clippy::disallowed_methods)] // Tests.
+#![allow(clippy::print_stdout, clippy::print_stderr)]
 
 #[path = "../common/mod.rs"]
 mod common;
