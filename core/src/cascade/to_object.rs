@@ -84,6 +84,8 @@ pub(crate) struct Sending {
     pub(super) has_records: bool,
     /// Why it is away, where it is.
     trouble: Option<String>,
+    /// What a newer step lets go is being collected there.
+    tidies: bool,
 }
 
 impl Sending {
@@ -98,7 +100,7 @@ impl Sending {
     }
 
     fn is_busy(&self) -> bool {
-        self.now.is_some() || self.waits().is_some()
+        self.now.is_some() || self.waits().is_some() || self.tidies
     }
 }
 
@@ -464,6 +466,7 @@ impl Cascade {
         let save = {
             let mut sending = locked(&self.sending);
             sending.now.take_if(|now| now.step == step);
+            sending.tidies = self.parts.config.leads();
             if *said == InRam::Whole {
                 sending.trouble = None;
                 sending.sealed = sending.sealed.max(Some(step));
@@ -504,6 +507,9 @@ impl Cascade {
         if let Err(e) = tidied {
             tracing::warn!("nothing was collected in the bucket after step {step}: {}", e.chain());
         }
+        // Whoever closes waits for it: after the last step nobody else would do it.
+        locked(&self.sending).tidies = false;
+        self.parts.signal.notify();
     }
 }
 

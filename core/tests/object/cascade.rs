@@ -220,6 +220,26 @@ fn a_step_on_its_way_to_the_bucket_gets_there_though_its_slot_is_used_again() {
 }
 
 #[test]
+fn a_job_that_closes_has_collected_in_the_bucket() {
+    let proxy = Proxy::start(servers::s3_port(), |request| match &*request.method {
+        "POST" => Fate::Late(Duration::from_millis(400)), // A deletion.
+        _ => Fate::Passes,
+    });
+    let (places, place) = (Places::new(), servers::s3_at(proxy.port));
+    let mut config = config(&places, &place);
+    config.bucket.as_mut().expect("bucket").keep_last = 1;
+    let ckpt = Checkpointer::open(config).expect("open");
+    resume(&ckpt, &SMALL).expect("resume");
+    for step in 1..=2 {
+        wait(&save(&ckpt, &SMALL, step), Level::Object);
+    }
+    close(&ckpt);
+    assert_eq!(events(&ckpt), [""; 0]);
+    let tier = open(&servers::Place { url: place.url, ..servers::s3() });
+    assert!(tier.list(&format!("{:020}", 1)).expect("list").is_empty(), "step 1 is there");
+}
+
+#[test]
 fn a_cluster_that_was_given_up_seals_nothing_in_the_bucket_any_more() {
     let place = servers::s3();
     let (old, new) = (Places::new(), Places::new());
