@@ -484,6 +484,8 @@ pub(crate) struct Stands {
     pub(crate) on_disk: bool,
     /// As far as it is known: a bucket that is away now is asked again when it is written to.
     pub(crate) in_bucket: bool,
+    /// Every rank's shard is there: whoever sent the last one may have died before the seal.
+    pub(crate) whole_in_bucket: bool,
 }
 
 impl Stands {
@@ -491,11 +493,11 @@ impl Stands {
         let Some(key) = record.parent.map(|parent| parent.key()) else {
             return Ok(Self::default());
         };
-        let bucket = place.bucket.as_ref();
-        let in_bucket =
-            |bucket: &Arc<dyn Tier>| Listing::of(&**bucket, &key).is_ok_and(|l| l.sealed);
+        let bucket = place.bucket.as_ref().and_then(|bucket| Listing::of(&**bucket, &key).ok());
+        let in_bucket = bucket.as_ref().is_some_and(|l| l.sealed);
+        let is_whole = |l: &Listing| l.sealed || l.missing(&record.savers).is_empty();
         let on_disk = Listing::of(&*place.disk, &key)?.sealed;
-        Ok(Self { on_disk, in_bucket: bucket.is_some_and(in_bucket) })
+        Ok(Self { on_disk, in_bucket, whole_in_bucket: bucket.as_ref().is_some_and(is_whole) })
     }
 }
 

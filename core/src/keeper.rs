@@ -250,9 +250,9 @@ impl Keeper {
             found.slot = place.arena.find(&found.key).and_then(|slot| slot.map().cloned());
             found
         });
-        let Stands { on_disk, in_bucket } = started.stands;
+        let Stands { on_disk, in_bucket, whole_in_bucket } = started.stands;
         // What the bucket has is durable: no slot waits to bring it to disk.
-        let in_ram = keep.is_some() && !on_disk && !in_bucket;
+        let in_ram = keep.is_some() && !on_disk && !whole_in_bucket;
         let waits = in_ram && !place.config.is_bucket_only();
         let step = keep.as_ref().map(|key| key.step.0);
         // What is not sealed goes to disk from its slot, and to other nodes whatever is.

@@ -102,7 +102,7 @@ impl Place {
 
     /// What is resumed from is to go to the bucket, as far as that is known.
     pub(crate) fn lacks_in_bucket(&self, stands: Stands) -> bool {
-        let is_source = stands.on_disk || self.config.is_bucket_only();
+        let is_source = stands.on_disk || stands.whole_in_bucket || self.config.is_bucket_only();
         self.bucket.is_some() && is_source && !stands.in_bucket
     }
 

@@ -61,6 +61,8 @@ pub(crate) struct Sending {
     pub(super) doubtful: BTreeSet<u64>,
     /// The records of the attempts are there.
     pub(super) has_records: bool,
+    /// What a newer step lets go is being collected there.
+    pub(super) tidies: bool,
     /// Since when it is away and why, where it is.
     pub(super) trouble: Option<(Duration, String)>,
 }
@@ -102,7 +104,7 @@ impl Sending {
     }
 
     pub(super) fn is_busy(&self) -> bool {
-        self.now.is_some() || self.waits().is_some()
+        self.now.is_some() || self.waits().is_some() || self.tidies
     }
 }
 

@@ -395,6 +395,7 @@ impl Cascade {
         let save = {
             let mut sending = locked(&self.sending);
             sending.now.take_if(|now| now.step == step);
+            sending.tidies = self.parts.config.leads();
             if *said == InRam::Whole {
                 sending.has(step);
                 sending.trouble = None;
@@ -435,5 +436,8 @@ impl Cascade {
         if let Err(e) = tidied {
             tracing::warn!("nothing was collected in the bucket after step {step}: {}", e.chain());
         }
+        // Whoever closes waits for it: after the last step nobody else would do it.
+        locked(&self.sending).tidies = false;
+        self.parts.signal.notify();
     }
 }

@@ -103,6 +103,28 @@ fn a_job_goes_on_from_the_bucket_where_everything_else_is_lost() {
 }
 
 #[test]
+fn a_job_that_goes_on_from_shards_in_the_bucket_that_nobody_sealed_seals_them_there() {
+    let (places, place) = (Places::new(), servers::s3());
+    let ckpt = start(&places, &place);
+    resume(&ckpt, &SMALL).expect("resume");
+    wait(&save(&ckpt, &SMALL, 1), Level::Object);
+    wait(&save(&ckpt, &SMALL, 2), Level::Object);
+    let dir = format!("{:020}/{}", 2, ckpt.attempt().expect("attempt").attempt.dir());
+    close(&ckpt);
+    // As if it had died right before.
+    open(&place).delete(&format!("{dir}/CHECKPOINT.json")).expect("delete");
+    assert_eq!(steps(&place), [1]);
+    let elsewhere = Places::new();
+    let ckpt = start(&elsewhere, &place);
+    assert_eq!(resume(&ckpt, &SMALL).expect("resume"), 2);
+    until("it is sealed", || steps(&place) == [1, 2]);
+    wait(&save(&ckpt, &SMALL, 3), Level::Object);
+    close(&ckpt);
+    let told = events(&ckpt);
+    assert!(!told.iter().any(|text| text.contains("given up")), "{told:?}");
+}
+
+#[test]
 fn every_rank_sends_its_shard_and_one_seals() {
     let (places, place) = (Places::new(), servers::s3());
     let world = 3;
@@ -195,6 +217,26 @@ fn a_step_on_its_way_to_the_bucket_gets_there_though_its_slot_is_used_again() {
     away.store(false, Ordering::Relaxed);
     wait(&first, Level::Object);
     close(&ckpt);
+}
+
+#[test]
+fn a_job_that_closes_has_collected_in_the_bucket() {
+    let proxy = Proxy::start(servers::s3_port(), |request| match &*request.method {
+        "POST" => Fate::Late(Duration::from_millis(400)), // A deletion.
+        _ => Fate::Passes,
+    });
+    let (places, place) = (Places::new(), servers::s3_at(proxy.port));
+    let mut config = config(&places, &place);
+    config.bucket.as_mut().expect("bucket").keep_last = 1;
+    let ckpt = Checkpointer::open(config).expect("open");
+    resume(&ckpt, &SMALL).expect("resume");
+    for step in 1..=2 {
+        wait(&save(&ckpt, &SMALL, step), Level::Object);
+    }
+    close(&ckpt);
+    assert_eq!(events(&ckpt), [""; 0]);
+    let tier = open(&servers::Place { url: place.url, ..servers::s3() });
+    assert!(tier.list(&format!("{:020}", 1)).expect("list").is_empty(), "step 1 is there");
 }
 
 #[test]

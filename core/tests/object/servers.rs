@@ -29,7 +29,8 @@ pub(crate) struct Place {
 /// A server that runs.
 struct Server {
     port: u16,
-    /// The server ends when this one's standard input is closed, however this process ends.
+    /// The server ends, and its directory goes, when this one's standard input is closed, however this
+    /// process ends.
     _shell: std::process::Child,
     _dir: TempDir,
 }
@@ -74,9 +75,9 @@ fn start(dir: TempDir, port: u16, program: &Path, args: &[String]) -> Server {
     words.extend_from_slice(args);
     let line: Vec<String> = words.iter().map(|word| format!("'{word}'")).collect();
     let script = format!(
-        "{} >'{}/log' 2>&1 & child=$!; cat >/dev/null; kill -9 $child",
+        "{} >'{dir}/log' 2>&1 & child=$!; cat >/dev/null; kill -9 $child; wait; rm -rf '{dir}'",
         line.join(" "),
-        dir.path().display()
+        dir = dir.path().display()
     );
     let shell = Command::new("sh").args(["-c", &script]).stdin(Stdio::piped()).spawn().expect("sh");
     let deadline = Instant::now() + Duration::from_secs(60);
