@@ -26,6 +26,8 @@ from typing import Any
 
 COMMAND = str(Path(sys.executable).with_name("tierkeep"))
 GOSSIP_PORT = 9178
+# Where no node is: a store that all of them reach, say.
+HUB = "10.77.255.1"
 TOOLS = ("ip", "tc", "nsenter", "unshare", "mount")
 
 
@@ -207,6 +209,8 @@ class Lab:
             run("ip", "netns", "add", self.hub)
             run("ip", "-n", self.hub, "link", "add", "br0", "type", "bridge")
             run("ip", "-n", self.hub, "link", "set", "br0", "up")
+            run("ip", "-n", self.hub, "addr", "add", f"{HUB}/16", "dev", "br0")
+            run("ip", "-n", self.hub, "link", "set", "lo", "up")
             self.add(self._count)
         except BaseException:
             self.__exit__()

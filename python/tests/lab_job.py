@@ -87,7 +87,8 @@ def train(wish: dict[str, Any]) -> None:
         wish["destination"],
         agent=wish["agent"],
         replicas=wish["replicas"],
-        disk_every=wish.get("disk_every", 5),
+        **wish.get("bucket", {}),
+        disk_every=wish.get("disk_every", 5) if wish.get("has_disk", True) else None,
         timeouts_s={"attempt_wait_s": 60, "peer_wait_s": wish.get("peer_wait_s", 60)},
     )
     found = ckpt.restore(tensors)
@@ -105,6 +106,8 @@ def train(wish: dict[str, Any]) -> None:
         for save in waiting:
             if save.progress().peer:
                 say(event="peer", rank=rank, step=save.step)
+            if save.progress().object:
+                say(event="object", rank=rank, step=save.step)
         waiting = [save for save in waiting if not save.progress().done]
     ckpt.wait_all("peer", 60)
     say(event="end", rank=rank, step=step, crc=state.crc())

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lab import Lab, Node
+from servers import BUCKET
 
 SCRIPT = str(Path(__file__).with_name("lab_job.py"))
 
@@ -68,6 +69,8 @@ class Job:
         self.failed: list[dict[str, Any]] = []
         # The newest step that some rank was told to be on other nodes, ever.
         self.on_peers = 0
+        # And in the bucket.
+        self.in_bucket = 0
 
     def __enter__(self) -> Job:
         for node in self.lab.nodes:
@@ -87,6 +90,9 @@ class Job:
             self._launchers[node.name] = Launcher(node, self._heard)
         return self._launchers[node.name]
 
+    def _place(self) -> dict[str, Any]:
+        return {"destination": f"{self.lab.here}/disk/{self._run}"}
+
     def start(self, nodes: list[Node], steps: int, **wishes: Any) -> None:
         """Starts all ranks, in turn on these nodes."""
         self._port += 1
@@ -96,7 +102,7 @@ class Job:
                 rank=rank,
                 world=self.world,
                 master=f"{nodes[0].address}:{self._port}",
-                destination=f"{self.lab.here}/disk/{self._run}",
+                **self._place(),
                 agent=nodes[0].socket,
                 replicas=self.replicas,
                 steps=steps,
@@ -131,6 +137,8 @@ class Job:
                 self.resumed[said["rank"]] = said
             case "peer":
                 self.on_peers = max(self.on_peers, said["step"])
+            case "object":
+                self.in_bucket = max(self.in_bucket, said["step"])
             case "end":
                 self.ended[said["rank"]] = said
             case "failed":
@@ -171,6 +179,22 @@ class Job:
         tail = "\n".join
         logs = ((n.name, n.log.read_text().splitlines()[-12:]) for n in self.lab.nodes)
         return "\n".join(f"--- {name}\n{tail(lines)}" for name, lines in logs)
+
+
+class BucketJob(Job):
+    """One whose run is in a bucket, behind the disks of the nodes or without them."""
+
+    def __init__(
+        self, lab: Lab, world: int, options: dict[str, str], has_disk: bool, **wishes: Any
+    ):
+        super().__init__(lab, world, has_disk=has_disk, **wishes)
+        self.url = f"s3://{BUCKET}/{lab.word}-{has_disk}/run"
+        self._bucket: dict[str, Any] = {"storage_options": options}
+        if has_disk:
+            self._bucket["disk"] = f"{lab.here}/disk"
+
+    def _place(self) -> dict[str, Any]:
+        return {"destination": self.url, "bucket": self._bucket}
 
 
 def copies(lab: Lab, step: int, world: int) -> list[int]:

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 KEY, SECRET = "tierkeep", "tierkeep-secret"
@@ -18,6 +18,14 @@ _IDENTITY = (
     '{"identities":[{"name":"t","credentials":[{"accessKey":"%s","secretKey":"%s"}],'
     '"actions":["Admin","Read","Write","List","Tagging"]}]}'
 )
+
+
+class Reached(dict[str, str]):
+    """What a server is reached with, as `storage_options`; and its process."""
+
+    def __init__(self, pid: int, **options: str) -> None:
+        super().__init__(options)
+        self.pid = pid
 
 
 def _free(port: int) -> bool:
@@ -49,17 +57,20 @@ def _weed() -> str:
 
 
 @contextlib.contextmanager
-def s3(directory: Path, volumes: int = 30) -> Iterator[dict[str, str]]:
+def s3(
+    directory: Path, volumes: int = 30, *, ip: str = "127.0.0.1", within: Sequence[str] = ()
+) -> Iterator[Reached]:
     """A server with an empty bucket, for as many GB as it has `volumes`.
 
-    Gives what it is reached with, as `storage_options`.
+    `within`: the words that run a command where it is to be, with the address `ip`. Gives what it
+    is reached with.
     """
     directory.mkdir(parents=True, exist_ok=True)
     identities = directory / "s3.json"
     identities.write_text(_IDENTITY % (KEY, SECRET))
     master, volume, filer, port = _ports(4)
     command = [
-        _weed(), "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={directory}",
+        *within, _weed(), "server", f"-ip={ip}", f"-ip.bind={ip}", f"-dir={directory}",
         f"-master.port={master}", f"-volume.port={volume}", "-filer", f"-filer.port={filer}",
         "-s3", f"-s3.port={port}", f"-s3.config={identities}",
         "-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false",
@@ -68,24 +79,30 @@ def s3(directory: Path, volumes: int = 30) -> Iterator[dict[str, str]]:
     with (directory / "log").open("wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        _make_bucket(server, master, port, directory / "log")
-        yield {
-            "aws_endpoint": f"http://127.0.0.1:{port}",
-            "aws_access_key_id": KEY,
-            "aws_secret_access_key": SECRET,
-            "aws_region": "us-east-1",
-        }
+        _make_bucket(server, within, (ip, master, port), directory / "log")
+        yield Reached(
+            server.pid,
+            aws_endpoint=f"http://{ip}:{port}",
+            aws_access_key_id=KEY,
+            aws_secret_access_key=SECRET,
+            aws_region="us-east-1",
+        )
     finally:
         server.kill()
         server.wait()
 
 
-def _make_bucket(server: subprocess.Popen[bytes], master: int, port: int, log: Path) -> None:
+def _make_bucket(
+    server: subprocess.Popen[bytes], within: Sequence[str], at: tuple[str, int, int], log: Path
+) -> None:
+    ip, master, port = at
     end = time.monotonic() + 60
     made = ""
+    connect = f"import socket; socket.create_connection(({ip!r}, {port}), 1)"
     while time.monotonic() < end and server.poll() is None:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-            shell = [_weed(), "shell", f"-master=127.0.0.1:{master}"]
+        there = subprocess.run([*within, sys.executable, "-c", connect], capture_output=True)
+        if there.returncode == 0:
+            shell = [*within, _weed(), "shell", f"-master={ip}:{master}"]
             asked = f"s3.bucket.create -name {BUCKET}\ns3.bucket.list\n"
             made = subprocess.run(shell, input=asked, capture_output=True, text=True).stdout
             if f"\n  {BUCKET}\t" in made:

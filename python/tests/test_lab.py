@@ -10,13 +10,18 @@ import json
 import os
 import random
 import time
+import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from lab import COMMAND, Lab, LabUnavailableError, check, lab
+import servers
+from lab import COMMAND, HUB, Lab, LabUnavailableError, check, lab, run
 from lab_job import expected
-from lab_jobs import Job, copies
+from lab_jobs import BucketJob, Job, copies
+
+import tierkeep
 
 KILLS = int(os.environ.get("TIERKEEP_NODE_KILLS", "4"))
 PARTITION_SECONDS = float(os.environ.get("TIERKEEP_PARTITION_SECONDS", "5"))
@@ -149,6 +154,51 @@ def test_a_hint_to_a_new_node_has_its_shards_there_before_its_ranks_are() -> Non
         assert job.has_resumed() == said["step"]
         truth.holds(job.resumed)
         assert "came from" not in new.log.read_text(), "it was fetched again"
+
+
+@pytest.mark.parametrize("has_disk", [True, False])
+def test_a_cluster_that_is_lost_whole_goes_on_from_the_bucket_on_fewer_nodes(
+    tmp_path: Path, has_disk: bool
+) -> None:
+    world, truth = 6, Truth(6, 400, SMALL)
+    with Lab(4) as made:
+        within = ["ip", "netns", "exec", made.hub]
+        with (
+            servers.s3(tmp_path / "s3", ip=HUB, within=within) as options,
+            BucketJob(made, world, options, has_disk, numbers=SMALL, disk_every=1) as job,
+        ):
+            made.start_agents()
+            job.start(made.nodes, 400)
+            assert job.has_resumed() == 0
+            for nodes in (made.nodes[:3], made.nodes[1:3]):
+                before = job.in_bucket
+                job.until(lambda b=before: job.in_bucket > b + 2, 60, "steps in the bucket")  # type: ignore[misc]
+                for node in made.nodes:
+                    node.lose()
+                job.kill()
+                safe = job.in_bucket
+                for node in made.nodes:
+                    node.replace()
+                    node.log.unlink(missing_ok=True)
+                for node in nodes:
+                    node.start_agent()
+                made.gathered(nodes)
+                job.start(nodes, 400)
+                assert job.has_resumed() >= safe
+                truth.holds(job.resumed)
+                came = [node.log.read_text().count("came from the bucket") for node in nodes]
+                assert sum(came) == world, "each shard comes from there once"
+            job.kill()
+            # By the command alone, on a machine that has nothing.
+            flags = [w for name, value in options.items() for w in ("--option", f"{name}={value}")]
+            to = tmp_path / "laptop" / "run"
+            run(*within, COMMAND, "restore", job.url, "--to", str(to), *flags)
+            said = run(*within, COMMAND, "verify", str(to), "--json")
+            assert json.loads(said)["good"], said
+            found = tierkeep.load(to, rank=3, ram_dir=tmp_path)
+            step = json.loads(run(COMMAND, "ls", str(to), "--json"))["steps"][-1]["step"]
+            crc = zlib.crc32(found["momentum"].numpy(), zlib.crc32(found["weights"].numpy()))
+            truth.holds({3: {"rank": 3, "step": step, "crc": crc}})
 
 
 @pytest.mark.parametrize("nodes", [2, 3, 5, 7])

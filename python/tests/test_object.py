@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import servers
+from agents import COMMAND, Agent
 
 import tierkeep
 
@@ -134,3 +139,71 @@ def test_the_command_restores_from_a_bucket_with_the_job_down(
     to = tmp_path / "laptop" / "run"
     run("restore", url, "--to", str(to))
     same(tierkeep.load(to, ram_dir=ram), 1)
+
+
+OUTAGE_SECONDS = float(os.environ.get("TIERKEEP_OUTAGE_SECONDS", "8"))
+
+
+def _rss(pid: int) -> int:
+    text = Path(f"/proc/{pid}/status").read_text()
+    return int(text.split("VmRSS:")[1].split()[0]) << 10
+
+
+@pytest.mark.parametrize("has_disk", [True, False])
+def test_a_bucket_that_is_away_under_training_is_told_and_holds_nothing_up(
+    tmp_path: Path, agent: Agent, has_disk: bool
+) -> None:
+    """The server hangs for `TIERKEEP_OUTAGE_SECONDS`: it takes connections and answers nothing."""
+
+    def status() -> Any:
+        command = [COMMAND, "status", "--json", "--agent", str(agent.socket)]
+        return json.loads(subprocess.check_output(command))["ranks"][0]
+
+    disk = {"disk": tmp_path / "disk"} if has_disk else {}
+    with servers.s3(tmp_path / "s3") as options:
+        url = f"s3://{servers.BUCKET}/outage/run"
+        ckpt = tierkeep.Checkpointer(url, storage_options=options, busy="skip", **disk)
+        assert ckpt.restore(state(0)) is None
+        before: list[float] = []
+        during: list[float] = []
+        step = 0
+
+        def train(seconds: float, took: list[float]) -> tierkeep.Save:
+            nonlocal step
+            end = time.monotonic() + seconds
+            while True:
+                step += 1
+                begun = time.monotonic()
+                save = ckpt.save(step, state(step))
+                save.wait("ram", 60)
+                took.append(time.monotonic() - begun)
+                if time.monotonic() > end:
+                    return save
+                time.sleep(0.05)
+
+        train(2, before).wait("object", 60)
+        assert agent.process is not None
+        pids = [os.getpid(), agent.process.pid]
+        memory = [_rss(pid) for pid in pids]
+        os.kill(options.pid, signal.SIGSTOP)
+        try:
+            train(OUTAGE_SECONDS, during)
+            grown = [(_rss(pid) - was) >> 20 for pid, was in zip(pids, memory, strict=True)]
+            away = status()
+        finally:
+            os.kill(options.pid, signal.SIGCONT)
+        train(0, during).wait("object", 240)
+        there = status()
+        skipped = ckpt.counters()["saves_skipped"]
+        print(
+            f"{len(before)} and {len(during)} saves; the slowest took {max(before):.3f} s, and "
+            f"{max(during):.3f} s with the bucket away for {OUTAGE_SECONDS:.0f} s; MiB more in "
+            f"trainer and agent: {grown}; passed over for want of a slot: {skipped}"
+        )
+        assert skipped == 0 and ckpt.last_error is None
+        assert all(mib < 64 for mib in grown), grown
+        assert away["object_step"] < away["ram_step"]
+        assert away["sending"] is not None or away["object_trouble"] is not None, away
+        assert there["object_step"] == step and there["object_trouble"] is None, there
+        ckpt.close()
+        same(tierkeep.load(url, storage_options=options), step)
