@@ -555,14 +555,14 @@ mod metrics_json {
     }
 }
 
-mod crc_hex {
+pub(crate) mod crc_hex {
     use serde::{Deserialize, Deserializer, Serializer, de::Error};
 
-    pub(super) fn serialize<S: Serializer>(crc: &u32, s: S) -> Result<S::Ok, S::Error> {
+    pub(crate) fn serialize<S: Serializer>(crc: &u32, s: S) -> Result<S::Ok, S::Error> {
         s.collect_str(&format_args!("{crc:08x}"))
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<u32, D::Error> {
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<u32, D::Error> {
         let text = String::deserialize(d)?;
         super::parse_crc(&text).ok_or_else(|| D::Error::custom("a CRC-32 has 8 hex digits"))
     }
@@ -572,7 +572,7 @@ mod crcs_hex {
     use serde::{Deserialize, Deserializer, Serializer, de::Error};
     use std::fmt::Write as _;
 
-    pub(super) fn serialize<S: Serializer>(crcs: &[u32], s: S) -> Result<S::Ok, S::Error> {
+    pub(crate) fn serialize<S: Serializer>(crcs: &[u32], s: S) -> Result<S::Ok, S::Error> {
         let mut text = String::with_capacity(crcs.len() * 8);
         for crc in crcs {
             let _ = write!(text, "{crc:08x}");
@@ -580,7 +580,7 @@ mod crcs_hex {
         s.serialize_str(&text)
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<u32>, D::Error> {
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<u32>, D::Error> {
         let text = String::deserialize(d)?;
         let crcs = text
             .as_bytes()

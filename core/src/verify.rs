@@ -5,7 +5,8 @@
 //! # Invariants
 //!
 //! - One flipped bit in any attempt record, seal, manifest or payload is found, in whatever tier it
-//!   lies, and told by file and chunk.
+//!   lies, and told by file and chunk; in a bucket's payload by what the bucket says of the file, unless
+//!   every byte is asked for.
 //! - A copy that a live job retired while it was read is not damage.
 
 use std::{
@@ -70,6 +71,8 @@ pub struct Verdict {
     pub restorable: bool,
     /// Bytes of payload that were read, all copies together.
     pub bytes: u64,
+    /// Bytes of payload that were not read: the store has the file with the checksum that it should have.
+    pub told_bytes: u64,
     /// What was found.
     pub findings: Vec<Finding>,
 }
@@ -153,23 +156,35 @@ pub fn verify_records(reader: &Reader) -> Result<(Records, Vec<Found>)> {
     Ok((records, found))
 }
 
-/// Reads every byte of every copy of one checkpoint. `progress` is told the payload bytes as they
-/// are read.
+/// What is read of payloads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Depth {
+    /// Every byte of every copy.
+    Bytes,
+    /// The same, but for copies in a bucket that keeps checksums: of them what the bucket says.
+    Told,
+}
+
+/// Reads every copy of one checkpoint. `progress` is told the payload bytes as they are read, or vouched
+/// for.
 #[must_use]
 pub fn verify(
     reader: &Reader,
     found: &Found,
     run_id: Option<&Id>,
+    depth: Depth,
     progress: &(dyn Fn(u64) + Sync),
 ) -> Verdict {
     let mut work = Work {
         key: &found.key,
         run_id,
+        depth,
         progress,
         verdict: Verdict {
             key: found.key.clone(),
             restorable: false,
             bytes: 0,
+            told_bytes: 0,
             findings: Vec::new(),
         },
         first: None,
@@ -191,6 +206,7 @@ pub fn verify(
 struct Work<'a> {
     key: &'a CheckpointKey,
     run_id: Option<&'a Id>,
+    depth: Depth,
     progress: &'a (dyn Fn(u64) + Sync),
     verdict: Verdict,
     first: Option<ShardManifest>,
@@ -310,6 +326,19 @@ impl Work<'_> {
         if source.len() != info.length {
             let why = format!("it has {} bytes, its manifest says {}", source.len(), info.length);
             self.verdict.findings.push(damage(tier, name, &why));
+        }
+        if self.depth == Depth::Told
+            && let Some(told) = source.crc32()
+        {
+            (self.progress)(info.length);
+            if told == info.stored_crc() {
+                self.verdict.told_bytes = self.verdict.told_bytes.saturating_add(info.length);
+                return BTreeSet::new();
+            }
+            let why =
+                format!("the store has it with CRC-32 {told:08x}, not {:08x}", info.stored_crc());
+            self.verdict.findings.push(damage(tier, name, &why));
+            return (0..info.chunks.len()).collect();
         }
         let next = AtomicUsize::new(0);
         let bad = Mutex::new(BTreeMap::new());

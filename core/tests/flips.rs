@@ -40,8 +40,16 @@ fn verify(places: &Places) -> Vec<String> {
     let run_id = records.good.first().map(|r| r.run_id);
     let mut findings = records.findings;
     for found in &found {
-        findings
-            .extend(tierkeep::verify::verify(&reader, found, run_id.as_ref(), &|_| {}).findings);
+        findings.extend(
+            tierkeep::verify::verify(
+                &reader,
+                found,
+                run_id.as_ref(),
+                tierkeep::verify::Depth::Bytes,
+                &|_| {},
+            )
+            .findings,
+        );
     }
     let damage = findings.iter().filter(|f| f.gravity == Gravity::Damage);
     damage.map(|f| format!("{} {:?} {}", f.file, f.chunks, f.why)).collect()

@@ -363,6 +363,9 @@ pub(crate) struct Verify {
     /// Every checkpoint (the default)
     #[arg(long)]
     pub(crate) all: bool,
+    /// In a bucket that keeps checksums, read every byte all the same, instead of asking for them
+    #[arg(long)]
+    pub(crate) deep: bool,
 }
 
 #[derive(Debug, Args)]

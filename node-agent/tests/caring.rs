@@ -126,16 +126,28 @@ fn a_copy_that_a_live_job_retired_while_it_was_read_is_not_damage() {
     let (records, found) = tierkeep::verify::verify_records(&reader).unwrap();
     let run_id = records.good.last().map(|r| r.run_id);
     let newest = found.last().unwrap();
-    let still = tierkeep::verify::verify(&reader, newest, run_id.as_ref(), &|_| {});
+    let still = tierkeep::verify::verify(
+        &reader,
+        newest,
+        run_id.as_ref(),
+        tierkeep::verify::Depth::Bytes,
+        &|_| {},
+    );
     assert!(!still.is_good());
     let first = find(place.ram(), &["00030/", "rank-000000-", ".safetensors"]);
     let first = std::fs::metadata(first).unwrap().len();
     let read = AtomicU64::new(0);
-    let verdict = tierkeep::verify::verify(&reader, newest, run_id.as_ref(), &|bytes| {
-        if read.fetch_add(bytes, Ordering::Relaxed) + bytes > first {
-            let _ = std::fs::remove_file(&manifest);
-        }
-    });
+    let verdict = tierkeep::verify::verify(
+        &reader,
+        newest,
+        run_id.as_ref(),
+        tierkeep::verify::Depth::Bytes,
+        &|bytes| {
+            if read.fetch_add(bytes, Ordering::Relaxed) + bytes > first {
+                let _ = std::fs::remove_file(&manifest);
+            }
+        },
+    );
     assert!(verdict.is_good(), "{verdict:#?}");
     assert!(verdict.findings[0].why.contains("retired"), "{verdict:#?}");
 }

@@ -435,6 +435,10 @@ impl Cascade {
             .and_then(|()| self.retain_in_bucket(far));
         if let Err(e) = tidied {
             tracing::warn!("nothing was collected in the bucket after step {step}: {}", e.chain());
+            if e.kind() == ErrorKind::Unavailable {
+                let now = self.parts.clock.monotonic();
+                locked(&self.sending).is_away(now, e.chain());
+            }
         }
         // Whoever closes waits for it: after the last step nobody else would do it.
         locked(&self.sending).tidies = false;

@@ -4,7 +4,7 @@
 //! ```text
 //! rank-000003-1a2b3c4d.packed   the stored chunks, one after the other
 //! rank-000003.json              {"checksum":"...","format":1,"required_features":["packed"],
-//!                                "stored":{"file":...,"codec":...,"lengths":[...]},"shard":{...}}
+//!                                "stored":{"file":...,"codec":...,"crc":...,"lengths":[...]},"shard":{...}}
 //! ```
 //!
 //! `shard` is the manifest as it lies elsewhere, to the byte: copies of one shard in several tiers are the
@@ -30,7 +30,7 @@ pub(crate) use self::{pack::pack, unpack::open};
 use crate::{
     chunk::chunk_len,
     error::{Error, Result},
-    manifest::{PayloadInfo, ShardManifest, decode},
+    manifest::{PayloadInfo, ShardManifest, crc_hex, decode},
     names::{CheckpointKey, Rank},
     record,
 };
@@ -48,6 +48,9 @@ pub struct Stored {
     pub file: String,
     /// How each chunk is compressed that is.
     pub codec: String,
+    /// CRC-32 of the file, eight hex digits.
+    #[serde(with = "crc_hex")]
+    pub crc: u32,
     /// Bytes of each chunk as it lies.
     pub lengths: Vec<u64>,
 }
@@ -117,6 +120,12 @@ pub(crate) fn decode_any(
 }
 
 impl PayloadInfo {
+    /// CRC-32 of the file that holds it.
+    #[must_use]
+    pub fn stored_crc(&self) -> u32 {
+        self.stored.as_ref().map_or(self.crc, |stored| stored.crc)
+    }
+
     /// The name of the file that holds it, beside the manifest.
     #[must_use]
     pub fn stored_file(&self) -> &str {

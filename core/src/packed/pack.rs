@@ -140,7 +140,8 @@ pub(crate) fn pack(
         crcs.push(begun.finalize());
     }
     let name = manifest.identity.packed_name();
-    let stored = Stored { file: name.clone(), codec: CODEC.into(), lengths };
+    let crc = combine(&crcs, len, CHUNK_BYTES);
+    let stored = Stored { file: name.clone(), codec: CODEC.into(), crc, lengths };
     Ok(Some(Packed { file, len, crcs, name, manifest: wrap(plain, &stored)? }))
 }
 

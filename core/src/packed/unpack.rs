@@ -149,6 +149,10 @@ impl Source for Unpacked {
         self.length
     }
 
+    fn crc32(&self) -> Option<u32> {
+        self.source.crc32() // Of the file, as `PayloadInfo::stored_crc` is.
+    }
+
     fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<()> {
         let there = usize::try_from(self.length.saturating_sub(offset)).unwrap_or(usize::MAX);
         let want = into.len().min(there);

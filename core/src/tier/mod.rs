@@ -126,6 +126,10 @@ pub trait Source: Send + Sync {
     fn is_cached(&self, _offset: u64, _len: usize) -> bool {
         false
     }
+    /// CRC-32 of the whole, where the place keeps one and tells it without reading.
+    fn crc32(&self) -> Option<u32> {
+        None
+    }
     /// The open file, where it is one: to be handed to another process.
     fn file(&self) -> Option<&std::fs::File> {
         None

@@ -6,7 +6,7 @@ use tierkeep::{
     names::CheckpointKey,
     reader::Reader,
     restore::decide::Wish,
-    verify::{Finding, Gravity, verify, verify_records},
+    verify::{Depth, Finding, Gravity, verify, verify_records},
 };
 
 /// Every copy that a manifest speaks for is good in every byte, be its checkpoint complete or not;
@@ -16,7 +16,7 @@ pub fn everything_is_whole(reader: &Reader) {
     let mut wrong = grave(&records.findings);
     let run_id = records.good.first().map(|r| r.run_id);
     for found in all.iter().filter(|f| !f.deleted()) {
-        let verdict = verify(reader, found, run_id.as_ref(), &|_| ());
+        let verdict = verify(reader, found, run_id.as_ref(), Depth::Bytes, &|_| ());
         wrong.extend(grave(&verdict.findings));
         if found.sealed() && !verdict.is_good() {
             wrong.push(format!("{} is sealed, but not whole", found.key));

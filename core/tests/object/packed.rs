@@ -17,6 +17,7 @@ use tierkeep::{
         value::{Lib, TensorRef, Value},
     },
     tier::{Tier, object::ObjectTier},
+    verify::{Depth, verify},
 };
 
 use crate::{
@@ -135,6 +136,15 @@ fn what_is_compressed_in_a_bucket_comes_back_bit_for_bit_everywhere() {
     let plain = (3_000_000 * 4 + (9 << 20)) as u64;
     let (_, _, len) = packed_file(&place);
     assert!(len < plain - plain / 20, "{len} of {plain}");
+    // The store's word is for the file as it lies there.
+    let (records, found) = tierkeep::verify::verify_records(&reader(&place)).expect("records");
+    let run_id = records.good.last().map(|r| r.run_id);
+    for (depth, read) in [(Depth::Told, 0), (Depth::Bytes, plain)] {
+        let reader = reader(&place);
+        let verdict = verify(&reader, &found[0], run_id.as_ref(), depth, &|_| ());
+        assert!(verdict.is_good() && verdict.bytes.abs_diff(read) < 1 << 20, "{verdict:?}");
+        assert!(verdict.told_bytes.abs_diff(plain - read) < 1 << 20, "{verdict:?}");
+    }
     // By another machine, whole; by the command, to a directory; from there again, by a job.
     let reader = reader(&place);
     let info = reader.steps().expect("steps").pop().expect("a step");
@@ -177,6 +187,9 @@ fn damage_to_a_compressed_payload_is_found_by_its_chunk_and_another_copy_is_used
         tier.mend(&name, at, &byte).expect("flip");
         let reader = reader(&place);
         let info = reader.steps().expect("steps").pop().expect("a step");
+        let found = tierkeep::restore::survey::survey(&reader.tiers()).expect("survey");
+        let told = verify(&reader, &found[0], None, Depth::Told, &|_| ());
+        assert!(!told.is_good() && told.findings[0].why.contains("CRC-32"), "{told:?}");
         let bad = reader.shard(&info.key, Rank(0)).expect("shard").verify();
         assert!(bad.len() == 1 && bad[0].why.contains("chunk"), "{at}: {bad:?}");
         byte[0] ^= 0x10;

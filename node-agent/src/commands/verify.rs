@@ -4,7 +4,7 @@ use serde::Serialize;
 use tierkeep::{
     reader::Reader,
     restore::survey::Found,
-    verify::{Finding, Gravity, Verdict, verify, verify_records},
+    verify::{Depth, Finding, Gravity, Verdict, verify, verify_records},
 };
 
 use super::{Context, no_run, no_step};
@@ -38,6 +38,7 @@ struct StepData {
     good: bool,
     restorable: bool,
     bytes: u64,
+    told_bytes: u64,
     findings: Vec<FindingData>,
     marks_cleared: Vec<u32>,
 }
@@ -80,7 +81,8 @@ pub(super) fn run(context: &mut Context<'_>, args: &Verify) -> Result<i32, Failu
     let run_id = records.good.last().map(|r| r.run_id);
     let bar = Bar::new("verifying", total(&reader, &found));
     for found in &found {
-        let verdict = verify(&reader, found, run_id.as_ref(), &|bytes| bar.add(bytes));
+        let depth = if args.deep { Depth::Bytes } else { Depth::Told };
+        let verdict = verify(&reader, found, run_id.as_ref(), depth, &|bytes| bar.add(bytes));
         let cleared = clear(&reader, &verdict);
         if !context.json {
             step(context, &verdict)?;
@@ -176,7 +178,12 @@ fn step(context: &mut Context<'_>, verdict: &Verdict) -> Result<(), Failure> {
         (Gravity::Damage, true) => "damaged, restorable from other copies",
         (Gravity::Damage, false) => "damaged, not restorable",
     };
-    writeln!(context.out, "{}: {word}, {} read", verdict.key, show::bytes(verdict.bytes))?;
+    let read = show::bytes(verdict.bytes);
+    let told = match verdict.told_bytes {
+        0 => "".into(),
+        told => format!(", {} by the bucket's checksums (--deep reads them)", show::bytes(told)),
+    };
+    writeln!(context.out, "{}: {word}, {read} read{told}", verdict.key)?;
     lines(context, &verdict.findings)
 }
 
@@ -209,6 +216,7 @@ fn step_data(verdict: &Verdict, marks_cleared: Vec<u32>) -> StepData {
         good: verdict.is_good(),
         restorable: verdict.restorable,
         bytes: verdict.bytes,
+        told_bytes: verdict.told_bytes,
         findings: verdict.findings.iter().map(finding_data).collect(),
         marks_cleared,
     }

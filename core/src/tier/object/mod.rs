@@ -194,9 +194,13 @@ impl Tier for ObjectTier {
                 return Ok(Box::new(Record(bytes.to_vec())));
             }
         }
-        let meta = wait(self.store.head(&path)).map_err(failed)?;
+        let look = || wait(self.wire.stat(&path));
+        let stat = look.retry(patience()).when(Failure::may_pass).call();
+        let deed = || format!("read {}", self.label(name));
+        let stat = stat.map_err(|e| e.explained(&self.address, deed()))?;
+        let stat = stat.ok_or_else(|| Error::NotFound { what: self.label(name) })?;
         let (store, address) = (self.store.clone(), self.address.clone());
-        Ok(Box::new(Object::new(store, address, path, meta.size, self.requests)))
+        Ok(Box::new(Object::new(store, address, path, stat, self.requests)))
     }
 
     fn list(&self, dir: &str) -> Result<Vec<Entry>> {

@@ -12,6 +12,7 @@ use super::{
     explain::explain,
     hands::{hands, wait},
     upload::patience,
+    wire::Stat,
 };
 use crate::{error::Result, tier::Source};
 
@@ -39,18 +40,22 @@ pub(super) struct Object {
     path: Path,
     ahead: Ahead,
     len: u64,
+    /// As the store has it.
+    crc32: Option<u32>,
 }
 
 impl Object {
-    /// `len` bytes under `path`, of which not more than `requests` ranges are on their way at a time.
+    /// What the store tells of under `path`, of which not more than `requests` ranges are on their way at a
+    /// time.
     pub(super) fn new(
         store: Arc<dyn ObjectStore>,
         address: Address,
         path: Path,
-        len: u64,
+        stat: Stat,
         requests: usize,
     ) -> Self {
-        Self { store, address, path, ahead: Ahead::new(len, requests), len }
+        let Stat { len, crc32 } = stat;
+        Self { store, address, path, ahead: Ahead::new(len, requests), len, crc32 }
     }
 
     /// Begins to fetch a range.
@@ -82,6 +87,10 @@ impl Object {
 impl Source for Object {
     fn len(&self) -> u64 {
         self.len
+    }
+
+    fn crc32(&self) -> Option<u32> {
+        self.crc32
     }
 
     fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<()> {
