@@ -26,10 +26,15 @@ pub struct Bucket {
     pub options: Options,
     /// Steps that are divisible by it go there, of those that go to disk. `TIERKEEP_OBJECT_EVERY`.
     pub every: u64,
+    /// Of these not more than one in so many minutes, whichever the newest is then.
+    /// `TIERKEEP_OBJECT_EVERY_MINUTES`.
+    pub every_minutes: Option<u64>,
     /// Newest checkpoints that stay there. `TIERKEEP_OBJECT_KEEP_LAST`.
     pub keep_last: usize,
     /// Steps divisible by it stay there for ever. `TIERKEEP_OBJECT_KEEP_EVERY`.
     pub keep_every: Option<u64>,
+    /// The first of each period of so many hours stays there too. `TIERKEEP_OBJECT_KEEP_HOURS`.
+    pub keep_hours: Option<u64>,
     /// Limit of what this rank sends, in bytes a second. `TIERKEEP_OBJECT_BYTES_PER_SECOND_MAX`.
     pub bytes_per_second_max: Option<u64>,
     /// Floats are compressed on their way there, where that gains something. `TIERKEEP_OBJECT_COMPRESS`: 1.
@@ -65,6 +70,8 @@ impl Bucket {
             url: url.into(),
             options: Options::new(),
             every: number("TIERKEEP_OBJECT_EVERY")?.unwrap_or(disk_every),
+            every_minutes: number("TIERKEEP_OBJECT_EVERY_MINUTES")?,
+            keep_hours: number("TIERKEEP_OBJECT_KEEP_HOURS")?,
             keep_last: number("TIERKEEP_OBJECT_KEEP_LAST")?.unwrap_or(3),
             keep_every: number("TIERKEEP_OBJECT_KEEP_EVERY")?,
             bytes_per_second_max: number("TIERKEEP_OBJECT_BYTES_PER_SECOND_MAX")?,
@@ -89,6 +96,8 @@ impl Bucket {
             )
         } else if self.keep_last == 0 {
             "object_keep_last = 0: the last good checkpoint is never deleted, say 1 or more".into()
+        } else if self.keep_hours == Some(0) || self.every_minutes == Some(0) {
+            "object_keep_hours and object_every_minutes are 1 or more".into()
         } else if self.bytes_per_second_max == Some(0) {
             "object_bytes_per_second_max = 0: at least 1".into()
         } else {

@@ -11,12 +11,12 @@
 //!   no harm.
 //! - A collector that finds itself superseded (a newer attempt) stops.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     attempt::{Attempts, Lineage},
-    commit::Listing,
-    error::Result,
+    commit::{Listing, read_manifest},
+    error::{ErrorKind, Result},
     names::{AttemptDir, CheckpointKey, Rank, SEAL, TOMBSTONE, WHOLE, manifest_name, step_dir},
     record,
     restore::survey::Found,
@@ -32,6 +32,8 @@ pub struct Policy {
     pub keep_last: usize,
     /// Steps divisible by it.
     pub keep_every: Option<u64>,
+    /// The first of each period of so many hours, by the savers' wall clocks.
+    pub keep_hours: Option<u64>,
     /// Also clear branches that the run has abandoned.
     pub abandoned: bool,
 }
@@ -60,6 +62,49 @@ pub struct Known<'a> {
     pub in_flight: &'a BTreeSet<CheckpointKey>,
     /// Checkpoints whose writing was given up by all ranks.
     pub given_up: &'a BTreeSet<CheckpointKey>,
+    /// When checkpoints were saved, in ms since 1970, where `keep_hours` asks for it.
+    pub saved: &'a Saved,
+}
+
+/// When checkpoints were saved, in ms since 1970.
+pub type Saved = BTreeMap<CheckpointKey, u64>;
+
+/// Adds to `saved` what is not known of sealed checkpoints in a tier; forgets those that are gone.
+///
+/// # Errors
+/// The tier did not answer. A manifest that is damaged says nothing: its checkpoint stays.
+pub fn learn_times(tier: &dyn Tier, found: &[Found], saved: &mut Saved) -> Result<()> {
+    saved.retain(|key, _| found.iter().any(|f| f.key == *key));
+    for found in found.iter().filter(|f| f.sealed()) {
+        if saved.contains_key(&found.key) {
+            continue;
+        }
+        let Some(rank) = found.listings.iter().flat_map(|l| &l.manifests).min() else { continue };
+        match read_manifest(tier, &found.key, *rank, None) {
+            Ok((manifest, _)) => drop(saved.insert(found.key.clone(), manifest.meta.saved_unix_ms)),
+            Err(e) if e.kind() == ErrorKind::Unavailable => return Err(e),
+            Err(e) => {
+                tracing::warn!("{}: when it was saved is not known: {}", found.key, e.chain())
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The first of each period, and those whose time is not known. `sealed`: newest first.
+fn of_hours<'a>(
+    sealed: &[&'a CheckpointKey],
+    hours: u64,
+    saved: &Saved,
+) -> BTreeSet<&'a CheckpointKey> {
+    let mut last = None;
+    let first = |key: &&&CheckpointKey| {
+        let period = saved.get(**key).map(|ms| ms / hours.saturating_mul(3_600_000).max(1));
+        let first = period.is_none() || period != last;
+        last = period.or(last);
+        first
+    };
+    sealed.iter().rev().filter(first).copied().collect()
 }
 
 /// Chooses what goes. Pure.
@@ -74,6 +119,9 @@ pub fn plan(policy: &Policy, known: &Known<'_>) -> Vec<Victim> {
     kept.extend(sealed.iter().filter(|k| {
         policy.keep_every.is_some_and(|every| every > 0 && k.step.0.is_multiple_of(every))
     }));
+    if let Some(hours) = policy.keep_hours {
+        kept.extend(of_hours(&sealed, hours, known.saved));
+    }
     kept.extend(known.pins);
     kept.extend(known.in_flight);
     let parents = parents(known);
@@ -279,6 +327,8 @@ mod tests {
             keep_last in 1_usize..5,
             keep_every in prop::option::of(1_u64..6),
             abandoned in any::<bool>(),
+            keep_hours in prop::option::of(1_u64..4),
+            lapse in 0_u64..7_200_000,
         ) {
             let all: Vec<(CheckpointKey, One)> = (1..)
                 .zip(first)
@@ -306,7 +356,10 @@ mod tests {
             };
             let (pins, in_flight) = (that(|o| o.pinned), that(|o| o.in_flight));
             let given_up = that(|o| o.given_up);
+            let at = |key: &CheckpointKey| key.step.0 * lapse;
+            let saved: Saved = all.iter().map(|(key, _)| (key.clone(), at(key))).collect();
             let known = Known {
+                saved: &saved,
                 found: &found,
                 lineage: &lineage,
                 attempts: &attempts,
@@ -314,7 +367,7 @@ mod tests {
                 in_flight: &in_flight,
                 given_up: &given_up,
             };
-            let policy = Policy { keep_last, keep_every, abandoned };
+            let policy = Policy { keep_last, keep_every, keep_hours, abandoned };
             let gone: BTreeSet<CheckpointKey> =
                 plan(&policy, &known).into_iter().map(|v| v.key).collect();
 
@@ -326,8 +379,11 @@ mod tests {
             for (place, kept) in line.iter().enumerate() {
                 let every = keep_every.is_some_and(|n| kept.step.0.is_multiple_of(n));
                 let parent = **kept == key(1, 10) && !own_complete;
+                let hour = |key: &CheckpointKey| keep_hours.map(|n| at(key) / (n * 3_600_000));
+                let older = line.get(place + 1);
+                let first = keep_hours.is_some() && older.is_none_or(|o| hour(o) != hour(kept));
                 let stays =
-                    place < keep_last || every || pins.contains(kept) || parent;
+                    place < keep_last || every || first || pins.contains(kept) || parent;
                 prop_assert_eq!(!gone.contains(kept), stays, "{:?}", kept);
             }
             prop_assert!(gone.is_disjoint(&pins) && gone.is_disjoint(&in_flight));

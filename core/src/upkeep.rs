@@ -80,7 +80,12 @@ pub fn plan(reader: &Reader, policy: &Policy) -> Result<Plan> {
     let unsealed_of_live = own.filter(|f| !f.sealed()).filter(may_grow);
     let in_flight: BTreeSet<_> = unsealed_of_live.map(|f| f.key.clone()).collect();
     let pins = retain::pins(disk)?;
+    let mut saved = retain::Saved::new();
+    if policy.keep_hours.is_some() {
+        retain::learn_times(disk, &found, &mut saved)?;
+    }
     let known = Known {
+        saved: &saved,
         found: &found,
         lineage: &lineage,
         attempts: &attempts,

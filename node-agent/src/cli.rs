@@ -425,6 +425,10 @@ pub(crate) struct Gc {
     #[arg(long, value_name = "N", requires = "keep_last",
           value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) keep_every: Option<u64>,
+    /// Also keep the first of each period of so many hours
+    #[arg(long, value_name = "N", requires = "keep_last",
+          value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) keep_hours: Option<u64>,
     /// Also delete the branches that the run has abandoned
     #[arg(long)]
     pub(crate) abandoned: bool,

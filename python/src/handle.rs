@@ -166,6 +166,8 @@ fn configure(config: &mut Config, settings: &Bound<'_, PyDict>) -> PyResult<Opti
             "object_keep_every" => bucket.keep_every = Some(value.extract()?),
             "object_bytes_per_second_max" => bucket.bytes_per_second_max = Some(value.extract()?),
             "object_compress" => bucket.compress = Some(value.extract()?),
+            "object_every_minutes" => bucket.every_minutes = Some(value.extract()?),
+            "object_keep_hours" => bucket.keep_hours = Some(value.extract()?),
             "object_wait_s" => bucket.wait = Some(seconds()?),
             _ => return Err(invalid(py, format!("unknown setting {name}"))),
         }
@@ -185,6 +187,8 @@ struct ForBucket {
     keep_every: Option<u64>,
     bytes_per_second_max: Option<u64>,
     compress: Option<bool>,
+    every_minutes: Option<u64>,
+    keep_hours: Option<u64>,
     wait: Option<Duration>,
 }
 
@@ -199,6 +203,8 @@ impl ForBucket {
             keep_every: self.keep_every.or(given.keep_every),
             bytes_per_second_max: self.bytes_per_second_max.or(given.bytes_per_second_max),
             compress: self.compress.unwrap_or(given.compress),
+            every_minutes: self.every_minutes.or(given.every_minutes),
+            keep_hours: self.keep_hours.or(given.keep_hours),
             wait: self.wait.unwrap_or(given.wait),
             ..given
         }))

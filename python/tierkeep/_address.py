@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from tierkeep.errors import InvalidError
 
@@ -31,42 +32,41 @@ def places(
     return os.path.join(os.fsdecode(disk), path.rsplit("/", 1)[-1]), path
 
 
-def of_disk(place: tuple[str, str | None], *numbers: int | None) -> dict[str, object]:
-    """The settings of the disk in `place` (as `places` has it), in the order of their names;
-    without a disk none may be given.
-    """
-    path, url = place
-    said = dict(zip(("disk_every", "keep_last", "keep_every"), numbers, strict=True))
-    for name, value in said.items():
-        if path == url and value is not None:
-            raise InvalidError(
-                f'{name}: {path} has no disk before it: name one, as in disk="/nvme"'
-            )
-    return dict(said)
-
+_OF_DISK = ("disk_every", "keep_last", "keep_every")
 
 _OF_BUCKET = (
     "object_every",
+    "object_every_minutes",
     "object_keep_last",
     "object_keep_every",
+    "object_keep_hours",
     "object_bytes_per_second_max",
+    "object_compress",
 )
 
 
+def of_disk(place: tuple[str, str | None], said: Mapping[str, Any]) -> dict[str, object]:
+    """What is `said` of the disk in `place` (as `places` has it); nothing, where there is none."""
+    path, url = place
+    for name in _OF_DISK:
+        if path == url and said[name] is not None:
+            raise InvalidError(
+                f'{name}: {path} has no disk before it: name one, as in disk="/nvme"'
+            )
+    return {name: said[name] for name in _OF_DISK}
+
+
 def bucket(
-    place: tuple[str, str | None, Mapping[str, str] | None],
-    numbers: tuple[int | None, ...],
-    compress: bool | None,
+    place: tuple[str, str | None, Mapping[str, str] | None], said: Mapping[str, Any]
 ) -> dict[str, object]:
-    """The settings of the bucket in `place` (directory, URL, options); without a URL none may be
-    given. `numbers` in the order of their names.
+    """What is `said` of the bucket in `place` (directory, URL, options); nothing, where there is
+    none.
     """
     path, url, options = place
-    if url is None and any(said is not None for said in (options, compress, *numbers)):
+    named = {name: said[name] for name in _OF_BUCKET}
+    if url is None and any(value is not None for value in (options, *named.values())):
         raise InvalidError(f"{path} is a directory: what is said of a bucket has no meaning")
-    named = dict(zip(_OF_BUCKET, numbers, strict=True))
-    options = None if options is None else dict(options)
-    return {"object": url, "storage_options": options, "object_compress": compress, **named}
+    return {"object": url, "storage_options": None if options is None else dict(options), **named}
 
 
 def directory(origin: str | os.PathLike[str]) -> str:

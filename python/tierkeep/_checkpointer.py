@@ -98,7 +98,9 @@ class Checkpointer:
         keep_last, keep_every: newest checkpoints, and steps divisible by it, that stay on disk.
         object_every: steps that are divisible by it go on to the bucket, one at a time: a slow one
             gets fewer checkpoints, each of them whole. Default: `disk_every`.
+        object_every_minutes: of these not more than one in so many minutes. Default: no limit.
         object_keep_last, object_keep_every: as on disk; default: 3, none.
+        object_keep_hours: the first of each period of so many hours stays there too.
         object_bytes_per_second_max: limit of what this rank sends there.
         object_compress: floats are compressed on their way there, where that gains something.
         capture: `"now"` (the default): `save` returns when everything is copied. `"overlap"`:
@@ -141,8 +143,10 @@ class Checkpointer:
         keep_last: int | None = None,
         keep_every: int | None = None,
         object_every: int | None = None,
+        object_every_minutes: int | None = None,
         object_keep_last: int | None = None,
         object_keep_every: int | None = None,
+        object_keep_hours: int | None = None,
         object_bytes_per_second_max: int | None = None,
         object_compress: bool | None = None,
         capture: Literal["now", "overlap"] | None = None,
@@ -154,6 +158,7 @@ class Checkpointer:
         allow_pickle: Iterable[str] = (),
         timeouts_s: Mapping[str, float] | None = None,
     ) -> None:
+        said = dict(locals())
         path, url = places(destination, disk)
         self._init_from = None if init_from is None else directory(init_from)
         self.every = at_least_one("every", setting("every", every, 1))
@@ -179,12 +184,8 @@ class Checkpointer:
             "ram_bytes_max": ram_bytes_max,
             "replicas": replicas,
             "slots": slots,
-            **of_disk((path, url), disk_every, keep_last, keep_every),
-            **bucket(
-                (path, url, storage_options),
-                (object_every, object_keep_last, object_keep_every, object_bytes_per_second_max),
-                object_compress,
-            ),
+            **of_disk((path, url), said),
+            **bucket((path, url, storage_options), said),
             "threads": threads,
             **(timeouts_s or {}),
         }

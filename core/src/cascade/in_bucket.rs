@@ -81,10 +81,19 @@ impl Cascade {
         let policy = retain::Policy {
             keep_last: far.settings.keep_last,
             keep_every: far.settings.keep_every,
+            keep_hours: far.settings.keep_hours,
             abandoned: false,
         };
         let in_flight: BTreeSet<CheckpointKey> = self.kept_for_bucket().into_iter().collect();
+        let mut saved = std::mem::take(&mut locked(&self.sending).saved);
+        let learned = match policy.keep_hours {
+            Some(_) => retain::learn_times(tier, &found, &mut saved),
+            None => Ok(()),
+        };
+        locked(&self.sending).saved.clone_from(&saved);
+        learned?;
         let known = retain::Known {
+            saved: &saved,
             found: &found,
             lineage: &lineage,
             attempts: &attempts,

@@ -15,6 +15,7 @@ use crate::{
     clock::Deadline,
     error::{Error, Result},
     observe::locked,
+    retain::Saved,
     save::Save,
     snapshot::slot::Slot,
     tier::{Payload, buffer::AlignedBuf},
@@ -61,6 +62,10 @@ pub(crate) struct Sending {
     pub(super) doubtful: BTreeSet<u64>,
     /// The records of the attempts are there.
     pub(super) has_records: bool,
+    /// When checkpoints that are there were saved, as far as that was asked for.
+    pub(super) saved: Saved,
+    /// When the leader chose last.
+    pub(super) chosen_at: Option<Duration>,
     /// What a newer step lets go is being collected there.
     pub(super) tidies: bool,
     /// Since when it is away and why, where it is.
@@ -103,8 +108,13 @@ impl Sending {
         self.sealed = self.sealed.max(Some(step));
     }
 
-    pub(super) fn is_busy(&self) -> bool {
-        self.now.is_some() || self.waits().is_some() || self.tidies
+    /// It is long enough ago that the leader chose, where there is to be one in so many `minutes`.
+    pub(super) fn is_time(&self, minutes: Option<u64>, now: Duration) -> bool {
+        let since = self.chosen_at.map(|at| now.saturating_sub(at));
+        match minutes {
+            Some(minutes) => since.is_none_or(|since| since.as_secs() >= 60 * minutes),
+            None => true,
+        }
     }
 }
 

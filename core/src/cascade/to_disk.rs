@@ -485,6 +485,7 @@ impl Cascade {
         let policy = retain::Policy {
             keep_last: self.parts.config.keep_last,
             keep_every: self.parts.config.keep_every,
+            keep_hours: None,
             abandoned: false,
         };
         let given_up: BTreeSet<CheckpointKey> = {
@@ -495,6 +496,7 @@ impl Cascade {
         };
         let pins = retain::pins(disk)?;
         let known = retain::Known {
+            saved: &retain::Saved::new(),
             found: &found,
             lineage: &lineage,
             attempts: &attempts,

@@ -45,7 +45,10 @@ impl Cascade {
         let step = save.step();
         let why = match &self.parts.far {
             Some(far) if self.is_due_for_bucket(far, step) => {
-                save.set_due_for_object();
+                // Which one is, the clock of the leader says.
+                if far.settings.every_minutes.is_none() {
+                    save.set_due_for_object();
+                }
                 if save.is_pending(Level::Object) {
                     locked(&self.sending).saves.insert(step, save.clone());
                 }
@@ -91,8 +94,10 @@ impl Cascade {
     /// on its way this rank may say so itself: the bucket is slower than the saves.
     pub(super) fn is_passed_for_bucket(&self, step: u64) -> bool {
         let agreements = &self.parts.agreements;
+        // Where the clock says when, the leader takes what is newest then.
+        let by_clock = self.parts.far.as_ref().is_some_and(|f| f.settings.every_minutes.is_some());
         let is_busy = locked(&self.sending).now.is_some();
-        let passed = match is_busy {
+        let passed = match is_busy || by_clock {
             true => agreements.pass_over(Lane::Bucket, step),
             false => agreements.was_passed_over(Lane::Bucket, step),
         };
@@ -125,7 +130,22 @@ impl Cascade {
 
     /// Something is on its way to the bucket, or about to be.
     pub(crate) fn is_sending(&self) -> bool {
-        self.parts.far.is_some() && locked(&self.sending).is_busy()
+        let Some(far) = &self.parts.far else { return false };
+        let (busy, waits) = {
+            let sending = locked(&self.sending);
+            (sending.now.is_some() || sending.tidies, sending.waits())
+        };
+        busy || waits.is_some_and(|step| self.is_time(far, step))
+    }
+
+    /// A step that waits may be chosen now. What the job stops with is chosen whatever the clock says.
+    fn is_time(&self, far: &Far, step: u64) -> bool {
+        let (minutes, now) = (far.settings.every_minutes, self.parts.clock.monotonic());
+        if minutes.is_none() || self.is_last(step) || self.is_hurried(step) {
+            return true;
+        }
+        // The others do not know when: they wait for nothing.
+        self.parts.config.leads() && locked(&self.sending).is_time(minutes, now)
     }
 
     /// Nothing goes there any more.
@@ -185,7 +205,7 @@ impl Cascade {
         };
         let newer = |step: &u64| before.is_none_or(|before| *step > before);
         let next = match self.parts.config.leads() {
-            true => offered.filter(|_| idle).filter(newer),
+            true => offered.filter(|step| idle && self.is_time(far, *step)).filter(newer),
             // A newer choice means that the leader is done with the old one, one way or the other.
             false => self.parts.agreements.chosen(Lane::Bucket)?.filter(newer),
         };
@@ -207,6 +227,8 @@ impl Cascade {
         let now = Now::new(step, deadline, self.parts.config.saves());
         let mut sending = locked(&self.sending);
         sending.chosen = Some(step);
+        sending.chosen_at = Some(self.parts.clock.monotonic());
+        sending.saves.get(&step).iter().for_each(|save| save.set_due_for_object());
         if let Some(old) = sending.now.replace(now) {
             sending.doubtful.insert(old.step);
         }
@@ -230,8 +252,12 @@ impl Cascade {
                 None if *is_doubtful => Listing::of(&*far.tier, &self.key_of(step))?.sealed,
                 Some(InRam::GivenUp(_)) | None => false,
             };
-            let why = match said {
-                Some(InRam::GivenUp(why)) => format!("it was given up for the bucket: {why}"),
+            let is_due = save.is_due_for_object();
+            let why = match (said, far.settings.every_minutes) {
+                (Some(InRam::GivenUp(why)), _) => format!("it was given up for the bucket: {why}"),
+                (_, Some(minutes)) if !is_due => {
+                    format!("it is not due for the bucket: one in {minutes} minutes")
+                }
                 _ => format!("it was passed over for the bucket: step {chosen} is newer"),
             };
             let mut sending = locked(&self.sending);
@@ -242,7 +268,7 @@ impl Cascade {
                 locked(&self.sending).has(step);
                 save.reach(Level::Object, false);
             } else {
-                add(&self.parts.observer.counters.object_passed_over, 1);
+                add(&self.parts.observer.counters.object_passed_over, u64::from(is_due));
                 save.fail(Level::Object, &Error::Skipped { step: Step(step), why });
             }
         }

@@ -136,6 +136,8 @@ pub(crate) fn open(config: &Config, start: Id, nonce: Id) -> wire::Open {
             bytes_per_second_max: bucket.bytes_per_second_max,
             wait_ms: milliseconds(bucket.wait),
             compress: bucket.compress,
+            every_minutes: bucket.every_minutes,
+            keep_hours: bucket.keep_hours,
         }),
     }
 }
@@ -187,6 +189,8 @@ pub(crate) fn config(open: &wire::Open, ram_root: PathBuf) -> Result<Config> {
             bytes_per_second_max: bucket.bytes_per_second_max,
             wait: length(bucket.wait_ms, 7 * 86_400),
             compress: bucket.compress,
+            every_minutes: bucket.every_minutes,
+            keep_hours: bucket.keep_hours,
         }),
     };
     config.check()?;

@@ -306,6 +306,33 @@ fn what_is_not_due_for_the_bucket_does_not_go_there() {
 }
 
 #[test]
+fn where_the_clock_says_when_one_goes_and_what_the_job_stops_with() {
+    let (places, place) = (Places::new(), servers::s3());
+    let mut config = config(&places, &place);
+    config.bucket.as_mut().expect("bucket").every_minutes = Some(60);
+    let ckpt = Checkpointer::open(config).expect("open");
+    resume(&ckpt, &SMALL).expect("resume");
+    wait(&save(&ckpt, &SMALL, 1), Level::Object);
+    let saves: Vec<Save> = (2..=4)
+        .map(|step| {
+            let save = save(&ckpt, &SMALL, step);
+            wait(&save, Level::Disk);
+            save
+        })
+        .collect();
+    assert!(saves.iter().all(|save| !save.is_due_for_object()));
+    assert!(ckpt.stop_requested(4, 1, true));
+    wait(&saves[2], Level::Object);
+    assert_eq!(steps(&place), [1, 4]);
+    for save in &saves[..2] {
+        let e = save.poll(Level::Object, false, Duration::from_secs(30)).expect_err("not there");
+        assert!(e.chain().contains("one in 60 minutes"), "{}", e.chain());
+        assert!(save.progress().error.is_none(), "{:?}", save.progress());
+    }
+    close(&ckpt);
+}
+
+#[test]
 fn what_a_dead_process_began_to_send_is_ended_by_the_next_job_and_by_gc() {
     let (places, place) = (Places::new(), servers::s3());
     let tier = open(&place);
@@ -324,7 +351,12 @@ fn what_a_dead_process_began_to_send_is_ended_by_the_next_job_and_by_gc() {
     dies(2);
     dies(9);
     let reader = Reader::open_with(Path::new(&place.url), None, &place.options).expect("open");
-    let policy = tierkeep::retain::Policy { keep_last: 9, keep_every: None, abandoned: false };
+    let policy = tierkeep::retain::Policy {
+        keep_last: 9,
+        keep_every: None,
+        keep_hours: None,
+        abandoned: false,
+    };
     let plan = tierkeep::upkeep::plan(&reader, &policy).expect("plan");
     let (_, ended) = tierkeep::upkeep::collect(&reader, &plan).expect("collect");
     assert_eq!(ended, 1, "what is newer than all that is sealed may be a live job's");
@@ -366,7 +398,7 @@ fn a_collector_in_the_bucket_leaves_alone_what_a_job_has_just_begun() {
     let collect = || {
         let reader =
             Reader::open_with(Path::new(&direct.url), None, &direct.options).expect("open");
-        let policy = Policy { keep_last: 1, keep_every: None, abandoned: true };
+        let policy = Policy { keep_last: 1, keep_every: None, keep_hours: None, abandoned: true };
         let plan = upkeep::plan(&reader, &policy).expect("plan");
         upkeep::collect(&reader, &plan).expect("collect").1
     };
