@@ -4,6 +4,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 mod cascade;
+mod credentials;
 mod proxy;
 mod runs;
 mod servers;
@@ -12,7 +13,10 @@ mod uploads;
 use servers::Place;
 use tierkeep::{
     testing::contract::{self, Lack},
-    tier::{Tier, object::ObjectTier},
+    tier::{
+        Tier,
+        object::{ObjectTier, address::Options},
+    },
 };
 
 fn open(place: &Place) -> ObjectTier {
@@ -24,6 +28,18 @@ fn a_bucket_that_speaks_s3_keeps_the_contract() {
     let place = servers::s3();
     open(&place).check().expect("the bucket is there");
     contract::holds(&|| Box::new(open(&place)) as Box<dyn Tier>);
+}
+
+#[test]
+fn a_directory_by_its_url_keeps_the_contract() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let url = format!("file://{}/root/run", dir.path().display());
+    let open = || tierkeep::tier::object::open(&url, &Options::new()).expect("open");
+    contract::holds(&|| Box::new(open()) as Box<dyn Tier>);
+    let option = Options::from([("aws_region".into(), "x".into())]);
+    let e = tierkeep::tier::object::open(&url, &option).map(drop).expect_err("no options");
+    assert!(e.chain().contains("aws_region"), "{}", e.chain());
+    assert!(tierkeep::tier::object::open("file://relative", &Options::new()).is_err());
 }
 
 #[test]

@@ -33,6 +33,8 @@ pub(crate) enum Fate {
 pub(crate) struct Request {
     pub(crate) method: String,
     pub(crate) target: String,
+    /// Its headers, as they came.
+    pub(crate) head: String,
     /// How many came before it.
     pub(crate) number: usize,
 }
@@ -41,6 +43,18 @@ impl Request {
     /// One part of an upload in parts.
     pub(crate) fn is_part(&self) -> bool {
         self.method == "PUT" && self.target.contains("partNumber=")
+    }
+
+    /// Which part it is, if it is one.
+    pub(crate) fn part_number(&self) -> Option<u32> {
+        let (_, rest) = self.target.split_once("partNumber=").filter(|_| self.is_part())?;
+        rest.split('&').next()?.parse().ok()
+    }
+
+    /// Whether it was signed with this key, in a header or in its URL.
+    pub(crate) fn is_signed_by(&self, key: &str) -> bool {
+        let (url, header) = (format!("X-Amz-Credential={key}%2F"), format!("Credential={key}/"));
+        self.target.contains(&url) || self.head.contains(&header)
     }
 
     /// The end of one.
@@ -128,7 +142,7 @@ fn serve(
     let rest = words.next().expect("version").to_owned();
     let mut request = {
         let mut seen = seen.lock().expect("lock");
-        let request = Request { method, target, number: seen.len() };
+        let request = Request { method, target, head: rest.clone(), number: seen.len() };
         seen.push(request.clone());
         request
     };

@@ -17,9 +17,12 @@
 
 pub mod address;
 mod ahead;
+mod ask;
+mod credentials;
 mod explain;
 mod hands;
 mod library;
+mod profile;
 mod read;
 mod s3;
 mod upload;
@@ -28,10 +31,11 @@ mod wire;
 use std::sync::Arc;
 
 use backon::BlockingRetryable;
-use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, path::Path};
+use object_store::{ObjectStoreExt, PutMode, PutOptions, PutPayload, path::Path};
 
 use self::{
     address::{Address, Options},
+    ask::Store,
     explain::explain,
     hands::wait,
     read::{Object, Record},
@@ -56,7 +60,7 @@ const REQUESTS_MAX: usize = 32;
 #[derive(Debug)]
 pub struct ObjectTier {
     address: Address,
-    store: Arc<dyn ObjectStore>,
+    store: Store,
     wire: Arc<dyn Wire>,
     /// Requests at a time for one payload.
     requests: usize,
@@ -114,7 +118,7 @@ impl ObjectTier {
     fn uploads(&self) -> Result<Option<Vec<Unfinished>>> {
         let prefix = self.address.prefix();
         let list = || wait(self.wire.unfinished(prefix));
-        let found = list.retry(patience()).when(Failure::may_pass).call();
+        let found = list.retry(patience()).when(Failure::passes()).call();
         let deed = || format!("list the uploads in {}", self.address);
         let mut found = found.map_err(|e| e.explained(&self.address, deed()))?;
         // `run2` begins with `run` too.
@@ -176,7 +180,10 @@ impl Tier for ObjectTier {
     fn create(&self, name: &str, bytes: &[u8]) -> Result<Created> {
         let path = self.path(name)?;
         let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
-        match wait(self.store.put_opts(&path, PutPayload::from(bytes.to_vec()), options)) {
+        let payload = PutPayload::from(bytes.to_vec());
+        let put =
+            self.store.ask(|store| wait(store.put_opts(&path, payload.clone(), options.clone())));
+        match put {
             Ok(_) => Ok(Created::New),
             Err(object_store::Error::AlreadyExists { .. }) => Ok(Created::Exists),
             Err(e) => Err(self.explained("create", name, e)),
@@ -188,20 +195,27 @@ impl Tier for ObjectTier {
         let failed = |e| self.explained("read", name, e);
         if name.ends_with(".json") {
             // One request instead of two: it is read whole.
-            let got = wait(self.store.get(&path)).map_err(failed)?;
-            if got.meta.size <= RECORD_BYTES_MAX {
-                let bytes = wait(got.bytes()).map_err(failed)?;
+            let read = self.store.ask(|store| {
+                wait(async {
+                    let got = store.get(&path).await?;
+                    match got.meta.size <= RECORD_BYTES_MAX {
+                        true => got.bytes().await.map(Some),
+                        false => Ok(None),
+                    }
+                })
+            });
+            if let Some(bytes) = read.map_err(failed)? {
                 return Ok(Box::new(Record(bytes.to_vec())));
             }
         }
-        let meta = wait(self.store.head(&path)).map_err(failed)?;
+        let meta = self.store.ask(|store| wait(store.head(&path))).map_err(failed)?;
         let (store, address) = (self.store.clone(), self.address.clone());
         Ok(Box::new(Object::new(store, address, path, meta.size, self.requests)))
     }
 
     fn list(&self, dir: &str) -> Result<Vec<Entry>> {
         let path = if dir.is_empty() { self.address.prefix().clone() } else { self.path(dir)? };
-        let listed = wait(self.store.list_with_delimiter(Some(&path)));
+        let listed = self.store.ask(|store| wait(store.list_with_delimiter(Some(&path))));
         let listed = listed.map_err(|e| self.explained("list", dir, e))?;
         let entry =
             |path: &Path, is_dir| path.filename().map(|name| Entry { name: name.into(), is_dir });
@@ -218,7 +232,7 @@ impl Tier for ObjectTier {
 
     fn delete(&self, name: &str) -> Result<()> {
         let path = self.path(name)?;
-        match wait(self.store.delete(&path)) {
+        match self.store.ask(|store| wait(store.delete(&path))) {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
             Err(e) => Err(self.explained("delete", name, e)),
         }
@@ -242,7 +256,7 @@ impl Tier for ObjectTier {
             let name = to.as_ref().strip_prefix(prefix).unwrap_or("").trim_start_matches('/');
             if !stays(name) {
                 let end = || wait(self.wire.abort(&to, &id));
-                let end = end.retry(patience()).when(Failure::may_pass).call();
+                let end = end.retry(patience()).when(Failure::passes()).call();
                 let deed = || format!("end the upload of {}", self.label(name));
                 end.map_err(|e| e.explained(&self.address, deed()))?;
                 ended += 1;
