@@ -30,14 +30,14 @@ use crate::{
     servers::{self, Place},
 };
 
-fn config(places: &Places, place: &Place) -> Config {
+pub(crate) fn config(places: &Places, place: &Place) -> Config {
     let mut config = places.config();
     let bucket = Bucket::new(&place.url, config.disk_every).expect("bucket");
     config.bucket = Some(Bucket { options: place.options.clone(), ..bucket });
     config
 }
 
-fn start(places: &Places, place: &Place) -> Checkpointer {
+pub(crate) fn start(places: &Places, place: &Place) -> Checkpointer {
     Checkpointer::open(config(places, place)).expect("open")
 }
 

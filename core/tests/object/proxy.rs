@@ -34,6 +34,8 @@ pub(crate) enum Fate {
 pub(crate) struct Request {
     pub(crate) method: String,
     pub(crate) target: String,
+    /// Its headers, as they came.
+    pub(crate) head: String,
     /// How many came before it.
     pub(crate) number: usize,
 }
@@ -42,6 +44,32 @@ impl Request {
     /// One part of an upload in parts.
     pub(crate) fn is_part(&self) -> bool {
         self.method == "PUT" && self.target.contains("partNumber=")
+    }
+
+    /// Which part it is, if it is one.
+    pub(crate) fn part_number(&self) -> Option<u32> {
+        let (_, rest) = self.target.split_once("partNumber=").filter(|_| self.is_part())?;
+        rest.split('&').next()?.parse().ok()
+    }
+
+    /// Whether it was signed with this key, in a header or in its URL.
+    pub(crate) fn is_signed_by(&self, key: &str) -> bool {
+        let (url, header) = (format!("X-Amz-Credential={key}%2F"), format!("Credential={key}/"));
+        self.target.contains(&url) || self.head.contains(&header)
+    }
+
+    /// Whether it is to be done only where nothing has its name.
+    pub(crate) fn is_conditional(&self) -> bool {
+        self.head.to_ascii_lowercase().contains("if-none-match:")
+    }
+
+    /// Without headers that begin so.
+    pub(crate) fn strip(&mut self, names: &[&str]) {
+        let stays = |line: &&str| {
+            let line = line.to_ascii_lowercase();
+            !names.iter().any(|name| line.starts_with(name))
+        };
+        self.head = self.head.split_inclusive("\r\n").filter(stays).collect();
     }
 
     /// The end of one.
@@ -56,6 +84,8 @@ impl Request {
 }
 
 type Plan = dyn Fn(&mut Request) -> Fate + Send + Sync;
+/// What becomes of an answer that goes through.
+type Change = dyn Fn(&Request, Vec<u8>) -> Vec<u8> + Send + Sync;
 
 /// A proxy that listens; what it has seen is kept.
 pub(crate) struct Proxy {
@@ -98,6 +128,16 @@ impl Proxy {
         upstream: u16,
         plan: impl Fn(&mut Request) -> Fate + Send + Sync + 'static,
     ) -> Self {
+        Self::changing(upstream, plan, |_, answer| answer)
+    }
+
+    /// The same where answers may be changed, too.
+    pub(crate) fn changing(
+        upstream: u16,
+        plan: impl Fn(&mut Request) -> Fate + Send + Sync + 'static,
+        change: impl Fn(&Request, Vec<u8>) -> Vec<u8> + Send + Sync + 'static,
+    ) -> Self {
+        let change: Arc<Change> = Arc::new(change);
         let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
         let port = listener.local_addr().expect("address").port();
         let seen = Arc::<Mutex<Seen>>::default();
@@ -105,9 +145,12 @@ impl Proxy {
         std::thread::spawn(move || {
             for client in listener.incoming().flatten() {
                 list.lock().expect("lock").connections += 1;
-                let (plan, connection) = (plan.clone(), Connection(list.clone(), None));
+                let (plan, change) = (plan.clone(), change.clone());
+                let connection = Connection(list.clone(), None);
                 // A client that goes away in the middle is what this is for.
-                std::thread::spawn(move || serve(client, upstream, &*plan, connection).ok());
+                std::thread::spawn(move || {
+                    serve(client, upstream, (&*plan, &*change), connection).ok()
+                });
             }
         });
         Self { port, seen }
@@ -151,7 +194,7 @@ impl Proxy {
 fn serve(
     client: TcpStream,
     upstream: u16,
-    plan: &Plan,
+    (plan, change): (&Plan, &Change),
     mut connection: Connection,
 ) -> std::io::Result<()> {
     let mut reader = BufReader::new(client.try_clone()?);
@@ -180,7 +223,7 @@ fn serve(
     let rest = words.next().expect("version").to_owned();
     let mut request = {
         let mut seen = connection.0.lock().expect("lock");
-        let request = Request { method, target, number: seen.all.len() };
+        let request = Request { method, target, head: rest, number: seen.all.len() };
         seen.all.push(request.clone());
         seen.going.insert(request.number);
         request
@@ -212,11 +255,12 @@ fn serve(
         body[length / 3] ^= 1;
     }
     let mut server = TcpStream::connect(("127.0.0.1", upstream))?;
-    let Request { method, target, .. } = request;
-    server.write_all(format!("{method} {target} {rest}Connection: close\r\n\r\n").as_bytes())?;
+    let Request { method, target, head, .. } = &request;
+    server.write_all(format!("{method} {target} {head}Connection: close\r\n\r\n").as_bytes())?;
     server.write_all(&body)?;
     let mut answer = Vec::new();
     server.read_to_end(&mut answer)?;
+    let mut answer = change(&request, answer);
     match fate {
         Fate::AnswerLost => Ok(()),
         Fate::AnswerCut => {

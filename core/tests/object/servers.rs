@@ -116,7 +116,9 @@ fn unique() -> String {
     format!("t{}/run", COUNT.fetch_add(1, Ordering::Relaxed))
 }
 
-const KEY: (&str, &str) = ("tierkeep", "tierkeep-secret");
+pub(crate) const KEY: (&str, &str) = ("tierkeep", "tierkeep-secret");
+/// Of the same rights.
+pub(crate) const NEXT_KEY: (&str, &str) = ("tierkeep-next", "tierkeep-next-secret");
 
 /// The server that speaks S3.
 fn seaweed() -> &'static Server {
@@ -127,9 +129,11 @@ fn seaweed() -> &'static Server {
         let ports: Vec<u16> = (first..first + 4).collect();
         let config = dir.path().join("s3.json");
         let identity = format!(
-            r#"{{"identities":[{{"name":"t","credentials":[{{"accessKey":"{}","secretKey":"{}"}}],
-                "actions":["Admin","Read","Write","List","Tagging"]}}]}}"#,
-            KEY.0, KEY.1
+            r#"{{"identities":[{{"name":"t","credentials":[{{"accessKey":"{}","secretKey":"{}"}},
+                {{"accessKey":"{}","secretKey":"{}"}}],
+                "actions":["Admin","Read","Write","List","Tagging"]}},
+                {{"name":"anonymous","actions":["Read","Write","List"]}}]}}"#,
+            KEY.0, KEY.1, NEXT_KEY.0, NEXT_KEY.1
         );
         std::fs::write(&config, identity).expect("write");
         let at = |flag: &str, port: u16| format!("-{flag}={port}");

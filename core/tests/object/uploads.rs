@@ -17,21 +17,22 @@ use crate::{
     servers,
 };
 
-type Such = fn(&Request) -> bool;
+pub(crate) type Such = fn(&Request) -> bool;
 
-const NAME: &str = "00000000000000000001/00000001-aabbccdd/rank-000000-01020304.safetensors";
+pub(crate) const NAME: &str =
+    "00000000000000000001/00000001-aabbccdd/rank-000000-01020304.safetensors";
 /// Four parts, the last one short.
 const LEN: usize = (52 << 20) + 4321;
 
 /// Bytes that a test holds, which may break off.
-struct Held {
-    bytes: Vec<u8>,
+pub(crate) struct Held {
+    pub(crate) bytes: Vec<u8>,
     /// From this offset on nothing more is handed out.
     breaks_at: u64,
 }
 
 impl Held {
-    fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         Self { bytes: pattern(LEN, seed), breaks_at: u64::MAX }
     }
 }
@@ -68,14 +69,17 @@ impl Payload for Held {
     }
 }
 
-fn whole(source: &dyn Source) -> Vec<u8> {
+pub(crate) fn whole(source: &dyn Source) -> Vec<u8> {
     let mut bytes = vec![0; usize::try_from(source.len()).expect("len")];
     source.read_at(0, &mut bytes).expect("read");
     bytes
 }
 
 /// Uploads through a proxy that does this to requests; the upload must come out right and leave nothing.
-fn survives(what: &str, plan: impl Fn(&Request) -> Fate + Send + Sync + 'static) -> Proxy {
+pub(crate) fn survives(
+    what: &str,
+    plan: impl Fn(&Request) -> Fate + Send + Sync + 'static,
+) -> Proxy {
     let proxy = Proxy::start(servers::s3_port(), plan);
     let place = servers::s3_at(proxy.port);
     let tier = open(&place);
@@ -90,7 +94,7 @@ fn survives(what: &str, plan: impl Fn(&Request) -> Fate + Send + Sync + 'static)
 }
 
 /// Does this to the first of such requests.
-fn first(such: Such, fate: Fate) -> impl Fn(&Request) -> Fate {
+pub(crate) fn first(such: Such, fate: Fate) -> impl Fn(&Request) -> Fate {
     let done = AtomicBool::new(false);
     move |request| match such(request) && !done.swap(true, Ordering::Relaxed) {
         true => fate,

@@ -1,7 +1,7 @@
 //! Where a bucket is: one string, and options under the names that `object_store` uses.
 //!
 //! ```text
-//! s3://bucket/prefix/run     AWS_* in the environment, or options such as aws_endpoint
+//! s3://bucket/prefix/run     AWS_* in the environment, options such as aws_endpoint, profiles in ~/.aws
 //! gs://bucket/prefix/run     GOOGLE_*
 //! az://container/prefix/run  AZURE_*
 //! ```
@@ -9,14 +9,24 @@
 use std::{collections::BTreeMap, fmt, str::FromStr, sync::Arc, time::Duration};
 
 use object_store::{
-    BackoffConfig, ClientConfigKey, ObjectStore, RetryConfig,
+    BackoffConfig, ClientConfigKey, RetryConfig,
     aws::{AmazonS3Builder, AmazonS3ConfigKey},
     azure::{AzureConfigKey, MicrosoftAzureBuilder},
     gcp::{GoogleCloudStorageBuilder, GoogleConfigKey},
     path::Path,
 };
 
-use super::{explain::explain, hands::hands, library::Library, s3::S3, wire::Wire};
+use super::{
+    ask::Store,
+    create::{Creates, Way},
+    credentials::{Credentials, OfProfile},
+    explain::explain,
+    hands::hands,
+    library::Library,
+    profile::{self, Keys, Lookup},
+    s3::S3,
+    wire::Wire,
+};
 use crate::error::{Error, Result};
 
 /// Options by the names that `object_store` uses, as in `aws_endpoint`.
@@ -110,6 +120,14 @@ fn retries() -> RetryConfig {
     }
 }
 
+/// The ways to one store.
+pub(super) type Ways = (Store, Creates, Arc<dyn Wire>);
+
+/// Not at all.
+fn no_retries() -> RetryConfig {
+    RetryConfig { max_retries: 0, ..retries() }
+}
+
 /// What a client is told of the network: the same for our requests and the library's.
 type Told<'a> = &'a dyn Fn(ClientConfigKey) -> Option<String>;
 
@@ -136,7 +154,7 @@ impl Address {
     pub(super) fn hint(&self) -> String {
         let variables = match self.scheme {
             Scheme::S3 => {
-                "AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID and what else AWS_* says"
+                "AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID, AWS_PROFILE and what else AWS_* says"
             }
             Scheme::Gcs => "GOOGLE_APPLICATION_CREDENTIALS and what else GOOGLE_* says",
             Scheme::Azure => "AZURE_STORAGE_ACCOUNT_NAME and what else AZURE_* says",
@@ -144,35 +162,15 @@ impl Address {
         format!("{self}, with {variables}")
     }
 
-    /// Opens the two ways to the store. Nothing is asked of it yet.
+    /// Opens the ways to the store. Nothing is asked of it yet.
     ///
     /// # Errors
     /// An option is unknown, or they do not fit together.
-    pub(super) fn connect(
-        &self,
-        options: &Options,
-    ) -> Result<(Arc<dyn ObjectStore>, Arc<dyn Wire>)> {
+    pub(super) fn connect(&self, options: &Options) -> Result<Ways> {
         let failed = |e| explain(self, format!("use {self}"), e);
+        let library = |inner| Store { inner, credentials: None };
         match self.scheme {
-            Scheme::S3 => {
-                let mut builder = AmazonS3Builder::from_env();
-                for (name, value) in options {
-                    let key = AmazonS3ConfigKey::from_str(name).map_err(failed)?;
-                    builder = builder.with_config(key, value);
-                }
-                let endpoint = builder.get_config_value(&AmazonS3ConfigKey::S3Endpoint);
-                let endpoint =
-                    endpoint.or_else(|| builder.get_config_value(&AmazonS3ConfigKey::Endpoint));
-                if endpoint.is_some_and(|url| url.starts_with("http://")) {
-                    builder = builder.with_allow_http(true); // Written out: nothing more is to be asked.
-                }
-                hands(); // What TLS needs is installed there.
-                let builder = builder.with_bucket_name(&self.bucket).with_retry(retries());
-                let http =
-                    client(&|key| builder.get_config_value(&AmazonS3ConfigKey::Client(key)))?;
-                let store = builder.build().map_err(failed)?;
-                Ok((Arc::new(store.clone()), Arc::new(S3::new(store, http))))
-            }
+            Scheme::S3 => self.connect_s3(options),
             Scheme::Gcs => {
                 let mut builder = GoogleCloudStorageBuilder::from_env();
                 for (name, value) in options {
@@ -181,8 +179,10 @@ impl Address {
                 }
                 hands();
                 let builder = builder.with_bucket_name(&self.bucket).with_retry(retries());
+                let once = builder.clone().with_retry(no_retries()).build().map_err(failed)?;
                 let store = Arc::new(builder.build().map_err(failed)?);
-                Ok((store.clone(), Arc::new(Library::new(store))))
+                let creates = Creates::new(Arc::new(once), None);
+                Ok((library(store.clone()), creates, Arc::new(Library::new(store))))
             }
             Scheme::Azure => {
                 let mut builder = MicrosoftAzureBuilder::from_env();
@@ -192,10 +192,116 @@ impl Address {
                 }
                 hands();
                 let builder = builder.with_container_name(&self.bucket).with_retry(retries());
+                let once = builder.clone().with_retry(no_retries()).build().map_err(failed)?;
                 let store = Arc::new(builder.build().map_err(failed)?);
-                Ok((store.clone(), Arc::new(Library::new(store))))
+                let creates = Creates::new(Arc::new(once), None);
+                Ok((library(store.clone()), creates, Arc::new(Library::new(store))))
             }
         }
+    }
+}
+
+impl Address {
+    fn connect_s3(&self, options: &Options) -> Result<Ways> {
+        let failed = |e| explain(self, format!("use {self}"), e);
+        let mut builder = AmazonS3Builder::from_env();
+        for (name, value) in
+            options.iter().filter(|(name, _)| !profile::OPTIONS.contains(&&***name))
+        {
+            let key = AmazonS3ConfigKey::from_str(name).map_err(failed)?;
+            builder = builder.with_config(key, value);
+        }
+        let (mut builder, profile) = with_profile(builder, options)?;
+        let endpoint = builder.get_config_value(&AmazonS3ConfigKey::S3Endpoint);
+        let endpoint = endpoint.or_else(|| builder.get_config_value(&AmazonS3ConfigKey::Endpoint));
+        if endpoint.is_some_and(|url| url.starts_with("http://")) {
+            builder = builder.with_allow_http(true); // Written out: nothing more is to be asked.
+        }
+        hands(); // What TLS needs is installed there.
+        let builder = builder.with_bucket_name(&self.bucket).with_retry(retries());
+        let http = client(&|key| builder.get_config_value(&AmazonS3ConfigKey::Client(key)))?;
+        let library = builder.clone();
+        let credentials = Credentials::new(move || match &profile {
+            Some(lookup) => Ok(Arc::new(OfProfile::new(lookup.clone()))),
+            // A new one has nothing in its cache.
+            None => library.clone().build().map(|store| store.credentials().clone()),
+        });
+        let credentials = Arc::new(credentials.map_err(failed)?);
+        let way = match builder.get_config_value(&AmazonS3ConfigKey::ConditionalPut).as_deref() {
+            Some("disabled") => Some(Way::Looks),
+            _ => None,
+        };
+        let builder = builder.with_credentials(credentials.clone());
+        let once = builder.clone().with_retry(no_retries()).build().map_err(failed)?;
+        let creates = Creates::new(Arc::new(once), way);
+        let store = builder.build().map_err(failed)?;
+        let inner = Arc::new(store.clone());
+        let wire = S3::new(store, credentials.clone(), http);
+        Ok((Store { inner, credentials: Some(credentials) }, creates, Arc::new(wire)))
+    }
+}
+
+/// Adds what a profile says and nobody else has said; where its keys are to be used, where they are found.
+fn with_profile(
+    mut builder: AmazonS3Builder,
+    options: &Options,
+) -> Result<(AmazonS3Builder, Option<Lookup>)> {
+    use AmazonS3ConfigKey as Key;
+    let lookup = Lookup::new(options, &|name| std::env::var(name).ok());
+    let profile = lookup.load()?;
+    if let Some(region) =
+        profile.region().filter(|_| builder.get_config_value(&Key::Region).is_none())
+    {
+        builder = builder.with_region(region);
+    }
+    let has_endpoint =
+        [Key::S3Endpoint, Key::Endpoint].iter().any(|key| builder.get_config_value(key).is_some());
+    if let Some(endpoint) = profile.endpoint().filter(|_| !has_endpoint) {
+        builder = builder.with_endpoint(endpoint);
+    }
+    let is_key = |name: &&String| {
+        let key = Key::from_str(name);
+        matches!(key, Ok(Key::AccessKeyId | Key::SecretAccessKey))
+    };
+    let given = options.keys().find(is_key);
+    if let Some(key) = given.filter(|_| lookup.is_option) {
+        return Err(Error::invalid(format!("aws_profile and {key}: one of them says the keys")));
+    }
+    let said = |key: Key| builder.get_config_value(&key);
+    let has_keys = said(Key::AccessKeyId).is_some() || said(Key::SecretAccessKey).is_some();
+    let unsigned = said(Key::SkipSignature).is_some_and(|said| said == "true");
+    if unsigned || (has_keys && !lookup.is_option) {
+        return Ok((builder, None));
+    }
+    // What the environment says of this machine's identity is before a default profile of no use here.
+    let has_identity = [
+        Key::WebIdentityTokenFile,
+        Key::ContainerCredentialsRelativeUri,
+        Key::ContainerCredentialsFullUri,
+    ];
+    let has_identity = has_identity.into_iter().any(|key| said(key).is_some());
+    let keys = match profile.keys() {
+        Err(_) if has_identity && !lookup.is_named => Keys::Elsewhere,
+        other => other?,
+    };
+    if has_keys && !matches!(keys, Keys::Static { .. } | Keys::Process(_)) {
+        let name = profile.name();
+        return Err(Error::invalid(format!(
+            "profile {name:?} has no keys of its own, and those of AWS_ACCESS_KEY_ID are not the profile's"
+        )));
+    }
+    match keys {
+        Keys::Static { .. } | Keys::Process(_) => Ok((builder, Some(lookup))),
+        Keys::WebIdentity { token_file, role, session } => {
+            builder = builder
+                .with_config(Key::WebIdentityTokenFile, token_file)
+                .with_config(Key::RoleArn, role);
+            if let Some(session) = session {
+                builder = builder.with_config(Key::RoleSessionName, session);
+            }
+            Ok((builder, None))
+        }
+        Keys::Elsewhere => Ok((builder, None)),
     }
 }
 

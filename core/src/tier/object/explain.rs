@@ -19,7 +19,11 @@ const DENIED: &str =
     "these credentials may not do that: they need to list, read, write and delete there";
 
 /// A mistake of whoever runs the job, which no retry mends: the store's words for it, and ours.
-const MISTAKES: [(&[&str], &str); 6] = [
+const MISTAKES: [(&[&str], &str); 7] = [
+    (
+        &["ExpiredToken", "TokenRefreshRequired"],
+        "the credentials have ended, and their source has no others that the store takes: renew them there",
+    ),
     (
         &["token request", "169.254.169.254", "metadata.google.internal", "CredentialsNotFound"],
         "there are no credentials: neither the environment nor this machine's identity service has any",
@@ -105,7 +109,7 @@ fn mistake(text: &str) -> Option<&'static str> {
 }
 
 /// Its causes without repeating what a message already says.
-fn chain(e: &(dyn std::error::Error + 'static)) -> String {
+pub(super) fn chain(e: &(dyn std::error::Error + 'static)) -> String {
     let mut text = e.to_string();
     let mut cause = e.source();
     while let Some(next) = cause {

@@ -11,15 +11,20 @@
 //!
 //! - A receipt is given for an object whose length, and checksum where the store keeps one, were asked for
 //!   after it was written.
-//! - `create` has one winner, by the store's own conditional write.
+//! - `create` has one winner, by the store's own conditional write; what a store without one can give stands
+//!   in `create.rs`.
 //! - No call waits for ever: a request that makes no progress for half a minute is sent again, and given up
 //!   after a few tries.
 
 pub mod address;
 mod ahead;
+mod ask;
+mod create;
+mod credentials;
 mod explain;
 mod hands;
 mod library;
+mod profile;
 mod read;
 mod s3;
 mod upload;
@@ -28,10 +33,12 @@ mod wire;
 use std::sync::Arc;
 
 use backon::BlockingRetryable;
-use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, path::Path};
+use object_store::{ObjectStoreExt, path::Path};
 
 use self::{
     address::{Address, Options},
+    ask::Store,
+    create::{Creates, Way},
     explain::explain,
     hands::wait,
     read::{Object, Record},
@@ -44,7 +51,7 @@ use super::{
 };
 use crate::{
     config::number,
-    error::{Error, Result},
+    error::{Error, ErrorKind, Result},
     record::RECORD_BYTES_MAX,
 };
 
@@ -56,7 +63,8 @@ const REQUESTS_MAX: usize = 32;
 #[derive(Debug)]
 pub struct ObjectTier {
     address: Address,
-    store: Arc<dyn ObjectStore>,
+    store: Store,
+    creates: Creates,
     wire: Arc<dyn Wire>,
     /// Requests at a time for one payload.
     requests: usize,
@@ -91,16 +99,33 @@ impl ObjectTier {
         if requests == 0 {
             return Err(Error::invalid("TIERKEEP_OBJECT_REQUESTS_MAX = 0: at least 1"));
         }
-        let (store, wire) = address.connect(options)?;
-        Ok(Self { address: address.clone(), store, wire, requests })
+        let (store, creates, wire) = address.connect(options)?;
+        Ok(Self { address: address.clone(), store, creates, wire, requests })
     }
 
-    /// Asks whether the bucket is there and may be listed.
+    /// Asks whether the bucket is there and may be listed, and whether it decides which of two writers of one
+    /// name was first. Credentials that may only read are not asked that.
     ///
     /// # Errors
     /// One sentence that names what is wrong and what to do.
     pub fn check(&self) -> Result<()> {
-        self.list("").map(drop)
+        self.list("")?;
+        match self.decides_who_was_first() {
+            Err(e) if e.kind() == ErrorKind::Invalid => Ok(()),
+            other => other.map(drop),
+        }
+    }
+
+    /// Whether the store decides itself which of two writers of one name was first. Where it does not, that
+    /// is told once, and the writers look and read back.
+    ///
+    /// # Errors
+    /// The store did not answer, or may not be written to.
+    pub fn decides_who_was_first(&self) -> Result<bool> {
+        let address = self.address.to_string();
+        let way = self.creates.way(&self.store, (self.address.prefix(), &address));
+        way.map(|way| way == Way::Conditional)
+            .map_err(|e| explain(&self.address, format!("create something in {address}"), e))
     }
 
     /// How many uploads below this place were begun and not ended; `None` where the store does not tell.
@@ -114,7 +139,7 @@ impl ObjectTier {
     fn uploads(&self) -> Result<Option<Vec<Unfinished>>> {
         let prefix = self.address.prefix();
         let list = || wait(self.wire.unfinished(prefix));
-        let found = list.retry(patience()).when(Failure::may_pass).call();
+        let found = list.retry(patience()).when(Failure::passes()).call();
         let deed = || format!("list the uploads in {}", self.address);
         let mut found = found.map_err(|e| e.explained(&self.address, deed()))?;
         // `run2` begins with `run` too.
@@ -175,12 +200,10 @@ impl Tier for ObjectTier {
 
     fn create(&self, name: &str, bytes: &[u8]) -> Result<Created> {
         let path = self.path(name)?;
-        let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
-        match wait(self.store.put_opts(&path, PutPayload::from(bytes.to_vec()), options)) {
-            Ok(_) => Ok(Created::New),
-            Err(object_store::Error::AlreadyExists { .. }) => Ok(Created::Exists),
-            Err(e) => Err(self.explained("create", name, e)),
-        }
+        let address = self.address.to_string();
+        let place = (self.address.prefix(), &*address);
+        let created = self.creates.create(&self.store, place, &path, bytes);
+        created.map_err(|e| self.explained("create", name, e))
     }
 
     fn open(&self, name: &str) -> Result<Box<dyn Source>> {
@@ -188,14 +211,21 @@ impl Tier for ObjectTier {
         let failed = |e| self.explained("read", name, e);
         if name.ends_with(".json") {
             // One request instead of two: it is read whole.
-            let got = wait(self.store.get(&path)).map_err(failed)?;
-            if got.meta.size <= RECORD_BYTES_MAX {
-                let bytes = wait(got.bytes()).map_err(failed)?;
+            let read = self.store.ask(|store| {
+                wait(async {
+                    let got = store.get(&path).await?;
+                    match got.meta.size <= RECORD_BYTES_MAX {
+                        true => got.bytes().await.map(Some),
+                        false => Ok(None),
+                    }
+                })
+            });
+            if let Some(bytes) = read.map_err(failed)? {
                 return Ok(Box::new(Record(bytes.to_vec())));
             }
         }
         let look = || wait(self.wire.stat(&path));
-        let stat = look.retry(patience()).when(Failure::may_pass).call();
+        let stat = look.retry(patience()).when(Failure::passes()).call();
         let deed = || format!("read {}", self.label(name));
         let stat = stat.map_err(|e| e.explained(&self.address, deed()))?;
         let stat = stat.ok_or_else(|| Error::NotFound { what: self.label(name) })?;
@@ -205,12 +235,14 @@ impl Tier for ObjectTier {
 
     fn list(&self, dir: &str) -> Result<Vec<Entry>> {
         let path = if dir.is_empty() { self.address.prefix().clone() } else { self.path(dir)? };
-        let listed = wait(self.store.list_with_delimiter(Some(&path)));
+        let listed = self.store.ask(|store| wait(store.list_with_delimiter(Some(&path))));
         let listed = listed.map_err(|e| self.explained("list", dir, e))?;
         let entry =
             |path: &Path, is_dir| path.filename().map(|name| Entry { name: name.into(), is_dir });
         let dirs = listed.common_prefixes.iter().filter_map(|path| entry(path, true));
-        let files = listed.objects.iter().filter_map(|meta| entry(&meta.location, false));
+        // `dir/` itself, an empty object: some stores keep one where a directory was, and list it in there.
+        let objects = listed.objects.iter().filter(|meta| meta.location != path);
+        let files = objects.filter_map(|meta| entry(&meta.location, false));
         let mut entries: Vec<Entry> = dirs.chain(files).collect();
         entries.sort();
         Ok(entries)
@@ -222,7 +254,7 @@ impl Tier for ObjectTier {
 
     fn delete(&self, name: &str) -> Result<()> {
         let path = self.path(name)?;
-        match wait(self.store.delete(&path)) {
+        match self.store.ask(|store| wait(store.delete(&path))) {
             Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
             Err(e) => Err(self.explained("delete", name, e)),
         }
@@ -246,7 +278,7 @@ impl Tier for ObjectTier {
             let name = to.as_ref().strip_prefix(prefix).unwrap_or("").trim_start_matches('/');
             if !stays(name) {
                 let end = || wait(self.wire.abort(&to, &id));
-                let end = end.retry(patience()).when(Failure::may_pass).call();
+                let end = end.retry(patience()).when(Failure::passes()).call();
                 let deed = || format!("end the upload of {}", self.label(name));
                 end.map_err(|e| e.explained(&self.address, deed()))?;
                 ended += 1;

@@ -1,17 +1,16 @@
 //! Objects that are read: small ones whole, large ones in ranges.
 
-use std::{ops::Range, sync::Arc};
+use std::ops::Range;
 
-use backon::BlockingRetryable;
 use futures_util::TryStreamExt;
 use object_store::{GetOptions, ObjectStore, ObjectStoreExt, path::Path};
 
 use super::{
     address::Address,
     ahead::{Ahead, OnItsWay},
+    ask::Store,
     explain::explain,
     hands::{hands, wait},
-    upload::patience,
     wire::Stat,
 };
 use crate::{error::Result, tier::Source};
@@ -35,7 +34,7 @@ impl Source for Record {
 
 /// A large one, read in ranges.
 pub(super) struct Object {
-    store: Arc<dyn ObjectStore>,
+    store: Store,
     address: Address,
     path: Path,
     ahead: Ahead,
@@ -48,7 +47,7 @@ impl Object {
     /// What the store tells of under `path`, of which not more than `requests` ranges are on their way at a
     /// time.
     pub(super) fn new(
-        store: Arc<dyn ObjectStore>,
+        store: Store,
         address: Address,
         path: Path,
         stat: Stat,
@@ -60,14 +59,19 @@ impl Object {
 
     /// Begins to fetch a range.
     fn ask(&self, range: Range<u64>) -> OnItsWay {
-        let (store, path) = (self.store.clone(), self.path.clone());
+        let (store, path) = (self.store.inner.clone(), self.path.clone());
         let len = range.end - range.start;
         OnItsWay::new(hands().spawn(async move { store.get_range(&path, range).await }), len)
     }
 
-    async fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), object_store::Error> {
+    async fn read(
+        &self,
+        store: &dyn ObjectStore,
+        offset: u64,
+        into: &mut [u8],
+    ) -> Result<(), object_store::Error> {
         let options = GetOptions::new().with_range(Some(offset..offset + into.len() as u64));
-        let got = self.store.get_opts(&self.path, options).await?;
+        let got = store.get_opts(&self.path, options).await?;
         let mut blocks = got.into_stream();
         let mut at = 0;
         while let Some(block) = blocks.try_next().await? {
@@ -107,9 +111,7 @@ impl Source for Object {
             into.copy_from_slice(&bytes);
             return Ok(());
         }
-        let broke_off = |e: &object_store::Error| matches!(e, object_store::Error::Generic { .. });
-        let mut again = || wait(self.read(offset, into));
-        let read = (&mut again).retry(patience()).when(broke_off).call();
+        let read = self.store.ask(|store| wait(self.read(store, offset, into)));
         read.map_err(|e| {
             let what =
                 format!("read {}://{}/{}", self.address.scheme(), self.address.bucket(), self.path);

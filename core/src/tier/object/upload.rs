@@ -10,6 +10,7 @@
 //! - Memory is `in_flight` times a block of the payload and half a MiB, whatever the payload's length.
 //! - When it returns well, no unfinished upload of this name is left.
 //! - A request that makes no progress is ended and sent again; none waits for ever.
+//! - Credentials that end meanwhile cost the requests that were refused, and no part that was acknowledged.
 
 use std::{
     future::Future,
@@ -87,8 +88,10 @@ impl From<Failure> for Trouble {
 }
 
 impl Trouble {
-    fn may_pass(&self) -> bool {
-        matches!(self, Self::Theirs(failure) if failure.may_pass())
+    /// What is tried again.
+    fn passes() -> impl FnMut(&Self) -> bool {
+        let mut passes = Failure::passes();
+        move |trouble| matches!(trouble, Self::Theirs(failure) if passes(failure))
     }
 }
 
@@ -237,7 +240,7 @@ impl Upload<'_> {
             }
         };
         once.retry(patience())
-            .when(Trouble::may_pass)
+            .when(Trouble::passes())
             .notify(|trouble, pause| {
                 if let Trouble::Theirs(failure) = trouble {
                     tracing::debug!("{}: {failure}: again in {pause:?}", self.deed("write"));
@@ -251,7 +254,7 @@ impl Upload<'_> {
     where
         F: Future<Output = Result<T, Failure>>,
     {
-        (|| wait(request())).retry(patience()).when(Failure::may_pass).call()
+        (|| wait(request())).retry(patience()).when(Failure::passes()).call()
     }
 
     fn whole(&self, crc: u32) -> Result<(), Trouble> {
@@ -358,7 +361,8 @@ impl Upload<'_> {
         }
         let parts: Vec<Tag> = tags.into_iter().flatten().collect();
         // The whole is wrong however often it is asked for.
-        let passes = |e: &Failure| e.may_pass() && !e.is_bad_digest();
+        let mut passes = Failure::passes();
+        let passes = |e: &Failure| !e.is_bad_digest() && passes(e);
         let complete = || wait(self.wire.complete(self.to, id, parts.clone(), crc));
         match complete.retry(patience()).when(passes).call() {
             Ok(()) => Ok(true),

@@ -78,8 +78,7 @@ impl From<object_store::Error> for Failure {
 }
 
 impl Failure {
-    /// Whether the same request may go well later: the network, a server that is busy or broken, and
-    /// credentials that have expired and are fetched anew for the next one.
+    /// Whether the same request may go well later: the network, and a server that is busy or broken.
     pub(super) fn may_pass(&self) -> bool {
         match self {
             Self::NoAnswer(_) => true,
@@ -88,12 +87,33 @@ impl Failure {
                     // Bytes that changed on the way are sent again.
                     || matches!(
                         refusal.code.as_str(),
-                        "BadDigest" | "ExpiredToken" | "IncompleteBody" | "RequestTimeout" | "SlowDown"
+                        "BadDigest" | "IncompleteBody" | "RequestTimeout" | "SlowDown"
                             | "XAmzContentChecksumMismatch"
                     )
             }
             // It has tried again itself.
             Self::Library(_) => false,
+        }
+    }
+
+    /// The credentials are no good any more. They are asked for anew: the same request, signed with what
+    /// comes then, may go well, once.
+    pub(super) fn is_stale(&self) -> bool {
+        match self {
+            // HEAD has no body to say more in.
+            Self::Refused(status, refusal) if refusal.code.is_empty() => {
+                matches!(status, 400 | 401 | 403)
+            }
+            Self::Refused(_, refusal) => is_stale(&refusal.code),
+            _ => false,
+        }
+    }
+
+    /// What is tried again: what may pass, and one refusal of credentials.
+    pub(super) fn passes() -> impl FnMut(&Self) -> bool {
+        let mut renewed = false;
+        move |failure| {
+            failure.may_pass() || (failure.is_stale() && !std::mem::replace(&mut renewed, true))
         }
     }
 
@@ -115,6 +135,22 @@ impl Failure {
             Self::Library(e) => explain(address, doing, *e),
         }
     }
+}
+
+/// S3's codes for credentials that it takes no more, or not yet; of files that are being replaced a reader
+/// may have half the old and half the new.
+pub(super) fn is_stale(code: &str) -> bool {
+    matches!(
+        code,
+        "ExpiredToken"
+            | "ExpiredTokenException"
+            | "InvalidAccessKeyId"
+            | "InvalidToken"
+            | "RequestExpired"
+            | "RequestTimeTooSkewed"
+            | "SignatureDoesNotMatch"
+            | "TokenRefreshRequired"
+    )
 }
 
 /// What this way of speaking to a store can do.
