@@ -39,6 +39,11 @@ pub struct Bucket {
     pub bytes_per_second_max: Option<u64>,
     /// Floats are compressed on their way there, where that gains something. `TIERKEEP_OBJECT_COMPRESS`: 1.
     pub compress: bool,
+    /// How long bytes stay after their checkpoint was deleted, for readers: longer than it takes to decide what is
+    /// restored (`attempt_wait_s`). `TIERKEEP_OBJECT_GRACE_S`; 300.
+    pub grace: Duration,
+    /// What lies there is read again, slowly, in such periods. `TIERKEEP_OBJECT_SCRUB_HOURS`.
+    pub scrub: Option<Duration>,
     /// How long a step may take to be sealed there before it is given up.
     pub wait: Duration,
 }
@@ -76,6 +81,9 @@ impl Bucket {
             keep_every: number("TIERKEEP_OBJECT_KEEP_EVERY")?,
             bytes_per_second_max: number("TIERKEEP_OBJECT_BYTES_PER_SECOND_MAX")?,
             compress: number::<u8>("TIERKEEP_OBJECT_COMPRESS")?.is_some_and(|on| on > 0),
+            grace: grace()?,
+            scrub: number("TIERKEEP_OBJECT_SCRUB_HOURS")?
+                .map(|hours: u64| Duration::from_secs(hours.saturating_mul(3600))),
             wait: Duration::from_secs(4 * 3600),
         })
     }
@@ -96,8 +104,11 @@ impl Bucket {
             )
         } else if self.keep_last == 0 {
             "object_keep_last = 0: the last good checkpoint is never deleted, say 1 or more".into()
-        } else if self.keep_hours == Some(0) || self.every_minutes == Some(0) {
-            "object_keep_hours and object_every_minutes are 1 or more".into()
+        } else if [self.keep_hours, self.every_minutes].contains(&Some(0))
+            || self.scrub.is_some_and(|period| period.is_zero())
+        {
+            "object_keep_hours, object_every_minutes and TIERKEEP_OBJECT_SCRUB_HOURS are 1 or more"
+                .into()
         } else if self.bytes_per_second_max == Some(0) {
             "object_bytes_per_second_max = 0: at least 1".into()
         } else {
@@ -117,6 +128,14 @@ impl Bucket {
             None => tier,
         })
     }
+}
+
+/// `TIERKEEP_OBJECT_GRACE_S`, else five minutes.
+///
+/// # Errors
+/// It is not a whole number.
+pub fn grace() -> Result<Duration> {
+    Ok(Duration::from_secs(number("TIERKEEP_OBJECT_GRACE_S")?.unwrap_or(300)))
 }
 
 #[cfg(test)]

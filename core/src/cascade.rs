@@ -24,6 +24,7 @@ mod below;
 mod in_bucket;
 mod needed;
 mod release;
+mod scrub;
 mod sending;
 mod standing;
 mod to_disk;

@@ -33,6 +33,7 @@ use crate::{
     agree::{Agreements, home::Home},
     attempt::AttemptRecord,
     begin::{Begin, Elsewhere, Stands, begin},
+    bucket::Bucket,
     cascade::{Cascade, Parts, Shard},
     chunk::CHUNK_BYTES,
     clock::{SharedClock, SystemClock},
@@ -320,6 +321,11 @@ impl Keeper {
         }
         if place.bucket.is_some() {
             let begun = Behind::start("tierkeep-object", &cascade, place, Cascade::run_to_bucket);
+            threads.push(begun.inspect_err(|_| cascade.stop(None))?);
+        }
+        let scrubs = |bucket: &Bucket| place.config.leads() && bucket.scrub.is_some();
+        if place.config.bucket.as_ref().is_some_and(scrubs) {
+            let begun = Behind::start("tierkeep-scrub", &cascade, place, Cascade::run_scrub);
             threads.push(begun.inspect_err(|_| cascade.stop(None))?);
         }
         *running = Some(Running { record, cascade: cascade.clone(), threads });

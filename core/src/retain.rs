@@ -9,9 +9,13 @@
 //! - Going is: tombstone, seal, manifests, payloads, tombstone. Dying anywhere leaves the
 //!   checkpoint whole, or invisible and finished by the next collector. Two collectors at once do
 //!   no harm.
+//! - In a bucket the bytes stay for a while after the checkpoint is gone: whoever began to read it may end.
 //! - A collector that finds itself superseded (a newer attempt) stops.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use crate::{
     attempt::{Attempts, Lineage},
@@ -20,7 +24,7 @@ use crate::{
     names::{AttemptDir, CheckpointKey, Rank, SEAL, TOMBSTONE, WHOLE, manifest_name, step_dir},
     record,
     restore::survey::Found,
-    tier::Tier,
+    tier::{Tier, find_record},
 };
 
 const PINS: &str = "_pins";
@@ -214,15 +218,30 @@ pub enum Collected {
     Superseded,
 }
 
+/// How long bytes stay after their checkpoint is gone, for whoever began to read it before; and the time now,
+/// in ms since 1970: collectors of a bucket are on many hosts, and the one that began may be dead.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Grace {
+    /// None, where an open file keeps its bytes.
+    pub bytes: Duration,
+    /// Now.
+    pub unix_ms: u64,
+}
+
 /// Deletes the victims, oldest first. `newest` is the number of the newest attempt that the plan
 /// knew.
 ///
 /// # Errors
 /// The tier did not answer; what was begun is finished by the next collector.
-pub fn collect(tier: &dyn Tier, victims: &[Victim], newest: u32) -> Result<Collected> {
+pub fn collect(
+    tier: &dyn Tier,
+    victims: &[Victim],
+    newest: u32,
+    grace: Grace,
+) -> Result<Collected> {
     for victim in victims {
         let key = &victim.key;
-        tombstone(tier, victim)?;
+        tombstone(tier, victim, grace.unix_ms)?;
         // After the tombstone: whoever resumes from here now either sees it, or was recorded before
         // this look.
         let attempts = Attempts::load(&[tier])?;
@@ -236,6 +255,9 @@ pub fn collect(tier: &dyn Tier, victims: &[Victim], newest: u32) -> Result<Colle
         for rank in &listing.manifests {
             tier.delete(&key.file(&manifest_name(*rank)))?;
         }
+        if !listing.payloads.is_empty() && is_young(tier, key, grace)? {
+            continue; // The next collector finds the tombstone.
+        }
         for file in listing.payloads.values().flatten() {
             tier.retire(&key.file(file))?;
         }
@@ -246,13 +268,29 @@ pub fn collect(tier: &dyn Tier, victims: &[Victim], newest: u32) -> Result<Colle
     Ok(Collected::All)
 }
 
-fn tombstone(tier: &dyn Tier, victim: &Victim) -> Result<()> {
-    #[derive(serde::Serialize)]
-    struct Tombstone<'a> {
-        format: u32,
-        why: &'a str,
+#[derive(serde::Serialize, serde::Deserialize)]
+struct Tombstone {
+    format: u32,
+    why: String,
+    /// When the deletion was begun, in ms since 1970.
+    #[serde(default)]
+    unix_ms: u64,
+}
+
+/// Its deletion was begun so short a time ago that somebody may still read it.
+fn is_young(tier: &dyn Tier, key: &CheckpointKey, grace: Grace) -> Result<bool> {
+    if grace.bytes.is_zero() {
+        return Ok(false);
     }
-    let text = Tombstone { format: record::FORMAT, why: &victim.why };
+    let name = key.file(TOMBSTONE);
+    let Some(bytes) = find_record(tier, &name)? else { return Ok(false) };
+    // One that says no time is of a disk that was full.
+    let begun = record::open::<Tombstone>(&bytes, &name).map_or(0, |tombstone| tombstone.unix_ms);
+    Ok(grace.unix_ms.saturating_sub(begun) < u64::try_from(grace.bytes.as_millis()).unwrap_or(u64::MAX))
+}
+
+fn tombstone(tier: &dyn Tier, victim: &Victim, unix_ms: u64) -> Result<()> {
+    let text = Tombstone { format: record::FORMAT, why: victim.why.clone(), unix_ms };
     let body =
         serde_json::to_vec(&text).map_err(|e| crate::Error::Bug(format!("tombstone: {e}")))?;
     let name = victim.key.file(TOMBSTONE);

@@ -6,7 +6,7 @@
 use std::{collections::BTreeSet, path::Path, time::Duration};
 
 use crate::{
-    clock::SystemClock,
+    clock::{Clock, SystemClock},
     error::{Error, Result},
     names::{AttemptDir, AttemptRef, Rank, Step, parse_step_dir},
     ownership::{Ownership, is_held},
@@ -16,7 +16,7 @@ use crate::{
         decide::lineage_of,
         survey::{Found, survey},
     },
-    retain::{self, Collected, Known, Policy, Victim},
+    retain::{self, Collected, Grace, Known, Policy, Victim},
     tier::{TierKind, disk::DiskTier},
 };
 
@@ -116,20 +116,22 @@ pub fn plan(reader: &Reader, policy: &Policy) -> Result<Plan> {
 }
 
 /// Carries a plan out; how it ended, and how many uploads of dead processes were ended in a bucket. Files
-/// that retention keeps for the next save are given back too, but for those of live ranks.
+/// that retention keeps for the next save are given back too, but for those of live ranks. `grace`: how long
+/// bytes stay in a bucket after their checkpoint is gone ([`Bucket::grace`](crate::bucket::Bucket::grace)).
 ///
 /// # Errors
 /// The tier did not answer; what was begun is finished by the next collection.
-pub fn collect(reader: &Reader, plan: &Plan) -> Result<(Collected, usize)> {
+pub fn collect(reader: &Reader, plan: &Plan, grace: Duration) -> Result<(Collected, usize)> {
     let home = reader.home();
     let victims: Vec<Victim> = plan.victims.iter().map(|(v, _)| v.clone()).collect();
+    let grace = Grace { bytes: grace, unix_ms: SystemClock.unix_ms() };
     if home.kind() != TierKind::Disk {
-        let collected = retain::collect(home, &victims, plan.number())?;
+        let collected = retain::collect(home, &victims, plan.number(), grace)?;
         return Ok((collected, home.sweep(&|name| plan.is_left(name))?));
     }
     let root = home.address();
     let disk = DiskTier::open(Path::new(&root))?;
-    let collected = retain::collect(&disk, &victims, plan.number())?;
+    let collected = retain::collect(&disk, &victims, plan.number(), Grace::default())?;
     for rank in &plan.ranks {
         let path = Path::new(&root).join(format!("_locks/rank-{rank:06}"));
         let what = format!("rank {rank} of {root}");

@@ -429,6 +429,10 @@ pub(crate) struct Gc {
     #[arg(long, value_name = "N", requires = "keep_last",
           value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) keep_hours: Option<u64>,
+    /// How long the bytes of a deleted checkpoint stay in a bucket, for who reads it, as in 10m [default:
+    /// TIERKEEP_OBJECT_GRACE_S, else 5m]
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    pub(crate) grace: Option<std::time::Duration>,
     /// Also delete the branches that the run has abandoned
     #[arg(long)]
     pub(crate) abandoned: bool,

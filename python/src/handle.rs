@@ -168,6 +168,7 @@ fn configure(config: &mut Config, settings: &Bound<'_, PyDict>) -> PyResult<Opti
             "object_compress" => bucket.compress = Some(value.extract()?),
             "object_every_minutes" => bucket.every_minutes = Some(value.extract()?),
             "object_keep_hours" => bucket.keep_hours = Some(value.extract()?),
+            "object_grace_s" => bucket.grace = Some(seconds()?),
             "object_wait_s" => bucket.wait = Some(seconds()?),
             _ => return Err(invalid(py, format!("unknown setting {name}"))),
         }
@@ -189,6 +190,7 @@ struct ForBucket {
     compress: Option<bool>,
     every_minutes: Option<u64>,
     keep_hours: Option<u64>,
+    grace: Option<Duration>,
     wait: Option<Duration>,
 }
 
@@ -205,6 +207,7 @@ impl ForBucket {
             compress: self.compress.unwrap_or(given.compress),
             every_minutes: self.every_minutes.or(given.every_minutes),
             keep_hours: self.keep_hours.or(given.keep_hours),
+            grace: self.grace.unwrap_or(given.grace),
             wait: self.wait.unwrap_or(given.wait),
             ..given
         }))

@@ -115,7 +115,7 @@ class Checkpointer:
         threads: of a copy. Default: as many as help.
         allow_pickle: `module:Name` of types whose instances may be pickled, and unpickled again.
         timeouts_s: seconds by name, over the defaults: `lock_wait_s`, `attempt_wait_s`,
-            `slot_wait_s`, `peer_wait_s`, `disk_wait_s`, `object_wait_s`.
+            `slot_wait_s`, `peer_wait_s`, `disk_wait_s`, `object_wait_s`, `object_grace_s`.
 
     Raises:
         InvalidError: an argument is not what it must be, or the destination cannot be used.

@@ -117,7 +117,11 @@ impl Cascade {
             in_flight: &in_flight,
             given_up: &Default::default(),
         };
-        retain::collect(tier, &retain::plan(&policy, &known), newest)?;
+        let grace = retain::Grace {
+            bytes: far.settings.grace,
+            unix_ms: self.parts.clock.unix_ms(),
+        };
+        retain::collect(tier, &retain::plan(&policy, &known), newest, grace)?;
         // What dead processes began, and no rank is at: this is the newest attempt, and between two steps.
         let kept: Vec<String> = in_flight.iter().map(CheckpointKey::dir).collect();
         let stays = |name: &str| kept.iter().any(|dir| name.starts_with(dir.as_str()));

@@ -504,7 +504,8 @@ impl Cascade {
             in_flight: &in_flight,
             given_up: &given_up,
         };
-        retain::collect(disk, &retain::plan(&policy, &known), newest).map(drop)
+        let victims = retain::plan(&policy, &known);
+        retain::collect(disk, &victims, newest, retain::Grace::default()).map(drop)
     }
 }
 

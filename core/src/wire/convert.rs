@@ -138,6 +138,8 @@ pub(crate) fn open(config: &Config, start: Id, nonce: Id) -> wire::Open {
             compress: bucket.compress,
             every_minutes: bucket.every_minutes,
             keep_hours: bucket.keep_hours,
+            grace_ms: milliseconds(bucket.grace),
+            scrub_ms: bucket.scrub.map(milliseconds),
         }),
     }
 }
@@ -191,6 +193,8 @@ pub(crate) fn config(open: &wire::Open, ram_root: PathBuf) -> Result<Config> {
             compress: bucket.compress,
             every_minutes: bucket.every_minutes,
             keep_hours: bucket.keep_hours,
+            grace: length(bucket.grace_ms, 7 * 86_400),
+            scrub: bucket.scrub_ms.map(|ms| length(ms, 366 * 86_400)),
         }),
     };
     config.check()?;

@@ -33,7 +33,8 @@ use crate::{
 pub(crate) fn config(places: &Places, place: &Place) -> Config {
     let mut config = places.config();
     let bucket = Bucket::new(&place.url, config.disk_every).expect("bucket");
-    config.bucket = Some(Bucket { options: place.options.clone(), ..bucket });
+    let (options, grace) = (place.options.clone(), Duration::ZERO);
+    config.bucket = Some(Bucket { options, grace, ..bucket });
     config
 }
 
@@ -307,6 +308,67 @@ fn what_is_not_due_for_the_bucket_does_not_go_there() {
 }
 
 #[test]
+fn what_is_deleted_in_a_bucket_is_gone_at_once_and_its_bytes_after_a_while() {
+    let (places, place) = (Places::new(), servers::s3());
+    let mut config = config(&places, &place);
+    let bucket = config.bucket.as_mut().expect("bucket");
+    (bucket.keep_last, bucket.grace) = (1, Duration::from_secs(3600));
+    let ckpt = Checkpointer::open(config).expect("open");
+    resume(&ckpt, &SMALL).expect("resume");
+    wait(&save(&ckpt, &SMALL, 1), Level::Object);
+    // Somebody reads it meanwhile.
+    let reader = || {
+        let nowhere = Some(Path::new("/nowhere"));
+        Reader::open_with(Path::new(&place.url), nowhere, &place.options).expect("open")
+    };
+    let info = reader().steps().expect("steps").pop().expect("a step");
+    let shard = reader().shard(&info.key, Rank(0)).expect("shard");
+    wait(&save(&ckpt, &SMALL, 2), Level::Object);
+    until("the older one is gone", || steps(&place) == [2]);
+    close(&ckpt);
+    crate::common::read_whole(&shard, &SMALL).expect("its bytes are there");
+    // Once that time is over.
+    let policy = tierkeep::retain::Policy {
+        keep_last: 1,
+        keep_every: None,
+        keep_hours: None,
+        abandoned: false,
+    };
+    let plan = tierkeep::upkeep::plan(&reader(), &policy).expect("plan");
+    let collect = |grace| tierkeep::upkeep::collect(&reader(), &plan, grace).expect("collect");
+    let there = || !open(&place).list(&info.key.dir()).expect("list").is_empty();
+    collect(Duration::from_secs(3600));
+    assert!(there(), "it is young");
+    collect(Duration::from_millis(1));
+    assert!(!there());
+}
+
+#[test]
+fn what_rots_in_a_bucket_is_told_before_anybody_needs_it() {
+    let (places, place) = (Places::new(), servers::s3());
+    let mut config = config(&places, &place);
+    config.bucket.as_mut().expect("bucket").scrub = Some(Duration::from_millis(200));
+    let ckpt = Checkpointer::open(config).expect("open");
+    resume(&ckpt, &SMALL).expect("resume");
+    for step in 1..=2 {
+        wait(&save(&ckpt, &SMALL, step), Level::Object);
+    }
+    std::thread::sleep(Duration::from_secs(1));
+    assert_eq!(events(&ckpt), [""; 0]);
+    let tier = open(&place);
+    let reader = Reader::open_with(Path::new(&place.url), None, &place.options).expect("open");
+    let info = reader.steps().expect("steps").remove(0);
+    let shard = reader.shard(&info.key, Rank(0)).expect("shard");
+    let file = info.key.file(&shard.manifest().payload.file);
+    let mut byte = [0];
+    tier.open(&file).expect("open").read_at(20_000, &mut byte).expect("read");
+    tier.mend(&file, 20_000, &[byte[0] ^ 1]).expect("flip");
+    let damaged = |text: &String| text.contains("object_damaged") && text.contains("chunk 0");
+    until("the damage is told", || events(&ckpt).iter().any(damaged));
+    close(&ckpt);
+}
+
+#[test]
 fn where_the_clock_says_when_one_goes_and_what_the_job_stops_with() {
     let (places, place) = (Places::new(), servers::s3());
     let mut config = config(&places, &place);
@@ -359,7 +421,7 @@ fn what_a_dead_process_began_to_send_is_ended_by_the_next_job_and_by_gc() {
         abandoned: false,
     };
     let plan = tierkeep::upkeep::plan(&reader, &policy).expect("plan");
-    let (_, ended) = tierkeep::upkeep::collect(&reader, &plan).expect("collect");
+    let (_, ended) = tierkeep::upkeep::collect(&reader, &plan, Duration::ZERO).expect("collect");
     assert_eq!(ended, 1, "what is newer than all that is sealed may be a live job's");
     assert_eq!(tier.unfinished().expect("unfinished"), Some(1));
 }
@@ -401,7 +463,7 @@ fn a_collector_in_the_bucket_leaves_alone_what_a_job_has_just_begun() {
             Reader::open_with(Path::new(&direct.url), None, &direct.options).expect("open");
         let policy = Policy { keep_last: 1, keep_every: None, keep_hours: None, abandoned: true };
         let plan = upkeep::plan(&reader, &policy).expect("plan");
-        upkeep::collect(&reader, &plan).expect("collect").1
+        upkeep::collect(&reader, &plan, Duration::ZERO).expect("collect").1
     };
     // The other rank's shard is there before anything tells that the attempt leads.
     held.store(true, Ordering::Relaxed);

@@ -1,6 +1,6 @@
 //! Runs that lie in a bucket, and what else may lie there.
 
-use std::path::Path;
+use std::{path::Path, time::Duration};
 
 use tierkeep::{
     ErrorKind,
@@ -120,7 +120,7 @@ fn what_else_lies_under_the_prefix_is_left_alone() {
     let plan = upkeep::plan(&bucket, &policy).expect("plan");
     let steps: Vec<u64> = plan.victims.iter().map(|(v, _)| v.key.step.0).collect();
     assert_eq!(steps, [1, 2], "{plan:?}");
-    upkeep::collect(&bucket, &plan).expect("collect");
+    upkeep::collect(&bucket, &plan, Duration::ZERO).expect("collect");
     assert_eq!(resumes_at(&place), Some(3));
     assert_eq!(reader(&place).steps().expect("steps").len(), 1);
     assert!(tier.open("00000000000000000003/x").is_ok() && tier.open("notes.txt").is_ok());

@@ -176,6 +176,7 @@ impl World {
         config.peer_wait = Duration::from_secs(5);
         config.bucket = self.bucket.lock().unwrap().as_ref().map(|url| Bucket {
             bytes_per_second_max: *self.bucket_rate.lock().unwrap(),
+            grace: Duration::ZERO,
             ..Bucket::new(url, config.disk_every).unwrap()
         });
         config

@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 use tierkeep::{
+    bucket::grace,
     retain::{Collected, Policy},
     upkeep::{Plan, collect, plan},
 };
@@ -40,7 +41,7 @@ pub(super) fn run(context: &mut Context<'_>, args: &Gc) -> Result<i32, Failure> 
     };
     let plan = plan(&reader, &policy)?;
     let (collected, uploads) =
-        if args.dry_run { (Collected::All, 0) } else { collect(&reader, &plan)? };
+        if args.dry_run { (Collected::All, 0) } else { collect(&reader, &plan, args.grace.map_or_else(grace, Ok)?)? };
     let superseded = collected == Collected::Superseded;
     if context.json {
         show::json(context.out, &data(&plan, args.dry_run, superseded))?;

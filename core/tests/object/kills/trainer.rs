@@ -48,7 +48,7 @@ pub(super) fn live(place: &Path) {
     (config.lock_wait, config.attempt_wait, config.slot_wait) = (LONG, LONG, LONG);
     let there = bucket();
     let settings = Bucket::new(&there.url, config.disk_every).expect("bucket");
-    config.bucket = Some(Bucket { options: there.options, ..settings });
+    config.bucket = Some(Bucket { options: there.options, grace: Duration::ZERO, ..settings });
     let ckpt = Checkpointer::open(config).expect("open");
     let how = match back {
         0 => Begin::default(),
@@ -116,7 +116,7 @@ pub(super) fn collect(keep_last: &str) {
             other => other.expect("open"),
         };
         let plan = upkeep::plan(&reader, &policy).expect("plan");
-        upkeep::collect(&reader, &plan).expect("collect");
+        upkeep::collect(&reader, &plan, Duration::ZERO).expect("collect");
         std::thread::sleep(Duration::from_millis(20));
     }
 }
