@@ -124,64 +124,80 @@ def main() -> None:
     args = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="tierkeep-bench-"))
     try:
-        with servers.s3(work / "s3", volumes=90) as options:
-            print(json.dumps(measure(work, options, args), indent=1))
+        print(json.dumps(measure(work, args), indent=1))
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def measure(work: Path, options: dict[str, str], args: argparse.Namespace) -> dict[str, Any]:
-    environment = {
-        **os.environ,
-        "AWS_ENDPOINT_URL": options["aws_endpoint"],
-        "AWS_ACCESS_KEY_ID": options["aws_access_key_id"],
-        "AWS_SECRET_ACCESS_KEY": options["aws_secret_access_key"],
-        "AWS_REGION": options["aws_region"],
-        "AWS_DEFAULT_REGION": options["aws_region"],
-        "TIERKEEP_RAM_DIR": str(work / "no-ram"),
-    }
-    run = work / "run"
+def save(work: Path, gib: float) -> Path:
+    """A checkpoint on disk; its payload."""
     ram = tempfile.mkdtemp(prefix="tierkeep-bench-", dir="/dev/shm")
     try:
-        subprocess.run([sys.executable, "-c", _SAVE, run, ram, str(args.gib)], check=True)
+        run = work / "run"
+        subprocess.run([sys.executable, "-c", _SAVE, run, ram, str(gib)], check=True)
     finally:
         shutil.rmtree(ram)
-    payload = next(run.glob("*/*/rank-*.safetensors"))
-    size = payload.stat().st_size
-    back = work / "back"
+    return next(run.glob("*/*/rank-*.safetensors"))
 
-    def ours(way: str, key: str, environment: dict[str, str] = environment) -> tuple[float, float]:
-        far, near = f"s3://bucket/{key}/run", back / "run"
-        source, to = (run, far) if way == "up" else (far, near)
-        return ran([BIN / "tierkeep", "restore", source, "--to", str(to)], environment)
 
-    def script(text: str) -> Callable[[str, str], tuple[float, float]]:
+class Clients:
+    """The clients, each by its name: a way and a key; seconds, and seconds of CPU."""
+
+    def __init__(self, work: Path, payload: Path, options: dict[str, str]) -> None:
+        self.run, self.payload, self.back = work / "run", payload, work / "back"
+        self.environment = {
+            **os.environ,
+            "AWS_ENDPOINT_URL": options["aws_endpoint"],
+            "AWS_ACCESS_KEY_ID": options["aws_access_key_id"],
+            "AWS_SECRET_ACCESS_KEY": options["aws_secret_access_key"],
+            "AWS_REGION": options["aws_region"],
+            "AWS_DEFAULT_REGION": options["aws_region"],
+            "TIERKEEP_RAM_DIR": str(work / "no-ram"),
+        }
+        self.all: dict[str, Callable[[str, str], tuple[float, float]]] = {
+            "tierkeep": self.ours,
+            "boto3": self._script(_BOTO3),
+            "awscli": self._aws,
+            "s3fs": self._script(_S3FS),
+        }
+
+    def ours(self, way: str, key: str, **more: str) -> tuple[float, float]:
+        far, near = f"s3://bucket/{key}/run", self.back / "run"
+        source, to = (self.run, far) if way == "up" else (far, near)
+        command: list[str | Path] = [BIN / "tierkeep", "restore", source, "--to", str(to)]
+        return ran(command, {**self.environment, **more})
+
+    def _script(self, text: str) -> Callable[[str, str], tuple[float, float]]:
         def go(way: str, key: str) -> tuple[float, float]:
-            file = payload if way == "up" else back / "file"
-            return ran([sys.executable, "-c", text, way, str(file), key], environment)
+            file = self.payload if way == "up" else self.back / "file"
+            return ran([sys.executable, "-c", text, way, str(file), key], self.environment)
 
         return go
 
-    def aws(way: str, key: str) -> tuple[float, float]:
+    def _aws(self, way: str, key: str) -> tuple[float, float]:
         far = f"s3://bucket/{key}"
-        ends = (str(payload), far) if way == "up" else (far, str(back / "file"))
-        return ran([BIN / "aws", "s3", "cp", "--quiet", *ends], environment)
+        ends = (str(self.payload), far) if way == "up" else (far, str(self.back / "file"))
+        return ran([BIN / "aws", "s3", "cp", "--quiet", *ends], self.environment)
 
-    clients = {"tierkeep": ours, "boto3": script(_BOTO3), "awscli": aws, "s3fs": script(_S3FS)}
-    times: dict[str, dict[str, list[tuple[float, float]]]] = {
-        name: {"up": [], "down": []} for name in clients
-    }
+    def clear(self) -> None:
+        shutil.rmtree(self.back, ignore_errors=True)
+        self.back.mkdir()
+
+
+def measure(work: Path, args: argparse.Namespace) -> dict[str, Any]:
+    payload = save(work, args.gib)
+    size = payload.stat().st_size
+    times: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for number in range(args.rounds):
-        for name, client in clients.items():
-            key = f"{name}-{number}"
-            for way in ("up", "down"):
-                shutil.rmtree(back, ignore_errors=True)
-                back.mkdir()
-                times[name][way].append(client(way, key))
-            subprocess.run(
-                [BIN / "aws", "s3", "rm", "--quiet", "--recursive", f"s3://bucket/{key}"],
-                env=environment,
-            )
+        # A server for each: what is deleted in one does not free its disk.
+        with servers.s3(work / "s3", volumes=30) as options:
+            clients = Clients(work, payload, options)
+            for name, client in clients.all.items():
+                for way in ("up", "down"):
+                    clients.clear()
+                    took = client(way, f"{name}-{number}")
+                    times.setdefault(name, {}).setdefault(way, []).append(took)
+        shutil.rmtree(work / "s3")
     gb = size / 1e9
     result: dict[str, Any] = {"bytes": size, "rounds": args.rounds}
     for way in ("up", "down"):
@@ -201,30 +217,24 @@ def measure(work: Path, options: dict[str, str], args: argparse.Namespace) -> di
             "against_the_best": round(table["tierkeep"]["gb_per_s"] / best, 3),
             "cpu_of_the_leanest": min(row["cpu_s_per_gb"] for row in others),
         }
-    result["late"] = late(ours, options, environment, args, back)
+    with servers.s3(work / "s3", volumes=30) as options:
+        result["late"] = late(Clients(work, payload, options), options, args)
     return result
 
 
-def late(
-    ours: Callable[..., tuple[float, float]],
-    options: dict[str, str],
-    environment: dict[str, str],
-    args: argparse.Namespace,
-    back: Path,
-) -> dict[str, Any]:
+def late(clients: Clients, options: dict[str, str], args: argparse.Namespace) -> dict[str, Any]:
     """How much 64 requests at a time win over one, where each answer is late."""
     proxy = Late(int(options["aws_endpoint"].rsplit(":", 1)[1]), args.latency / 1000)
     seen: dict[str, Any] = {"latency_ms": args.latency}
     for requests in (1, 64):
-        through = {
-            **environment,
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}",
-            "TIERKEEP_OBJECT_REQUESTS_MAX": str(requests),
-        }
         for way in ("up", "down"):
-            shutil.rmtree(back, ignore_errors=True)
-            back.mkdir()
-            took, _ = ours(way, f"late-{requests}", through)
+            clients.clear()
+            took, _ = clients.ours(
+                way,
+                f"late-{requests}",
+                AWS_ENDPOINT_URL=f"http://127.0.0.1:{proxy.port}",
+                TIERKEEP_OBJECT_REQUESTS_MAX=str(requests),
+            )
             seen[f"{way}_{requests}_seconds"] = round(took, 2)
     for way in ("up", "down"):
         seen[f"{way}_ratio"] = round(seen[f"{way}_1_seconds"] / seen[f"{way}_64_seconds"], 2)

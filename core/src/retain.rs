@@ -286,7 +286,8 @@ fn is_young(tier: &dyn Tier, key: &CheckpointKey, grace: Grace) -> Result<bool> 
     let Some(bytes) = find_record(tier, &name)? else { return Ok(false) };
     // One that says no time is of a disk that was full.
     let begun = record::open::<Tombstone>(&bytes, &name).map_or(0, |tombstone| tombstone.unix_ms);
-    Ok(grace.unix_ms.saturating_sub(begun) < u64::try_from(grace.bytes.as_millis()).unwrap_or(u64::MAX))
+    Ok(grace.unix_ms.saturating_sub(begun)
+        < u64::try_from(grace.bytes.as_millis()).unwrap_or(u64::MAX))
 }
 
 fn tombstone(tier: &dyn Tier, victim: &Victim, unix_ms: u64) -> Result<()> {

@@ -14,7 +14,7 @@ use crate::{
     reader::Reader,
     restore::{
         decide::lineage_of,
-        survey::{Found, survey},
+        survey::{Found, look_for_seals, survey},
     },
     retain::{self, Collected, Grace, Known, Policy, Victim},
     tier::{TierKind, disk::DiskTier},
@@ -62,7 +62,8 @@ pub fn plan(reader: &Reader, policy: &Policy) -> Result<Plan> {
             disk.address()
         )));
     }
-    let found = survey(&[disk])?;
+    let mut found = survey(&[disk])?;
+    look_for_seals(disk, &mut found)?;
     let attempts = reader.attempts()?;
     let lineage = lineage_of(&[disk], &found, &attempts)?;
     let newest = attempts.newest();

@@ -16,7 +16,10 @@ use crate::{
     manifest::replicated::differences_in_words,
     names::{ATTEMPTS, CheckpointKey, attempt_file, parse_attempt_file, ranks},
     observe::locked,
-    restore::{decide::lineage_of, survey::survey},
+    restore::{
+        decide::lineage_of,
+        survey::{look_for_seals, survey},
+    },
     retain,
     tier::Tier,
 };
@@ -87,7 +90,8 @@ impl Cascade {
     /// Deletes what the policy lets go there.
     pub(super) fn retain_in_bucket(&self, far: &Far) -> Result<()> {
         let tier = &*far.tier;
-        let found = survey(&[tier])?;
+        let mut found = survey(&[tier])?;
+        look_for_seals(tier, &mut found)?;
         let attempts = Attempts::load(&[tier])?;
         let newest = attempts.newest().map_or(0, |r| r.attempt.number);
         if newest != self.parts.record.attempt.number {
@@ -117,10 +121,8 @@ impl Cascade {
             in_flight: &in_flight,
             given_up: &Default::default(),
         };
-        let grace = retain::Grace {
-            bytes: far.settings.grace,
-            unix_ms: self.parts.clock.unix_ms(),
-        };
+        let grace =
+            retain::Grace { bytes: far.settings.grace, unix_ms: self.parts.clock.unix_ms() };
         retain::collect(tier, &retain::plan(&policy, &known), newest, grace)?;
         // What dead processes began, and no rank is at: this is the newest attempt, and between two steps.
         let kept: Vec<String> = in_flight.iter().map(CheckpointKey::dir).collect();

@@ -298,7 +298,7 @@ impl Cascade {
                 Ok(true)
             }
             Err(_) if locked(&self.work).stop => Ok(false),
-            Err(e) if e.kind() == ErrorKind::Unavailable && deadline.left(clock).is_some() => {
+            Err(e) if may_pass(&e) && deadline.left(clock).is_some() => {
                 self.wait_for_bucket(step, &e);
                 Ok(false)
             }
@@ -399,7 +399,7 @@ impl Cascade {
                     let key = self.key_of(step);
                     match self.seal_in_bucket(far, &key) {
                         Ok(()) => agreements.in_bucket(step, InRam::Whole)?,
-                        Err(e) if e.kind() == ErrorKind::Unavailable && !late => {
+                        Err(e) if may_pass(&e) && !late => {
                             let clock = self.parts.clock.monotonic();
                             locked(&self.sending).is_away(clock, e.chain());
                             return Err(e);
@@ -461,7 +461,7 @@ impl Cascade {
             .and_then(|()| self.retain_in_bucket(far));
         if let Err(e) = tidied {
             tracing::warn!("nothing was collected in the bucket after step {step}: {}", e.chain());
-            if e.kind() == ErrorKind::Unavailable {
+            if may_pass(&e) {
                 let now = self.parts.clock.monotonic();
                 locked(&self.sending).is_away(now, e.chain());
             }
@@ -470,4 +470,13 @@ impl Cascade {
         locked(&self.sending).tidies = false;
         self.parts.signal.notify();
     }
+}
+
+/// It may go well later: the bucket is away, or refuses what somebody can allow again while the job trains
+/// (its rights, credentials that have ended, a clock).
+fn may_pass(e: &Error) -> bool {
+    let is_refused =
+        |source: &std::io::Error| source.kind() == std::io::ErrorKind::PermissionDenied;
+    e.kind() == ErrorKind::Unavailable
+        || matches!(e, Error::Io { source, .. } if is_refused(source))
 }

@@ -53,6 +53,12 @@ pub(crate) fn steps(place: &Place) -> Vec<u64> {
     steps.into_iter().filter(|info| info.sealed).map(|info| info.key.step.0).collect()
 }
 
+/// Waits until it is in a bucket that makes it slow: for tests of what it does meanwhile.
+pub(crate) fn reaches(save: &Save) {
+    let reached = save.poll(Level::Object, false, Duration::from_secs(300));
+    assert!(reached.expect("wait"), "step {} did not reach the bucket", save.step());
+}
+
 pub(crate) fn until(what: &str, mut so: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !so() {

@@ -12,8 +12,8 @@ use tierkeep::{
 };
 
 use crate::{
-    cascade::{save, start, steps},
-    common::{Places, SMALL, close, resume, wait},
+    cascade::{reaches, save, start, steps},
+    common::{Places, SMALL, close, resume},
     open,
     proxy::{Fate, Proxy, Request},
     servers::{self, Place},
@@ -102,12 +102,12 @@ fn a_job_trains_behind_a_store_without_conditions_and_another_goes_on_from_there
     let ckpt = start(&first, &place);
     resume(&ckpt, &SMALL).expect("resume");
     for step in 1..=2 {
-        wait(&save(&ckpt, &SMALL, step), Level::Object);
+        reaches(&save(&ckpt, &SMALL, step));
     }
     close(&ckpt);
     let ckpt = start(&second, &place);
     assert_eq!(resume(&ckpt, &SMALL).expect("resume"), 2);
-    wait(&save(&ckpt, &SMALL, 3), Level::Object);
+    reaches(&save(&ckpt, &SMALL, 3));
     close(&ckpt);
     assert_eq!(steps(&Place { url: place.url, ..servers::s3() }), [1, 2, 3]);
 }
@@ -117,7 +117,7 @@ fn of_two_starts_that_took_one_attempt_the_one_whose_record_went_seals_nothing()
     let (places, place, other) = (Places::new(), servers::s3(), servers::s3());
     let ckpt = start(&places, &place);
     resume(&ckpt, &SMALL).expect("resume");
-    wait(&save(&ckpt, &SMALL, 1), Level::Object);
+    reaches(&save(&ckpt, &SMALL, 1));
     // What a store without conditions can do: the other's record, written late over this one's.
     let elsewhere = Places::new();
     let rival = start(&elsewhere, &other);
@@ -128,7 +128,7 @@ fn of_two_starts_that_took_one_attempt_the_one_whose_record_went_seals_nothing()
     tier.delete(name).expect("delete");
     assert_eq!(tier.create(name, &record).expect("create"), Created::New);
     let late = save(&ckpt, &SMALL, 2);
-    let e = late.poll(Level::Object, false, std::time::Duration::from_secs(60));
+    let e = late.poll(Level::Object, false, std::time::Duration::from_secs(300));
     let e = e.map(drop).expect_err("its number is another's");
     assert!(e.chain().contains("another start of this run"), "{}", e.chain());
     assert!(!steps(&place).contains(&2));

@@ -40,8 +40,11 @@ pub(super) fn run(context: &mut Context<'_>, args: &Gc) -> Result<i32, Failure> 
         abandoned: args.abandoned,
     };
     let plan = plan(&reader, &policy)?;
-    let (collected, uploads) =
-        if args.dry_run { (Collected::All, 0) } else { collect(&reader, &plan, args.grace.map_or_else(grace, Ok)?)? };
+    let (collected, uploads) = if args.dry_run {
+        (Collected::All, 0)
+    } else {
+        collect(&reader, &plan, args.grace.map_or_else(grace, Ok)?)?
+    };
     let superseded = collected == Collected::Superseded;
     if context.json {
         show::json(context.out, &data(&plan, args.dry_run, superseded))?;

@@ -46,8 +46,9 @@ use crate::{
 };
 
 /// How long a writer waits for others' writes to land before it reads back, at least: a small object takes a
-/// tenth of it. Where its own look and write took longer than a quarter of it, four times as long as those.
+/// tenth of it. Where its own look and write took longer than half of it, twice as long as those, to a limit.
 const SETTLE: Duration = Duration::from_secs(1);
+const SETTLE_MAX: Duration = Duration::from_secs(5);
 
 /// Where probes lie.
 const PROBES: &str = "_probe";
@@ -150,7 +151,7 @@ fn look_and_create(store: &Store, path: &Path, bytes: &[u8]) -> Result<Created, 
         Err(e) => return Err(e),
     }
     store.ask(|store| wait(store.put(path, PutPayload::from(bytes.to_vec()))))?;
-    clock.pause(SETTLE.max(4 * (clock.monotonic() - begun)));
+    clock.pause((2 * (clock.monotonic() - begun)).clamp(SETTLE, SETTLE_MAX));
     match store.ask(|store| wait(async { store.get(path).await?.bytes().await })) {
         Ok(there) if there == bytes => Ok(Created::New),
         Ok(_) => Ok(Created::Exists),
