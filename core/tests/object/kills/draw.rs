@@ -194,8 +194,8 @@ impl Trial {
             rolls_back: false,
             aim: None,
             seals: u64::MAX,
-            // More than any wait of a rank that is well.
-            longest: Duration::from_secs(120),
+            // More than all waits of a rank that is well.
+            longest: Duration::from_secs(1800),
             collector: None,
             lost: Lost::Nothing,
             steps: Some(2),

@@ -22,8 +22,9 @@ use crate::{
     servers::{Place, s3_place},
 };
 
-/// Longer than any wait of a rank that is well: nothing here is about how long things take.
-const LONG: Duration = Duration::from_secs(60);
+/// Longer than any wait of a rank that is well, also where the server stands still for a minute because the
+/// machine has other things to do: nothing here is about how long things take.
+const LONG: Duration = Duration::from_secs(600);
 
 fn text(name: &str) -> String {
     std::env::var(name).expect(name)
