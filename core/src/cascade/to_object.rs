@@ -96,7 +96,11 @@ impl Cascade {
         let agreements = &self.parts.agreements;
         // Where the clock says when, the leader takes what is newest then.
         let by_clock = self.parts.far.as_ref().is_some_and(|f| f.settings.every_minutes.is_some());
-        let is_busy = locked(&self.sending).now.is_some();
+        // While the leader collects there, which may take as long as a request, it chooses nothing.
+        let is_busy = {
+            let sending = locked(&self.sending);
+            sending.now.is_some() || sending.tidies
+        };
         let passed = match is_busy || by_clock {
             true => agreements.pass_over(Lane::Bucket, step),
             false => agreements.was_passed_over(Lane::Bucket, step),
