@@ -28,7 +28,7 @@ use crate::{
     commit::{Gathered, Listing, gather, publish_shard},
     error::{Error, ErrorKind, Result},
     manifest::replicated::differences_in_words,
-    names::{ATTEMPTS, CheckpointKey, Rank, Step, parse_attempt_file, ranks},
+    names::{ATTEMPTS, CheckpointKey, Rank, Step, attempt_file, parse_attempt_file, ranks},
     observe::{add, locked},
     reader::Reader,
     restore::{decide::lineage_of, survey::survey},
@@ -404,7 +404,23 @@ impl Cascade {
         let own = self.parts.record.attempt;
         let names = tier.list(ATTEMPTS)?;
         let newest = names.iter().filter_map(|entry| parse_attempt_file(&entry.name)).max();
-        match newest {
+        // A listing may lag, and a store that does not decide may have let another start take the number:
+        // these two are read by name.
+        match attempt::read_file(tier, &attempt_file(own.number), own.number) {
+            Ok((record, _)) if record.attempt.id != own.id => {
+                let why = format!("another start of this run has taken attempt {}", own.number);
+                return Err(Error::Fenced { why: format!("{why}: {own} writes no more") });
+            }
+            Ok(_) | Err(Error::Damaged { .. }) => {}
+            Err(e) if e.is_not_found() => {}
+            Err(e) => return Err(e),
+        }
+        let next = match tier.open(&attempt_file(own.number + 1)) {
+            Ok(_) => Some(own.number + 1),
+            Err(e) if e.is_not_found() => None,
+            Err(e) => return Err(e),
+        };
+        match newest.max(next) {
             Some(number) if number > own.number => Err(Error::Fenced {
                 why: format!("attempt {number} of this run has begun: {own} writes no more"),
             }),

@@ -51,8 +51,6 @@ pub fn pattern(len: usize, seed: u64) -> Vec<u8> {
 /// held against it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lack {
-    /// Of two that create one name, one wins.
-    CreateOnce,
     /// Payloads of several parts.
     Parts,
 }
@@ -73,7 +71,7 @@ pub fn holds(open: &dyn Fn() -> Box<dyn Tier>) {
 pub fn holds_but(open: &dyn Fn() -> Box<dyn Tier>, lacks: &[Lack]) {
     what_was_put_comes_back(open);
     a_put_that_failed_left_nothing(open);
-    a_name_is_given_once(open, lacks.contains(&Lack::CreateOnce));
+    a_name_is_given_once(open);
     several_parts_become_one(open, lacks.contains(&Lack::Parts));
     a_listing_is_sorted_and_an_absent_directory_is_empty(open);
     deleting_what_is_not_there_is_success(open);
@@ -156,14 +154,9 @@ fn several_parts_become_one(open: &dyn Fn() -> Box<dyn Tier>, lacks: bool) {
     }
 }
 
-fn a_name_is_given_once(open: &dyn Fn() -> Box<dyn Tier>, lacks: bool) {
+fn a_name_is_given_once(open: &dyn Fn() -> Box<dyn Tier>) {
     let tier = open();
     assert_eq!(tier.create("a/record.json", b"first").expect("create"), Created::New);
-    if lacks {
-        let second = tier.create("a/record.json", b"second").expect("create");
-        assert_eq!(second, Created::New, "this server can do it");
-        return;
-    }
     assert_eq!(tier.create("a/record.json", b"second").expect("create"), Created::Exists);
     assert_eq!(read_record(&*tier, "a/record.json").expect("read"), b"first");
     let winners = std::thread::scope(|scope| {

@@ -27,29 +27,35 @@ use crate::{
     servers::{self, Place},
 };
 
-fn config(places: &Places, place: &Place) -> Config {
+pub(crate) fn config(places: &Places, place: &Place) -> Config {
     let mut config = places.alone();
     let bucket = Bucket::new(&place.url, config.disk_every).expect("bucket");
     config.bucket = Some(Bucket { options: place.options.clone(), ..bucket });
     config
 }
 
-fn start(places: &Places, place: &Place) -> Checkpointer {
+pub(crate) fn start(places: &Places, place: &Place) -> Checkpointer {
     Checkpointer::open(config(places, place)).expect("open")
 }
 
-fn save(ckpt: &Checkpointer, sizes: &[usize], step: u64) -> Save {
+pub(crate) fn save(ckpt: &Checkpointer, sizes: &[usize], step: u64) -> Save {
     Model::at(ckpt.config().rank, sizes, step).save(ckpt, step).expect("save")
 }
 
-fn steps(place: &Place) -> Vec<u64> {
+pub(crate) fn steps(place: &Place) -> Vec<u64> {
     let reader =
         Reader::open_with(Path::new(&place.url), Some(Path::new("/nowhere")), &place.options);
     let steps = reader.expect("open").steps().expect("steps");
     steps.into_iter().filter(|info| info.sealed).map(|info| info.key.step.0).collect()
 }
 
-fn until(what: &str, mut so: impl FnMut() -> bool) {
+/// Waits until it is in a bucket that makes it slow: for tests of what it does meanwhile.
+pub(crate) fn reaches(save: &Save) {
+    let reached = save.poll(Level::Object, false, Duration::from_secs(300));
+    assert!(reached.expect("wait"), "step {} did not reach the bucket", save.step());
+}
+
+pub(crate) fn until(what: &str, mut so: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !so() {
         assert!(begun.elapsed() < Duration::from_secs(60), "{what}: not within a minute");

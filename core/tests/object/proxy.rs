@@ -57,6 +57,20 @@ impl Request {
         self.target.contains(&url) || self.head.contains(&header)
     }
 
+    /// Whether it is to be done only where nothing has its name.
+    pub(crate) fn is_conditional(&self) -> bool {
+        self.head.to_ascii_lowercase().contains("if-none-match:")
+    }
+
+    /// Without headers that begin so.
+    pub(crate) fn strip(&mut self, names: &[&str]) {
+        let stays = |line: &&str| {
+            let line = line.to_ascii_lowercase();
+            !names.iter().any(|name| line.starts_with(name))
+        };
+        self.head = self.head.split_inclusive("\r\n").filter(stays).collect();
+    }
+
     /// The end of one.
     pub(crate) fn is_complete(&self) -> bool {
         self.method == "POST" && self.target.contains("uploadId=")
@@ -69,6 +83,8 @@ impl Request {
 }
 
 type Plan = dyn Fn(&mut Request) -> Fate + Send + Sync;
+/// What becomes of an answer that goes through.
+type Change = dyn Fn(&Request, Vec<u8>) -> Vec<u8> + Send + Sync;
 
 /// A proxy that listens; what it has seen is kept.
 pub(crate) struct Proxy {
@@ -90,15 +106,25 @@ impl Proxy {
         upstream: u16,
         plan: impl Fn(&mut Request) -> Fate + Send + Sync + 'static,
     ) -> Self {
+        Self::changing(upstream, plan, |_, answer| answer)
+    }
+
+    /// The same where answers may be changed, too.
+    pub(crate) fn changing(
+        upstream: u16,
+        plan: impl Fn(&mut Request) -> Fate + Send + Sync + 'static,
+        change: impl Fn(&Request, Vec<u8>) -> Vec<u8> + Send + Sync + 'static,
+    ) -> Self {
+        let change: Arc<Change> = Arc::new(change);
         let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
         let port = listener.local_addr().expect("address").port();
         let seen = Arc::<Mutex<Vec<Request>>>::default();
         let (plan, list): (Arc<Plan>, _) = (Arc::new(plan), seen.clone());
         std::thread::spawn(move || {
             for client in listener.incoming().flatten() {
-                let (plan, list) = (plan.clone(), list.clone());
+                let (plan, change, list) = (plan.clone(), change.clone(), list.clone());
                 // A client that goes away in the middle is what this is for.
-                std::thread::spawn(move || serve(client, upstream, &*plan, &list).ok());
+                std::thread::spawn(move || serve(client, upstream, (&*plan, &*change), &list).ok());
             }
         });
         Self { port, seen }
@@ -113,7 +139,7 @@ impl Proxy {
 fn serve(
     client: TcpStream,
     upstream: u16,
-    plan: &Plan,
+    (plan, change): (&Plan, &Change),
     seen: &Mutex<Vec<Request>>,
 ) -> std::io::Result<()> {
     let mut reader = BufReader::new(client.try_clone()?);
@@ -142,7 +168,7 @@ fn serve(
     let rest = words.next().expect("version").to_owned();
     let mut request = {
         let mut seen = seen.lock().expect("lock");
-        let request = Request { method, target, head: rest.clone(), number: seen.len() };
+        let request = Request { method, target, head: rest, number: seen.len() };
         seen.push(request.clone());
         request
     };
@@ -172,11 +198,12 @@ fn serve(
         body[length / 3] ^= 1;
     }
     let mut server = TcpStream::connect(("127.0.0.1", upstream))?;
-    let Request { method, target, .. } = request;
-    server.write_all(format!("{method} {target} {rest}Connection: close\r\n\r\n").as_bytes())?;
+    let Request { method, target, head, .. } = &request;
+    server.write_all(format!("{method} {target} {head}Connection: close\r\n\r\n").as_bytes())?;
     server.write_all(&body)?;
     let mut answer = Vec::new();
     server.read_to_end(&mut answer)?;
+    let mut answer = change(&request, answer);
     match fate {
         Fate::AnswerLost => Ok(()),
         Fate::AnswerCut => {

@@ -130,7 +130,8 @@ fn seaweed() -> &'static Server {
         let identity = format!(
             r#"{{"identities":[{{"name":"t","credentials":[{{"accessKey":"{}","secretKey":"{}"}},
                 {{"accessKey":"{}","secretKey":"{}"}}],
-                "actions":["Admin","Read","Write","List","Tagging"]}}]}}"#,
+                "actions":["Admin","Read","Write","List","Tagging"]}},
+                {{"name":"anonymous","actions":["Read","Write","List"]}}]}}"#,
             KEY.0, KEY.1, NEXT_KEY.0, NEXT_KEY.1
         );
         std::fs::write(&config, identity).expect("write");

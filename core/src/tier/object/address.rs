@@ -18,6 +18,7 @@ use object_store::{
 
 use super::{
     ask::Store,
+    create::{Creates, Way},
     credentials::{Credentials, OfProfile},
     explain::explain,
     hands::hands,
@@ -119,6 +120,14 @@ fn retries() -> RetryConfig {
     }
 }
 
+/// The ways to one store.
+pub(super) type Ways = (Store, Creates, Arc<dyn Wire>);
+
+/// Not at all.
+fn no_retries() -> RetryConfig {
+    RetryConfig { max_retries: 0, ..retries() }
+}
+
 /// What a client is told of the network: the same for our requests and the library's.
 type Told<'a> = &'a dyn Fn(ClientConfigKey) -> Option<String>;
 
@@ -153,11 +162,11 @@ impl Address {
         format!("{self}, with {variables}")
     }
 
-    /// Opens the two ways to the store. Nothing is asked of it yet.
+    /// Opens the ways to the store. Nothing is asked of it yet.
     ///
     /// # Errors
     /// An option is unknown, or they do not fit together.
-    pub(super) fn connect(&self, options: &Options) -> Result<(Store, Arc<dyn Wire>)> {
+    pub(super) fn connect(&self, options: &Options) -> Result<Ways> {
         let failed = |e| explain(self, format!("use {self}"), e);
         let library = |inner| Store { inner, credentials: None };
         match self.scheme {
@@ -170,8 +179,10 @@ impl Address {
                 }
                 hands();
                 let builder = builder.with_bucket_name(&self.bucket).with_retry(retries());
+                let once = builder.clone().with_retry(no_retries()).build().map_err(failed)?;
                 let store = Arc::new(builder.build().map_err(failed)?);
-                Ok((library(store.clone()), Arc::new(Library::new(store))))
+                let creates = Creates::new(Arc::new(once), None);
+                Ok((library(store.clone()), creates, Arc::new(Library::new(store))))
             }
             Scheme::Azure => {
                 let mut builder = MicrosoftAzureBuilder::from_env();
@@ -181,15 +192,17 @@ impl Address {
                 }
                 hands();
                 let builder = builder.with_container_name(&self.bucket).with_retry(retries());
+                let once = builder.clone().with_retry(no_retries()).build().map_err(failed)?;
                 let store = Arc::new(builder.build().map_err(failed)?);
-                Ok((library(store.clone()), Arc::new(Library::new(store))))
+                let creates = Creates::new(Arc::new(once), None);
+                Ok((library(store.clone()), creates, Arc::new(Library::new(store))))
             }
         }
     }
 }
 
 impl Address {
-    fn connect_s3(&self, options: &Options) -> Result<(Store, Arc<dyn Wire>)> {
+    fn connect_s3(&self, options: &Options) -> Result<Ways> {
         let failed = |e| explain(self, format!("use {self}"), e);
         let mut builder = AmazonS3Builder::from_env();
         for (name, value) in
@@ -214,10 +227,17 @@ impl Address {
             None => library.clone().build().map(|store| store.credentials().clone()),
         });
         let credentials = Arc::new(credentials.map_err(failed)?);
-        let store = builder.with_credentials(credentials.clone()).build().map_err(failed)?;
+        let way = match builder.get_config_value(&AmazonS3ConfigKey::ConditionalPut).as_deref() {
+            Some("disabled") => Some(Way::Looks),
+            _ => None,
+        };
+        let builder = builder.with_credentials(credentials.clone());
+        let once = builder.clone().with_retry(no_retries()).build().map_err(failed)?;
+        let creates = Creates::new(Arc::new(once), way);
+        let store = builder.build().map_err(failed)?;
         let inner = Arc::new(store.clone());
         let wire = S3::new(store, credentials.clone(), http);
-        Ok((Store { inner, credentials: Some(credentials) }, Arc::new(wire)))
+        Ok((Store { inner, credentials: Some(credentials) }, creates, Arc::new(wire)))
     }
 }
 

@@ -11,13 +11,15 @@
 //!
 //! - A receipt is given for an object whose length, and checksum where the store keeps one, were asked for
 //!   after it was written.
-//! - `create` has one winner, by the store's own conditional write.
+//! - `create` has one winner, by the store's own conditional write; what a store without one can give stands
+//!   in `create.rs`.
 //! - No call waits for ever: a request that makes no progress for half a minute is sent again, and given up
 //!   after a few tries.
 
 pub mod address;
 mod ahead;
 mod ask;
+mod create;
 mod credentials;
 mod explain;
 mod hands;
@@ -31,11 +33,12 @@ mod wire;
 use std::sync::Arc;
 
 use backon::BlockingRetryable;
-use object_store::{ObjectStoreExt, PutMode, PutOptions, PutPayload, path::Path};
+use object_store::{ObjectStoreExt, path::Path};
 
 use self::{
     address::{Address, Options},
     ask::Store,
+    create::{Creates, Way},
     explain::explain,
     hands::wait,
     read::{Object, Record},
@@ -48,7 +51,7 @@ use super::{
 };
 use crate::{
     config::number,
-    error::{Error, Result},
+    error::{Error, ErrorKind, Result},
     record::RECORD_BYTES_MAX,
 };
 
@@ -61,6 +64,7 @@ const REQUESTS_MAX: usize = 32;
 pub struct ObjectTier {
     address: Address,
     store: Store,
+    creates: Creates,
     wire: Arc<dyn Wire>,
     /// Requests at a time for one payload.
     requests: usize,
@@ -95,16 +99,33 @@ impl ObjectTier {
         if requests == 0 {
             return Err(Error::invalid("TIERKEEP_OBJECT_REQUESTS_MAX = 0: at least 1"));
         }
-        let (store, wire) = address.connect(options)?;
-        Ok(Self { address: address.clone(), store, wire, requests })
+        let (store, creates, wire) = address.connect(options)?;
+        Ok(Self { address: address.clone(), store, creates, wire, requests })
     }
 
-    /// Asks whether the bucket is there and may be listed.
+    /// Asks whether the bucket is there and may be listed, and whether it decides which of two writers of one
+    /// name was first. Credentials that may only read are not asked that.
     ///
     /// # Errors
     /// One sentence that names what is wrong and what to do.
     pub fn check(&self) -> Result<()> {
-        self.list("").map(drop)
+        self.list("")?;
+        match self.decides_who_was_first() {
+            Err(e) if e.kind() == ErrorKind::Invalid => Ok(()),
+            other => other.map(drop),
+        }
+    }
+
+    /// Whether the store decides itself which of two writers of one name was first. Where it does not, that
+    /// is told once, and the writers look and read back.
+    ///
+    /// # Errors
+    /// The store did not answer, or may not be written to.
+    pub fn decides_who_was_first(&self) -> Result<bool> {
+        let address = self.address.to_string();
+        let way = self.creates.way(&self.store, (self.address.prefix(), &address));
+        way.map(|way| way == Way::Conditional)
+            .map_err(|e| explain(&self.address, format!("create something in {address}"), e))
     }
 
     /// How many uploads below this place were begun and not ended; `None` where the store does not tell.
@@ -179,15 +200,10 @@ impl Tier for ObjectTier {
 
     fn create(&self, name: &str, bytes: &[u8]) -> Result<Created> {
         let path = self.path(name)?;
-        let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
-        let payload = PutPayload::from(bytes.to_vec());
-        let put =
-            self.store.ask(|store| wait(store.put_opts(&path, payload.clone(), options.clone())));
-        match put {
-            Ok(_) => Ok(Created::New),
-            Err(object_store::Error::AlreadyExists { .. }) => Ok(Created::Exists),
-            Err(e) => Err(self.explained("create", name, e)),
-        }
+        let address = self.address.to_string();
+        let place = (self.address.prefix(), &*address);
+        let created = self.creates.create(&self.store, place, &path, bytes);
+        created.map_err(|e| self.explained("create", name, e))
     }
 
     fn open(&self, name: &str) -> Result<Box<dyn Source>> {
@@ -220,7 +236,9 @@ impl Tier for ObjectTier {
         let entry =
             |path: &Path, is_dir| path.filename().map(|name| Entry { name: name.into(), is_dir });
         let dirs = listed.common_prefixes.iter().filter_map(|path| entry(path, true));
-        let files = listed.objects.iter().filter_map(|meta| entry(&meta.location, false));
+        // `dir/` itself, an empty object: some stores keep one where a directory was, and list it in there.
+        let objects = listed.objects.iter().filter(|meta| meta.location != path);
+        let files = objects.filter_map(|meta| entry(&meta.location, false));
         let mut entries: Vec<Entry> = dirs.chain(files).collect();
         entries.sort();
         Ok(entries)
