@@ -12,7 +12,10 @@ use crate::{
     ownership::{Ownership, is_held},
     place::start_lock_path,
     reader::Reader,
-    restore::{decide::lineage_of, survey::survey},
+    restore::{
+        decide::lineage_of,
+        survey::{look_for_seals, survey},
+    },
     retain::{self, Collected, Known, Policy, Victim},
     tier::{TierKind, disk::DiskTier},
 };
@@ -43,7 +46,8 @@ pub fn plan(reader: &Reader, policy: &Policy) -> Result<Plan> {
             disk.address()
         )));
     }
-    let found = survey(&[disk])?;
+    let mut found = survey(&[disk])?;
+    look_for_seals(disk, &mut found)?;
     let attempts = reader.attempts()?;
     let lineage = lineage_of(&[disk], &found, &attempts)?;
     let newest = attempts.newest();

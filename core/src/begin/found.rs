@@ -17,7 +17,7 @@ use crate::{
     place::Place,
     restore::{
         read::Restorable,
-        survey::{Found, copies, mark_bad},
+        survey::{Found, copies, look_again, mark_bad},
     },
     tier::Tier,
 };
@@ -80,7 +80,11 @@ fn find_shard_in(
     let marks = place.config.saves();
     let (mut tiers, mut listings, mut silent) = (Vec::new(), Vec::new(), None);
     for tier in among {
-        match Listing::of(&***tier, key) {
+        let listing = Listing::of(&***tier, key).and_then(|mut listing| {
+            look_again(&***tier, key, &mut listing)?;
+            Ok(listing)
+        });
+        match listing {
             Ok(listing) => {
                 tiers.push((*tier).clone());
                 listings.push(listing);

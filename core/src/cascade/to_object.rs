@@ -31,7 +31,10 @@ use crate::{
     names::{ATTEMPTS, CheckpointKey, Rank, Step, attempt_file, parse_attempt_file, ranks},
     observe::{add, locked},
     reader::Reader,
-    restore::{decide::lineage_of, survey::survey},
+    restore::{
+        decide::lineage_of,
+        survey::{look_for_seals, survey},
+    },
     retain,
     save::{Level, Save},
     snapshot::slot::Slot,
@@ -269,7 +272,7 @@ impl Cascade {
                 Ok(true)
             }
             Err(_) if locked(&self.work).stop => Ok(false),
-            Err(e) if e.kind() == ErrorKind::Unavailable && deadline.left(clock).is_some() => {
+            Err(e) if may_pass(&e) && deadline.left(clock).is_some() => {
                 self.wait_for_bucket(step, &e);
                 Ok(false)
             }
@@ -364,7 +367,7 @@ impl Cascade {
                     let key = self.key_of(step);
                     match self.seal_in_bucket(far, &key) {
                         Ok(()) => agreements.in_bucket(step, InRam::Whole)?,
-                        Err(e) if e.kind() == ErrorKind::Unavailable && !late => return Err(e),
+                        Err(e) if may_pass(&e) && !late => return Err(e),
                         Err(e) => {
                             let why = format!("it could not be sealed: {}", e.chain());
                             agreements.in_bucket(step, InRam::GivenUp(why))?
@@ -474,7 +477,8 @@ impl Cascade {
     /// Deletes what the policy lets go there.
     fn retain_in_bucket(&self, far: &Far) -> Result<()> {
         let tier = &*far.tier;
-        let found = survey(&[tier])?;
+        let mut found = survey(&[tier])?;
+        look_for_seals(tier, &mut found)?;
         let attempts = Attempts::load(&[tier])?;
         let newest = attempts.newest().map_or(0, |r| r.attempt.number);
         if newest != self.parts.record.attempt.number {
@@ -505,6 +509,15 @@ impl Cascade {
         }
         Ok(())
     }
+}
+
+/// It may go well later: the bucket is away, or refuses what somebody can allow again while the job trains
+/// (its rights, credentials that have ended, a clock).
+fn may_pass(e: &Error) -> bool {
+    let is_refused =
+        |source: &std::io::Error| source.kind() == std::io::ErrorKind::PermissionDenied;
+    e.kind() == ErrorKind::Unavailable
+        || matches!(e, Error::Io { source, .. } if is_refused(source))
 }
 
 /// The shard's payload on its way: its bytes are counted, and a cascade that was stopped hands out no more.

@@ -12,9 +12,9 @@ use std::collections::BTreeMap;
 
 use crate::{
     attempt::{Attempts, Lineage, Parent},
-    error::{Error, Hint, Result},
+    error::{Error, ErrorKind, Hint, Result},
     names::{CheckpointKey, Id, Step},
-    tier::Tier,
+    tier::{Tier, TierKind},
 };
 
 use super::survey::{Found, Reach, bad_marks, reached, survey};
@@ -164,6 +164,9 @@ pub(crate) fn answering<'a>(
             Ok(_) => good.push(*tier),
             // A mistake, and the sentence says which: to go on without the tier is not what is wanted.
             Err(e @ Error::Invalid { .. }) => return Err(e),
+            Err(e) if tier.kind() == TierKind::Object && e.kind() == ErrorKind::Invalid => {
+                return Err(e);
+            }
             Err(e) if wish.accept_older => {
                 passed_over.push(format!("the {} tier does not answer: {}", tier.kind(), e.chain()))
             }

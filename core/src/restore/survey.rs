@@ -74,6 +74,38 @@ pub fn survey(tiers: &[&dyn Tier]) -> Result<Vec<Found>> {
     Ok(all.into_iter().map(|(key, listings)| Found { key, listings }).collect())
 }
 
+/// What a listing of a bucket did not show of it, since listings may lag, and names tell: its seal, and the
+/// shards that the seal names.
+///
+/// # Errors
+/// The bucket did not answer.
+pub(crate) fn look_again(
+    tier: &dyn Tier,
+    key: &CheckpointKey,
+    listing: &mut Listing,
+) -> Result<()> {
+    if tier.kind() != TierKind::Object || listing.deleted {
+        return Ok(());
+    }
+    let Some(seal) = read_good_seal(tier, key)? else { return Ok(()) };
+    listing.sealed = true;
+    listing.manifests.extend(seal.shards.iter().map(|shard| Rank(shard.rank)));
+    listing.manifests.sort_unstable();
+    listing.manifests.dedup();
+    Ok(())
+}
+
+/// The same for all that seem to have none, before something is deleted for want of it.
+///
+/// # Errors
+/// The bucket did not answer.
+pub(crate) fn look_for_seals(tier: &dyn Tier, found: &mut [Found]) -> Result<()> {
+    for found in found.iter_mut().filter(|found| !found.sealed()) {
+        look_again(tier, &found.key, &mut found.listings[0])?;
+    }
+    Ok(())
+}
+
 /// A file with the name of a step or an attempt is nobody's of ours, and hides no other step.
 fn unless_a_file<T: Default>(listed: Result<T>) -> Result<T> {
     match listed {
@@ -316,6 +348,11 @@ fn reach_of(
     enough: usize,
     look: &mut Look,
 ) -> Result<(Reach, Option<Id>)> {
+    let mut found = found.clone();
+    for (tier, listing) in tiers.iter().zip(&mut found.listings) {
+        look_again(*tier, &found.key, listing)?;
+    }
+    let found = &found;
     let mut ranks: Vec<Rank> = found.listings.iter().flat_map(|l| l.manifests.clone()).collect();
     ranks.sort_unstable();
     ranks.dedup();

@@ -6,6 +6,8 @@ mod common;
 mod cascade;
 mod conditional;
 mod credentials;
+mod faults;
+mod lagging;
 mod proxy;
 mod runs;
 mod servers;

@@ -18,17 +18,21 @@ pub(super) struct Refusal {
 const DENIED: &str =
     "these credentials may not do that: they need to list, read, write and delete there";
 
-/// A mistake of whoever runs the job, which no retry mends: the store's words for it, and ours.
-const MISTAKES: [(&[&str], &str); 7] = [
-    (
+/// What no retry mends: the store's words for it, ours, and whether somebody can mend it while the job runs.
+struct Mistake(&'static [&'static str], &'static str, bool);
+
+const MISTAKES: [Mistake; 7] = [
+    Mistake(
         &["ExpiredToken", "TokenRefreshRequired"],
         "the credentials have ended, and their source has no others that the store takes: renew them there",
+        true,
     ),
-    (
+    Mistake(
         &["token request", "169.254.169.254", "metadata.google.internal", "CredentialsNotFound"],
         "there are no credentials: neither the environment nor this machine's identity service has any",
+        true,
     ),
-    (
+    Mistake(
         &[
             "NoSuchBucket",
             "ContainerNotFound",
@@ -36,20 +40,24 @@ const MISTAKES: [(&[&str], &str); 7] = [
             "The specified bucket does not exist",
         ],
         "there is no such bucket: create it, or correct the address",
+        false,
     ),
-    (
+    Mistake(
         &["RequestTimeTooSkewed", "RequestExpired"],
         "this machine's clock is wrong by more than the store accepts: set it (NTP)",
+        true,
     ),
-    (
+    Mistake(
         &["InvalidAccessKeyId", "SignatureDoesNotMatch", "AuthenticationFailed", "InvalidToken"],
         "the store does not know these credentials: check the access key and its secret",
+        true,
     ),
-    (
+    Mistake(
         &["PermanentRedirect", "AuthorizationHeaderMalformed", "incorrectly configured region"],
         "the bucket is in another region: set aws_region (AWS_REGION) to the bucket's",
+        false,
     ),
-    (
+    Mistake(
         &[
             "AccessDenied",
             "Forbidden",
@@ -57,8 +65,25 @@ const MISTAKES: [(&[&str], &str); 7] = [
             "InsufficientAccountPermissions",
         ],
         DENIED,
+        true,
     ),
 ];
+
+const NO_RIGHT: Mistake = Mistake(&[], DENIED, true);
+
+impl Mistake {
+    fn told(&self, address: &Address, doing: String) -> Error {
+        let why = format!("{} ({})", self.1, address.hint());
+        match self.2 {
+            // A person's to mend all the same, and said in the same words.
+            true => Error::Io {
+                what: doing,
+                source: io::Error::new(io::ErrorKind::PermissionDenied, Answer(why)),
+            },
+            false => Error::invalid(format!("could not {doing}: {why}")),
+        }
+    }
+}
 
 /// Turns a store's answer into ours. `doing` is the deed and its object, as in `write b/run/x`.
 pub(super) fn explain(address: &Address, doing: String, e: object_store::Error) -> Error {
@@ -66,12 +91,12 @@ pub(super) fn explain(address: &Address, doing: String, e: object_store::Error) 
     let text = chain(&e);
     tracing::debug!("could not {doing}: {text}");
     if let Some(mistake) = mistake(&text) {
-        return Error::invalid(format!("could not {doing}: {mistake} ({})", address.hint()));
+        return mistake.told(address, doing);
     }
     match e {
         Theirs::NotFound { .. } => Error::NotFound { what: doing_object(&doing) },
         Theirs::Unauthenticated { .. } | Theirs::PermissionDenied { .. } => {
-            Error::invalid(format!("could not {doing}: {DENIED} ({})", address.hint()))
+            NO_RIGHT.told(address, doing)
         }
         Theirs::UnknownConfigurationKey { key, .. } => {
             Error::invalid(format!("{key:?} is no option of {}", address.scheme()))
@@ -85,11 +110,9 @@ pub(super) fn refused(address: &Address, doing: String, status: u16, refusal: &R
     let Refusal { code, message } = refusal;
     let known = mistake(code).or_else(|| mistake(message));
     // HEAD has no body to say more in.
-    let known = known.or(matches!(status, 401 | 403).then_some(DENIED));
+    let known = known.or(matches!(status, 401 | 403).then_some(&NO_RIGHT));
     match (known, status) {
-        (Some(mistake), _) => {
-            Error::invalid(format!("could not {doing}: {mistake} ({})", address.hint()))
-        }
+        (Some(mistake), _) => mistake.told(address, doing),
         (None, 404) => Error::NotFound { what: doing_object(&doing) },
         (None, _) => {
             let text = format!("the store answered {status} {code} {message}");
@@ -103,9 +126,8 @@ fn doing_object(doing: &str) -> String {
     doing.split_once(' ').map_or(doing, |(_, object)| object).into()
 }
 
-fn mistake(text: &str) -> Option<&'static str> {
-    let known = MISTAKES.iter().find(|(words, _)| words.iter().any(|word| text.contains(word)));
-    known.map(|(_, ours)| *ours)
+fn mistake(text: &str) -> Option<&'static Mistake> {
+    MISTAKES.iter().find(|Mistake(words, ..)| words.iter().any(|word| text.contains(word)))
 }
 
 /// Its causes without repeating what a message already says.

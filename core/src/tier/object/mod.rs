@@ -30,7 +30,7 @@ mod s3;
 mod upload;
 mod wire;
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use backon::BlockingRetryable;
 use object_store::{ObjectStoreExt, path::Path};
@@ -42,7 +42,7 @@ use self::{
     explain::explain,
     hands::wait,
     read::{Object, Record},
-    upload::{Met, Upload, patience},
+    upload::{Met, STALLED, Upload, patience},
     wire::{Failure, Unfinished, Wire},
 };
 use super::{
@@ -68,6 +68,8 @@ pub struct ObjectTier {
     wire: Arc<dyn Wire>,
     /// Requests at a time for one payload.
     requests: usize,
+    /// How long one of an upload may make no progress.
+    stalled: Duration,
 }
 
 /// Opens the place that `url` names: a bucket, or a directory that several nodes share (`file://`).
@@ -100,7 +102,15 @@ impl ObjectTier {
             return Err(Error::invalid("TIERKEEP_OBJECT_REQUESTS_MAX = 0: at least 1"));
         }
         let (store, creates, wire) = address.connect(options)?;
-        Ok(Self { address: address.clone(), store, creates, wire, requests })
+        let stalled = STALLED;
+        Ok(Self { address: address.clone(), store, creates, wire, requests, stalled })
+    }
+
+    /// The same, less patient with a store that stalls: for tests.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn stalls_after(self, stalled: Duration) -> Self {
+        Self { stalled, ..self }
     }
 
     /// Asks whether the bucket is there and may be listed, and whether it decides which of two writers of one
@@ -169,7 +179,8 @@ impl ObjectTier {
 
     fn upload<'a>(&'a self, to: &'a Path, payload: &'a dyn Payload) -> Upload<'a> {
         let (wire, address) = (self.wire.clone(), &self.address);
-        Upload { wire, address, to, payload, in_flight: self.requests }
+        let (in_flight, stalled) = (self.requests, self.stalled);
+        Upload { wire, address, to, payload, in_flight, stalled }
     }
 }
 

@@ -56,7 +56,7 @@ const BLOCK_BYTES: usize = 256 << 10;
 
 /// How long a connection may take no bytes, and an answer may take once all are sent: a store that stalls
 /// for longer is asked on a new connection.
-const STALLED: Duration = Duration::from_secs(30);
+pub(super) const STALLED: Duration = Duration::from_secs(30);
 
 /// How long one upload's parts are. A multiple of the chunk, so that a part's checksum is known from those
 /// of its chunks.
@@ -113,6 +113,8 @@ pub(super) struct Upload<'a> {
     pub(super) payload: &'a dyn Payload,
     /// Requests at a time.
     pub(super) in_flight: usize,
+    /// How long one may make no progress.
+    pub(super) stalled: Duration,
 }
 
 impl Upload<'_> {
@@ -211,7 +213,7 @@ impl Upload<'_> {
             let mut stalled = false;
             let fed = self.blocks(offset, len, &mut scratch, &mut |block| {
                 for bytes in block.chunks(BLOCK_BYTES) {
-                    match wait_within(STALLED, feed.send(Ok(Bytes::copy_from_slice(bytes)))) {
+                    match wait_within(self.stalled, feed.send(Ok(Bytes::copy_from_slice(bytes)))) {
                         Some(Ok(())) => {}
                         // The request has ended before its body did: its answer says why.
                         Some(Err(_)) => return Ok(ControlFlow::Break(())),
@@ -225,16 +227,17 @@ impl Upload<'_> {
             });
             match fed {
                 Ok(()) if stalled => {
-                    let why = format!("a connection took no bytes for {} s", STALLED.as_secs());
+                    let why =
+                        format!("a connection took no bytes for {} s", self.stalled.as_secs());
                     Err(Failure::NoAnswer(why).into())
                 }
                 Ok(()) => {
                     drop(feed);
-                    task.answer()
+                    task.answer(self.stalled)
                 }
                 Err(e) => {
                     // What was begun must not pass for the whole.
-                    let _ = wait_within(STALLED, feed.send(Err(io::Error::other("given up"))));
+                    let _ = wait_within(self.stalled, feed.send(Err(io::Error::other("given up"))));
                     Err(Trouble::Ours(e))
                 }
             }
@@ -453,13 +456,13 @@ impl Upload<'_> {
 struct Abort<T>(tokio::task::JoinHandle<T>);
 
 impl<T> Abort<Result<T, Failure>> {
-    fn answer(mut self) -> Result<T, Trouble> {
-        match wait_within(STALLED, &mut self.0) {
+    fn answer(mut self, stalled: Duration) -> Result<T, Trouble> {
+        match wait_within(stalled, &mut self.0) {
             Some(Ok(answer)) => answer.map_err(Trouble::Theirs),
             Some(Err(e)) => Err(Trouble::Ours(Error::Bug(format!("a request ended badly: {e}")))),
             None => {
                 let why =
-                    format!("no answer within {} s after all bytes were sent", STALLED.as_secs());
+                    format!("no answer within {} s after all bytes were sent", stalled.as_secs());
                 Err(Failure::NoAnswer(why).into())
             }
         }
