@@ -317,17 +317,19 @@ impl Cascade {
 
     /// It is away: the step stays on its way, and it is told once.
     fn wait_for_bucket(&self, step: u64, e: &Error) {
-        let mut sending = locked(&self.sending);
-        let text = e.chain();
         let clock = self.parts.clock.monotonic();
-        let first = sending.is_away(clock, text.clone());
-        if let Some(now) = sending.now.as_mut().filter(|now| now.step == step) {
+        if let Some(now) = locked(&self.sending).now.as_mut().filter(|now| now.step == step) {
             now.not_before = clock + now.pause;
             now.pause = (2 * now.pause).min(AGAIN_MAX);
         }
-        drop(sending);
-        if first {
-            let text = format!("step {step} waits for the bucket, which is tried again: {text}");
+        self.tell_away(step, "it waits for the bucket, which is tried again", e);
+    }
+
+    /// The bucket is away: that is told once.
+    fn tell_away(&self, step: u64, what: &str, e: &Error) {
+        let why = e.chain();
+        if locked(&self.sending).is_away(self.parts.clock.monotonic(), why.clone()) {
+            let text = format!("step {step}: {what}: {why}");
             self.parts.observer.warn("object_away", Some(step), text);
         }
     }
@@ -466,8 +468,7 @@ impl Cascade {
         if let Err(e) = tidied {
             tracing::warn!("nothing was collected in the bucket after step {step}: {}", e.chain());
             if may_pass(&e) {
-                let now = self.parts.clock.monotonic();
-                locked(&self.sending).is_away(now, e.chain());
+                self.tell_away(step, "what is older was not collected in the bucket", &e);
             }
         }
         // Whoever closes waits for it: after the last step nobody else would do it.

@@ -186,7 +186,7 @@ fn a_bucket_that_is_away_holds_nothing_up_and_catches_up() {
     }
     // The first one that went is on its way until the bucket is back; the newest follows.
     until("that it is away is told", || {
-        events(&ckpt).iter().any(|text| text.contains("waits for the bucket"))
+        events(&ckpt).iter().any(|text| text.contains("object_away"))
     });
     away.store(false, Ordering::Relaxed);
     let newest = saves.pop().expect("a save");

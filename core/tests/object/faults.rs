@@ -140,7 +140,7 @@ fn a_bucket_that_takes_nothing_any_more_holds_nothing_up_is_told_once_and_catche
         wait(&save, Level::Disk);
         newest = Some(save);
     }
-    let waits = |text: &String| text.contains("waits for the bucket");
+    let waits = |text: &String| text.contains("object_away");
     let mut told = Vec::new();
     until("that it takes nothing is told", || {
         told.extend(events(&ckpt));
