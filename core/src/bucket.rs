@@ -39,8 +39,8 @@ pub struct Bucket {
     pub bytes_per_second_max: Option<u64>,
     /// Floats are compressed on their way there, where that gains something. `TIERKEEP_OBJECT_COMPRESS`: 1.
     pub compress: bool,
-    /// How long bytes stay after their checkpoint was deleted, for readers: longer than it takes to decide what is
-    /// restored (`attempt_wait_s`). `TIERKEEP_OBJECT_GRACE_S`; 300.
+    /// How long bytes stay after their checkpoint was deleted, for readers: longer than it takes to decide
+    /// what is restored (`attempt_wait_s`). `TIERKEEP_OBJECT_GRACE_S`; 300.
     pub grace: Duration,
     /// What lies there is read again, slowly, in such periods. `TIERKEEP_OBJECT_SCRUB_HOURS`.
     pub scrub: Option<Duration>,

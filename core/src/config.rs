@@ -133,8 +133,8 @@ impl Config {
             )
         } else if self.is_bucket_only() && self.slots < SLOTS_TO_BUCKET {
             format!(
-                "slots = {}: at least {SLOTS_TO_BUCKET} without a disk: the newest checkpoint, the one on its \
-                 way to the bucket, and the next",
+                "slots = {}: at least {SLOTS_TO_BUCKET} without a disk: the newest checkpoint, the one on \
+                 its way to the bucket, and the next",
                 self.slots
             )
         } else if self.is_bucket_only() && !self.is_in_its_bucket() {

@@ -12,6 +12,7 @@
 //!   says.
 //! - The seal of a step has the same bytes whoever writes it.
 
+pub(crate) mod hex;
 pub mod replicated;
 
 use std::collections::{BTreeMap, HashSet};
@@ -98,10 +99,10 @@ pub struct PayloadInfo {
     /// `none`: as it lies. Others come with a required feature.
     pub codec: String,
     /// CRC-32 of the whole payload.
-    #[serde(with = "crc_hex")]
+    #[serde(with = "hex::one")]
     pub crc: u32,
     /// CRC-32 of each chunk, eight hex digits each, in one string.
-    #[serde(with = "crcs_hex")]
+    #[serde(with = "hex::many")]
     pub chunks: Vec<u32>,
     /// How it lies where it is compressed; all else here is said of the bytes that come out.
     #[serde(skip)]
@@ -553,46 +554,6 @@ mod metrics_json {
         };
         BTreeMap::<String, Number>::deserialize(d)?.into_iter().map(read).collect()
     }
-}
-
-pub(crate) mod crc_hex {
-    use serde::{Deserialize, Deserializer, Serializer, de::Error};
-
-    pub(crate) fn serialize<S: Serializer>(crc: &u32, s: S) -> Result<S::Ok, S::Error> {
-        s.collect_str(&format_args!("{crc:08x}"))
-    }
-
-    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<u32, D::Error> {
-        let text = String::deserialize(d)?;
-        super::parse_crc(&text).ok_or_else(|| D::Error::custom("a CRC-32 has 8 hex digits"))
-    }
-}
-
-mod crcs_hex {
-    use serde::{Deserialize, Deserializer, Serializer, de::Error};
-    use std::fmt::Write as _;
-
-    pub(crate) fn serialize<S: Serializer>(crcs: &[u32], s: S) -> Result<S::Ok, S::Error> {
-        let mut text = String::with_capacity(crcs.len() * 8);
-        for crc in crcs {
-            let _ = write!(text, "{crc:08x}");
-        }
-        s.serialize_str(&text)
-    }
-
-    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<u32>, D::Error> {
-        let text = String::deserialize(d)?;
-        let crcs = text
-            .as_bytes()
-            .chunks(8)
-            .map(|digits| std::str::from_utf8(digits).ok().and_then(super::parse_crc));
-        crcs.collect::<Option<_>>().ok_or_else(|| D::Error::custom("a CRC-32 has 8 hex digits"))
-    }
-}
-
-fn parse_crc(text: &str) -> Option<u32> {
-    (text.len() == 8 && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b)))
-        .then(|| u32::from_str_radix(text, 16).ok())?
 }
 
 #[cfg(test)]

@@ -5,8 +5,8 @@
 //!
 //! - A rank that finds no good copy anywhere says so in `bad/`; one that finds a good one says nothing.
 //! - The bucket is asked for what neither this node nor another one has.
-//! - Where agents run, a shard is read from the bucket by its own rank's agent, and others have it from there:
-//!   each byte once for the whole cluster.
+//! - Where agents run, a shard is read from the bucket by its own rank's agent, and others have it from
+//!   there: each byte once for the whole cluster.
 
 use std::{sync::Arc, time::Duration};
 

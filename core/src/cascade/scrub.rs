@@ -1,8 +1,8 @@
 //! Reading again what lies in the bucket, slowly, to hear of damage while there is time: a store's checksums
 //! were compared when it took the bytes, and nobody looks at them again until a restore does.
 //!
-//! Only the leader does it, where it is asked for. What is found is told; it is mended by who reads it beside a
-//! good copy, or by the next checkpoint.
+//! Only the leader does it, where it is asked for. What is found is told; it is mended by who reads it
+//! beside a good copy, or by the next checkpoint.
 //!
 //! # Invariants
 //!

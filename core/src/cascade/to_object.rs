@@ -370,7 +370,8 @@ impl Cascade {
         Ok(())
     }
 
-    /// Where a compressed shard lies on its way: on the disk; without one, where this host has temporary files.
+    /// Where a compressed shard lies on its way: on the disk; without one, where this host has temporary
+    /// files.
     fn room(&self) -> PathBuf {
         if self.is_bucket_only() { std::env::temp_dir() } else { self.parts.config.home() }
     }

@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, HashMap};
 use serde::{Deserialize, Serialize};
 use sha2::Digest as _;
 
-use super::{Identity, ShardManifest, TensorEntry, crcs_hex};
+use super::{Identity, ShardManifest, TensorEntry, hex::many};
 use crate::{
     names::{hex, ranks as in_words},
     state::dtype::Dtype,
@@ -34,7 +34,7 @@ pub struct Replicated {
     pub tensors: Vec<Replica>,
     /// CRC-32 of each tensor's bytes, row-major, in the order of `tensors`: eight hex digits each, in
     /// one string.
-    #[serde(with = "crcs_hex")]
+    #[serde(with = "many")]
     pub crcs: Vec<u32>,
 }
 

@@ -30,7 +30,7 @@ pub(crate) use self::{pack::pack, unpack::open};
 use crate::{
     chunk::chunk_len,
     error::{Error, Result},
-    manifest::{PayloadInfo, ShardManifest, crc_hex, decode},
+    manifest::{PayloadInfo, ShardManifest, decode, hex},
     names::{CheckpointKey, Rank},
     record,
 };
@@ -49,7 +49,7 @@ pub struct Stored {
     /// How each chunk is compressed that is.
     pub codec: String,
     /// CRC-32 of the file, eight hex digits.
-    #[serde(with = "crc_hex")]
+    #[serde(with = "hex::one")]
     pub crc: u32,
     /// Bytes of each chunk as it lies.
     pub lengths: Vec<u64>,

@@ -1,0 +1,43 @@
+//! Checksums as text: eight hex digits each.
+
+/// One checksum.
+pub(crate) mod one {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub(crate) fn serialize<S: Serializer>(crc: &u32, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_str(&format_args!("{crc:08x}"))
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<u32, D::Error> {
+        let text = String::deserialize(d)?;
+        super::parse_crc(&text).ok_or_else(|| D::Error::custom("a CRC-32 has 8 hex digits"))
+    }
+}
+
+/// Many, in one string.
+pub(crate) mod many {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+    use std::fmt::Write as _;
+
+    pub(crate) fn serialize<S: Serializer>(crcs: &[u32], s: S) -> Result<S::Ok, S::Error> {
+        let mut text = String::with_capacity(crcs.len() * 8);
+        for crc in crcs {
+            let _ = write!(text, "{crc:08x}");
+        }
+        s.serialize_str(&text)
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<Vec<u32>, D::Error> {
+        let text = String::deserialize(d)?;
+        let crcs = text
+            .as_bytes()
+            .chunks(8)
+            .map(|digits| std::str::from_utf8(digits).ok().and_then(super::parse_crc));
+        crcs.collect::<Option<_>>().ok_or_else(|| D::Error::custom("a CRC-32 has 8 hex digits"))
+    }
+}
+
+fn parse_crc(text: &str) -> Option<u32> {
+    (text.len() == 8 && text.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b)))
+        .then(|| u32::from_str_radix(text, 16).ok())?
+}
