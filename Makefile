@@ -31,6 +31,9 @@
 ##   TIERKEEP_NODE_KILLS    test: how many times nodes of a lab are killed and wiped; default 4; 200
 ##                          before a release
 ##   TIERKEEP_SIM_NODES     test: how many agents are simulated in one process; default 64
+##   TIERKEEP_OUTAGE_SECONDS
+##                          test: how long a bucket is away under training; default 8; 600 before a
+##                          release
 ##   NODES                  lab: how many nodes; default 4
 ##   PYTEST_ARGS            test: more arguments for pytest, as in PYTEST_ARGS="-k restore -x"
 ##   CARGO_TEST_ARGS        test: more arguments for the Rust test runner

@@ -73,8 +73,8 @@ fn find_shard_of(
         if place.is_hosted
             && let Ok(there) = &found
         {
-            bring_here(place, there)?;
-            found = find(&near);
+            // What turns out to be damaged on its way is lost, and marked as such.
+            found = bring_here(place, there).and_then(|()| find(&near));
         }
     }
     if matches!(found, Err(Error::Lost { .. })) && place.config.saves() {
@@ -108,8 +108,9 @@ fn copies_in(
     rank: Rank,
     run_id: &Id,
 ) -> Result<Copies> {
-    let listings = vec![Listing::of(&*bucket, key)?];
-    let found = Found { key: key.clone(), listings };
+    let mut listing = Listing::of(&*bucket, key)?;
+    look_again(&*bucket, key, &mut listing)?;
+    let found = Found { key: key.clone(), listings: vec![listing] };
     let (good, _) = copies(&[&*bucket], &found, rank, Some(run_id))?;
     Ok((vec![bucket], good))
 }

@@ -349,7 +349,14 @@ impl Cascade {
         let packed = match far.settings.compress {
             true => {
                 let payload = Sent { payload: &whole, save: None, cascade: self };
-                pack(&payload, shard.manifest(), shard.manifest_bytes(), &self.room())?
+                match pack(&payload, shard.manifest(), shard.manifest_bytes(), &self.room()) {
+                    // Without room for it, it goes as it is.
+                    Err(e @ Error::Io { .. }) => {
+                        tracing::warn!("{key} is not compressed: {}", e.chain());
+                        None
+                    }
+                    packed => packed?,
+                }
             }
             false => None,
         };

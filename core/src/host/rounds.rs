@@ -39,7 +39,8 @@ impl Host {
                 let Some(seat) = taken.clone() else { continue };
                 drop(taken);
                 let idle = self.settings.idle;
-                if seat.has_lost_trainer(&self.clock) || seat.is_done(&self.clock, idle) {
+                let cares = seat.is_done(&self.clock, idle) || seat.may_rest(&self.clock, idle);
+                if seat.has_lost_trainer(&self.clock) || cares {
                     let host = self.clone();
                     let care = move || host.care_for(&place, &chair, &seat);
                     let thread = std::thread::Builder::new().name("tierkeep-care".into());
@@ -65,6 +66,9 @@ impl Host {
             return;
         }
         seat.look_for_death(&self.clock);
+        if seat.may_rest(&self.clock, self.settings.idle) {
+            seat.rest();
+        }
         if !seat.is_done(&self.clock, self.settings.idle) {
             return;
         }

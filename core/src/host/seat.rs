@@ -300,15 +300,25 @@ impl Seat {
         }
         // What never became due for disk goes there now: nobody will save anything newer.
         cascade.hurry();
-        if cascade.is_carrying() || !(cascade.is_durable() || cascade.is_fenced()) {
-            return false;
-        }
-        // What is on its way to the bucket is read from disk: its memory goes back meanwhile.
-        let sends = cascade.is_sending() && !cascade.is_fenced();
-        if sends && let Err(e) = self.keeper.place.arena.give_back() {
+        let carried = !cascade.is_carrying() && (cascade.is_durable() || cascade.is_fenced());
+        carried && (cascade.is_fenced() || !cascade.is_sending())
+    }
+
+    /// True where it would be done, but that something is on its way to the bucket: that is read from disk,
+    /// so its memory can go back meanwhile.
+    pub(super) fn may_rest(&self, clock: &dyn Clock, idle: Duration) -> bool {
+        let Some(gone) = self.gone_for(clock) else { return false };
+        let Some((_, cascade)) = self.keeper.running() else { return false };
+        let has_memory = self.keeper.place.arena.bytes() > 0;
+        let carried = !cascade.is_carrying() && cascade.is_durable();
+        gone >= idle && has_memory && carried && cascade.is_sending()
+    }
+
+    /// Its memory goes back. In the hands of whoever holds its chair: nobody takes the rank meanwhile.
+    pub(super) fn rest(&self) {
+        if let Err(e) = self.keeper.place.arena.give_back() {
             tracing::warn!("{}: memory was not given back: {}", self.name(), e.chain());
         }
-        !sends
     }
 
     /// Something is on its way to disk.

@@ -87,7 +87,11 @@ pub(crate) fn decide_once(
         Decision { parent: None, savers: vec![], passed_over: vec![], has_history: false };
     let answering = answering(tiers, wish, &mut decision.passed_over)?;
     let found = survey(&answering)?;
-    let bad = bad_marks(marks)?;
+    let mut bad = bad_marks(marks)?;
+    // A rank on another node has left its mark there.
+    for tier in answering.iter().filter(|tier| tier.kind() != TierKind::Object) {
+        bad.extend(bad_marks(*tier)?);
+    }
     decision.has_history = !found.is_empty() || attempts.newest().is_some();
     let run_id = attempts.newest().map(|r| r.run_id);
     let lineage = lineage_once(&answering, &found, attempts, wholes)?;

@@ -146,6 +146,51 @@ fn a_trainer_that_leaves_before_its_checkpoint_is_in_the_bucket_loses_nothing() 
 }
 
 #[test]
+fn a_rank_that_nobody_trains_gives_its_memory_back_while_the_bucket_has_not_all() {
+    let (world, bucket) = world(&[]);
+    *world.idle.lock().unwrap() = Some(Duration::ZERO);
+    world.begin("a");
+    *world.bucket_rate.lock().unwrap() = Some(2 << 20);
+    let ckpt = world.open("a", 0);
+    assert_eq!(common::resume(&ckpt, &LARGE).unwrap(), 0);
+    wait(&Model::at(0, &LARGE, 1).save(&ckpt, 1).unwrap(), Level::Disk);
+    drop(ckpt);
+    let slots = || world.machine("a").host.ranks().first().map(|rank| rank.slot_bytes);
+    until("its slots are given back", || slots() == Some(0));
+    assert_eq!(sealed(bucket.path()), [0_u64; 0], "too late to say");
+    until("it is in the bucket", || sealed(bucket.path()) == [1]);
+    until("the rank is done", || slots().is_none());
+}
+
+#[test]
+fn a_shard_that_is_damaged_where_only_the_bucket_has_it_is_an_error_once_and_then_passed_over() {
+    let (world, bucket) = world(&["a", "b"]);
+    let job = Job::start(&world, &["a", "b"], 2, 1);
+    assert_eq!(job.resume(), 0);
+    job.train(1..=2, Level::Object);
+    drop(job);
+    for name in ["a", "b"] {
+        world.lose(name);
+    }
+    world.lost.lock().unwrap().clear();
+    let damaged = |file: &PathBuf| {
+        let text = file.display().to_string();
+        text.contains("00000000000000000002/") && text.contains("rank-000001-")
+    };
+    let payload = common::files(bucket.path()).into_iter().find(damaged).expect("a payload");
+    let payload = bucket.path().join(payload);
+    common::flip(&payload, 8 * (std::fs::metadata(&payload).unwrap().len() / 2));
+    ["c", "d"].iter().for_each(|name| world.begin(name));
+    let job = Job::start(&world, &["c", "d"], 2, 1);
+    let begun = job.each(|ckpt| ckpt.begin(&tierkeep::begin::Begin::default()).map(drop));
+    let e = begun[1].as_ref().expect_err("it is damaged");
+    assert!(e.chain().contains("chunk"), "{}", e.chain());
+    drop(job);
+    let job = Job::start(&world, &["c", "d"], 2, 1);
+    assert_eq!(job.resume(), 1);
+}
+
+#[test]
 fn damage_on_a_nodes_disk_is_mended_from_the_bucket() {
     let (world, _bucket) = world(&["a"]);
     let ckpt = world.open("a", 0);

@@ -61,6 +61,8 @@ pub(crate) struct World {
     /// The bucket that all of them reach, and how fast each rank.
     pub(crate) bucket: Mutex<Option<String>>,
     pub(crate) bucket_rate: Mutex<Option<u64>>,
+    /// What of nobody trains goes to disk, and its memory back, after so long; an hour where it is not said.
+    pub(crate) idle: Mutex<Option<Duration>>,
 }
 
 impl World {
@@ -88,7 +90,8 @@ impl World {
         ram: Arc<tempfile::TempDir>,
         ram_bytes_max: Option<u64>,
     ) {
-        let settings = Settings { ram_bytes_max, ..settings(ram.path()) };
+        let idle = self.idle.lock().unwrap().unwrap_or(Duration::from_secs(3600));
+        let settings = Settings { ram_bytes_max, idle, ..settings(ram.path()) };
         let (host, listener) = Host::open(settings).unwrap();
         host.meet(Arc::new(Sim { me: name.into(), world: Arc::downgrade(self) }));
         let serving = host.clone();
