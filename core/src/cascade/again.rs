@@ -5,7 +5,11 @@
 //!
 //! - A level that is told was seen, or recorded by a rank that saw it.
 
-use super::{Carry, Cascade, sending::Now};
+use super::{
+    Carry, Cascade,
+    sending::Now,
+    to_peers::{not_on_peers, passed_over_for_peers},
+};
 use crate::{
     agree::{InRam, Lane},
     clock::Deadline,
@@ -44,10 +48,23 @@ impl Cascade {
     }
 
     /// What the trainer still waits for, of an attempt that goes on under a new owner.
+    ///
+    /// The save is known to the threads first, and only then it is looked where its step is: they have been
+    /// at work for a moment, and what they tell from here on reaches it.
     pub(crate) fn take_up(&self, save: &Save) -> Result<()> {
-        self.mark_due(save);
         let step = save.step();
         self.doubt_sent(step);
+        self.mark_due(save);
+        let (shard_is_complete, newer) = {
+            let mut work = locked(&self.work);
+            let carried = work.carry.as_ref().map(|carry| carry.step);
+            let newer = work.chosen.filter(|chosen| *chosen > step && carried != Some(step));
+            let known = work.shards.get_mut(&step).map(|shard| {
+                shard.save = save.clone();
+                shard.complete
+            });
+            (known, newer)
+        };
         let sealed = self.is_sealed(&self.key_of(step))?;
         if sealed {
             save.reach(Level::Ram, false);
@@ -56,22 +73,15 @@ impl Cascade {
             let why = format!("it was given up for disk: {why}");
             save.fail(Level::Disk, &Error::Skipped { step: Step(step), why });
         }
-        let mut work = locked(&self.work);
-        let (chosen, carried) = (work.chosen, work.carry.as_ref().map(|c| c.step));
-        if let Some(shard) = work.shards.get_mut(&step) {
-            save.reach(Level::Ram, true);
-            if shard.complete {
-                save.reach(Level::Ram, false);
-            }
-            shard.save = save.clone();
-            drop(work);
-            if let Some(newer) = chosen.filter(|c| *c > step && carried != Some(step)) {
+        self.take_up_copies(save, shard_is_complete.is_some())?;
+        if let Some(complete) = shard_is_complete {
+            save.reach(Level::Ram, !complete);
+            if let Some(newer) = newer {
                 self.pass_over(save, newer); // Unless it is there: what is reached stays so.
             }
             self.parts.signal.notify();
             return Ok(());
         }
-        drop(work);
         if sealed {
             return Ok(());
         }
@@ -84,8 +94,33 @@ impl Cascade {
                 if said.is_some() || self.parts.config.savers.len() == 1 {
                     save.reach(Level::Ram, false);
                 }
-                let why = "its agent went away, and a newer step has its slot".into();
-                save.fail(Level::Ram, &Error::Skipped { step: Step(step), why });
+                save.fail(Level::Ram, &its_slot_is_gone(step));
+            }
+        }
+        Ok(())
+    }
+
+    /// The same for copies on other nodes: who waits is told what was recorded, or that nothing will be.
+    fn take_up_copies(&self, save: &Save, has_shard: bool) -> Result<()> {
+        let step = save.step();
+        if !save.is_due_for_peers() || !save.is_pending(Level::Peer) {
+            return Ok(());
+        }
+        let (whole, newer) = {
+            let copies = &locked(&self.work).copies;
+            let whole = copies.whole.as_ref().is_some_and(|key| *key == self.key_of(step));
+            (whole, copies.chosen.filter(|chosen| *chosen > step))
+        };
+        match self.parts.agreements.was_on_peers(step)? {
+            Some(InRam::GivenUp(why)) => save.fail(Level::Peer, &not_on_peers(step, &why)),
+            Some(InRam::Whole) => save.reach(Level::Peer, false),
+            None if whole => save.reach(Level::Peer, false),
+            None => {
+                if let Some(newer) = newer {
+                    save.fail(Level::Peer, &passed_over_for_peers(step, newer));
+                } else if !has_shard {
+                    save.fail(Level::Peer, &its_slot_is_gone(step));
+                }
             }
         }
         Ok(())
@@ -118,4 +153,9 @@ impl Cascade {
             locked(&self.sending).doubtful.insert(step);
         }
     }
+}
+
+fn its_slot_is_gone(step: u64) -> Error {
+    let why = "its agent went away, and a newer step has its slot".into();
+    Error::Skipped { step: Step(step), why }
 }

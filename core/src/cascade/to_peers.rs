@@ -57,7 +57,7 @@ pub(super) struct Copying {
 pub(super) struct Copies {
     pub(super) now: Option<Copying>,
     /// The newest step that was ever chosen.
-    chosen: Option<u64>,
+    pub(super) chosen: Option<u64>,
     /// The newest step that is held elsewhere, of all ranks; and who holds this rank's shard of it.
     pub(super) whole: Option<CheckpointKey>,
     pub(super) receipts: Vec<PeerReceipt>,
@@ -154,8 +154,7 @@ impl Cascade {
             self.fail_copies(old.step, "the leader went on to a newer step");
         }
         for shard in passed.iter().filter(|s| s.save.is_pending(Level::Peer)) {
-            let why = format!("it was passed over for other nodes: step {step} is newer");
-            shard.save.fail(Level::Peer, &Error::Skipped { step: shard.key.step, why });
+            shard.save.fail(Level::Peer, &passed_over_for_peers(shard.key.step.0, step));
         }
         Ok(true)
     }
@@ -484,8 +483,7 @@ impl Cascade {
         work.copies.now.take_if(|now| now.step == step);
         let shard = work.shards.get(&step).cloned();
         drop(work);
-        let why = format!("it is not on other nodes: {why}");
-        let error = Error::Skipped { step: Step(step), why };
+        let error = not_on_peers(step, why);
         add(&self.parts.observer.counters.peer_failed, 1);
         self.parts.observer.error("peers_failed", Some(step), error.to_string());
         if let Some(shard) = shard {
@@ -493,6 +491,15 @@ impl Cascade {
         }
         self.parts.signal.notify();
     }
+}
+
+pub(super) fn not_on_peers(step: u64, why: &str) -> Error {
+    Error::Skipped { step: Step(step), why: format!("it is not on other nodes: {why}") }
+}
+
+pub(super) fn passed_over_for_peers(step: u64, newer: u64) -> Error {
+    let why = format!("it was passed over for other nodes: step {newer} is newer");
+    Error::Skipped { step: Step(step), why }
 }
 
 /// A slot's bytes on their way: no more of them once the attempt has ended here.

@@ -390,8 +390,10 @@ fn come_back(seat: &Arc<Seat>, connection: &Connection, back: &wire::Back) -> Re
         cascade.stop_after(step);
     }
     cascade.give_up_steps(&back.failed);
-    for step in back.saves.iter().filter(|step| seat.save(**step).is_none()) {
-        seat.keeper.take_up(&seat.follow_save(*step), &cascade)?;
+    for step in &back.saves {
+        // Also one that is known: the try before this one may have failed in the middle.
+        let save = seat.save(*step).unwrap_or_else(|| seat.follow_save(*step));
+        seat.keeper.take_up(&save, &cascade)?;
     }
     Ok(lost)
 }

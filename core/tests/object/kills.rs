@@ -82,6 +82,8 @@ struct Sum {
     /// Lives whose ranks all went on from the bucket alone.
     resumed_from_bucket: u64,
     rolled_back: u64,
+    /// Requests that the server did not answer in time.
+    slow: u64,
 }
 
 struct Run {
@@ -172,6 +174,7 @@ impl Run {
         let count = |deed| self.watch.count(deed);
         sum.sealed_in_bucket += count(Deed::Seal);
         sum.told += said.object.len();
+        sum.slow += said.slow;
         sum.deletions += count(Deed::Tombstone);
         sum.uploads_in_parts += count(Deed::Complete);
         sum.uploads_swept += count(Deed::Abort);

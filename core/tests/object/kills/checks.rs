@@ -27,7 +27,11 @@ pub(super) struct Said {
     pub(super) resumed: Vec<u64>,
     /// Events, and saves that failed.
     pub(super) strange: Vec<String>,
+    /// Requests that the server did not answer in time: told and tried again, as they are to be.
+    pub(super) slow: u64,
 }
+
+const SLOW: [&str; 3] = ["operation timed out", "no answer within", "took no bytes for"];
 
 impl Said {
     pub(super) fn of(lines: Vec<(u32, String, String)>) -> Self {
@@ -40,11 +44,16 @@ impl Said {
                 "closed" => {}
                 // Slots were wanted faster than disk gave them back.
                 "event" if rest.contains(": skipped: ") => {}
+                "event" if rest.contains("object_away: ") && is_slow(&rest) => said.slow += 1,
                 _ => said.strange.push(format!("rank {rank}: {word} {rest}")),
             }
         }
         said
     }
+}
+
+fn is_slow(told: &str) -> bool {
+    SLOW.iter().any(|slow| told.contains(slow))
 }
 
 /// What was promised of the bucket.
