@@ -161,6 +161,15 @@ impl Attempts {
         }
     }
 
+    /// The same before attempt `number` was recorded.
+    pub(crate) fn before(&self, number: u32) -> Self {
+        let mut all = self.clone();
+        all.records.retain(|record| record.attempt.number < number);
+        all.joined.retain(|joined| *joined < number);
+        all.damaged.retain(|(damaged, _)| *damaged < number);
+        all
+    }
+
     /// Those that have a complete checkpoint, as far as it was recorded.
     pub(crate) fn joined(&self) -> &[u32] {
         &self.joined

@@ -8,44 +8,34 @@
 //! - After recording, rank 0 looks whether the parent is still there; if a collector took it, a
 //!   successor is recorded.
 //! - Rank 0's claim says that the record stands: no rank follows a record that will be succeeded.
-//! - A checkpoint that is not the newest is resumed from only by a rollback: else the newer ones
-//!   would be in nobody's way and the first save would use their slots.
 //! - A decision that is asked for again because its answer was lost is the same decision.
 //! - `fresh` and rollbacks are recorded as such: what they leave behind is abandoned at once.
 
+mod deciding;
 pub(crate) mod fetched;
 pub(crate) mod found;
 mod joined;
 pub(crate) mod roster;
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, time::Duration};
 
 use self::{
+    deciding::{AGAIN, own_record, record_decision, undo},
     fetched::Seen,
     found::find_shard,
     joined::{Asking, join_elsewhere},
-    roster::Roster,
 };
 use crate::{
     attempt::{self, AttemptRecord, Attempts},
     clock::Deadline,
     commit::Listing,
-    error::{Error, ErrorKind, Hint, Result},
-    names::{AttemptDir, AttemptRef, CheckpointKey, Id, Rank, ranks},
+    error::{Error, ErrorKind, Result},
+    names::{AttemptDir, CheckpointKey, Rank},
     ownership::is_held,
-    peers::{
-        Peers,
-        remote::{Remote, look_at_all},
-    },
     place::{Place, start_lock_path},
-    record,
-    restore::{
-        decide::{Decision, Wholes, Wish, answering, decide, decide_once, whole_before},
-        read::Restorable,
-        survey::survey,
-    },
+    restore::{decide::Wish, read::Restorable},
     sys::host,
-    tier::{Tier, TierKind},
+    tier::TierKind,
 };
 
 /// How an attempt is to begin.
@@ -91,41 +81,15 @@ const POLL_TOLD: Duration = Duration::from_millis(50);
 pub(crate) fn begin(place: &Place, how: &Begin, decision: u32) -> Result<Started> {
     let deadline = Deadline::after(&*place.clock, place.config.attempt_wait);
     if place.config.leads() {
-        let mut earlier = own_record(place, decision);
-        let mut tries = 0;
-        // The step that was decided on can go while we decide: then decide again.
-        loop {
-            let decided = match earlier.take() {
-                Some(record) => Ok((record, Elsewhere::default())),
-                None => record_decision(place, how, decision),
-            };
-            let (record, elsewhere) = match decided {
-                // A node that answered a moment ago is gone: the others are looked at anew.
-                Err(e)
-                    if place.peers.is_some()
-                        && e.kind() == ErrorKind::Unavailable
-                        && tries < TRIES
-                        && deadline.left(&*place.clock).is_some() =>
-                {
-                    tracing::warn!("{}; deciding again", e.chain());
-                    tries += 1;
-                    place.clock.pause(AGAIN);
-                    place.check_closed()?;
-                    earlier = own_record(place, decision);
-                    continue;
-                }
-                other => other?,
-            };
-            clear_old(place, &record);
-            match join_attempt(place, &record, &Seen::Here(&elsewhere)) {
-                Ok(started) => return Ok(Started { elsewhere, ..started }),
-                Err(e) if e.is_not_found() && deadline.left(&*place.clock).is_some() => {
-                    tracing::warn!("{}; deciding again", e.chain());
-                }
-                Err(e) => return Err(e),
-            }
-            place.check_closed()?;
+        let mut gone_back = None;
+        let led = lead(place, how, decision, &deadline, &mut gone_back);
+        if let (Err(_), Some(number)) = (&led, gone_back)
+            && let Err(e) = undo(place, how, number)
+        {
+            let text = format!("the rollback of attempt {number} was not undone: {}", e.chain());
+            place.observer.error("not_undone", None, text);
         }
+        return led;
     }
     let (mut refused, mut asking) = (None, Asking::default());
     loop {
@@ -159,6 +123,56 @@ pub(crate) fn begin(place: &Place, how: &Begin, decision: u32) -> Result<Started
     }
 }
 
+/// Rank 0. `gone_back`: the first record of its own that went back to a step which is gone.
+fn lead(
+    place: &Place,
+    how: &Begin,
+    decision: u32,
+    deadline: &Deadline,
+    gone_back: &mut Option<u32>,
+) -> Result<Started> {
+    let mut earlier = own_record(place, decision);
+    let mut tries = 0;
+    // The step that was decided on can go while we decide: then decide again.
+    loop {
+        let decided = match earlier.take() {
+            Some(record) => Ok((record, Elsewhere::default())),
+            None => record_decision(place, how, decision),
+        };
+        let (record, elsewhere) = match decided {
+            // A node that answered a moment ago is gone: the others are looked at anew.
+            Err(e)
+                if place.peers.is_some()
+                    && e.kind() == ErrorKind::Unavailable
+                    && tries < TRIES
+                    && deadline.left(&*place.clock).is_some() =>
+            {
+                tracing::warn!("{}; deciding again", e.chain());
+                tries += 1;
+                place.clock.pause(AGAIN);
+                place.check_closed()?;
+                earlier = own_record(place, decision);
+                continue;
+            }
+            other => other?,
+        };
+        clear_old(place, &record);
+        match join_attempt(place, &record, &Seen::Here(&elsewhere)) {
+            Ok(started) => return Ok(Started { elsewhere, ..started }),
+            Err(e) => {
+                if e.is_not_found() && record.rollback {
+                    gone_back.get_or_insert(record.attempt.number);
+                }
+                if !e.is_not_found() || deadline.left(&*place.clock).is_none() {
+                    return Err(e);
+                }
+                tracing::warn!("{}; deciding again", e.chain());
+            }
+        }
+        place.check_closed()?;
+    }
+}
+
 /// How often the leader looks again where a node goes away while it decides.
 const TRIES: usize = 8;
 
@@ -184,200 +198,6 @@ fn no_record(place: &Place, deadline: &Deadline) -> Error {
     )
 }
 
-/// Rank 0: its own record of this decision, whose answer was lost with the agent that made it.
-/// A tier that does not answer is met again, with its hint, by the decision that follows.
-fn own_record(place: &Place, decision: u32) -> Option<AttemptRecord> {
-    let attempts = Attempts::load(&[&*place.disk]).ok()?;
-    let newest = attempts.newest()?;
-    let ours = newest.attempt.id == place.start && newest.decision == decision;
-    let rank = Rank(place.config.rank);
-    let claimed = attempt::is_claimed_by(&*place.disk, &newest.attempt, rank, &place.nonce);
-    (ours && claimed.is_ok_and(|ours| ours)).then(|| newest.clone())
-}
-
-/// Rank 0: decides and records. Beside it what it saw of other nodes.
-fn record_decision(
-    place: &Place,
-    how: &Begin,
-    decision: u32,
-) -> Result<(AttemptRecord, Elsewhere)> {
-    let mut silent = Vec::new();
-    let remotes = elsewhere(place, &how.wish, &mut silent)?;
-    let far = || remotes.iter().map(|remote| &**remote as &dyn Tier);
-    let durable_first: [&dyn Tier; 2] = [&*place.disk, &*place.ram];
-    let bucket = answering_bucket(place, &how.wish, &mut silent)?;
-    let near: [&dyn Tier; 2] = [&*place.ram, &*place.disk];
-    let tiers: Vec<&dyn Tier> = near.into_iter().chain(far()).chain(bucket).collect();
-    let all: Vec<&dyn Tier> = durable_first.into_iter().chain(far()).chain(bucket).collect();
-    let attempts = Attempts::load(&answering(&all, &how.wish, &mut Vec::new())?)?;
-    keep_records(&attempts, &all, &durable_first)?;
-    let mut wholes = Wholes::default();
-    let mut decided = decide_once(&tiers, &*place.disk, &attempts, &how.wish, &mut wholes)?;
-    decided.passed_over.splice(0..0, silent);
-    if how.only_new && decided.has_history {
-        return Err(Error::invalid(format!(
-            "{} already has checkpoints or attempts: a save that follows no restore would begin anew",
-            place.config.destination.display()
-        ))
-        .with_hint(Hint::RestoreFirst));
-    }
-    let chosen = how.wish.step.is_some() || how.wish.attempt.is_some();
-    if chosen && !how.rollback {
-        check_newest(place, &tiers, &attempts, &decided)?;
-    }
-    let fallback = match decided.parent.filter(|_| !remotes.is_empty()) {
-        Some(parent) => whole_before(&tiers, &attempts, &parent.key(), &mut wholes)?,
-        None => None,
-    };
-    let places = match decided.parent.filter(|_| !how.fresh) {
-        Some(parent) => places(place, &remotes, &parent.key())?,
-        None => BTreeMap::new(),
-    };
-    let seen = Elsewhere { fallback, holders: holders(&remotes)?, places };
-    let decided = if how.fresh { Decision { parent: None, ..decided } } else { decided };
-    check_world(place, &decided)?;
-    for why in &decided.passed_over {
-        place.observer.warn("passed_over", None, format!("passed over {why}"));
-    }
-    let newest = attempts.newest();
-    let draft = AttemptRecord {
-        format: record::FORMAT,
-        required_features: Vec::new(),
-        run_id: newest.map_or_else(Id::random, |r| Ok(r.run_id))?,
-        attempt: AttemptRef { number: newest.map_or(0, |r| r.attempt.number) + 1, id: place.start },
-        decision,
-        parent: decided.parent,
-        rollback: how.rollback || (how.fresh && decided.has_history),
-        savers: place.config.savers.clone(),
-        replicated: !place.config.replicated.is_empty(),
-        host: host(),
-        pid: std::process::id(),
-        created_unix_ms: place.clock.unix_ms(),
-        passed_over: decided.passed_over,
-    };
-    // A bucket decides for all clusters that write there.
-    let decides: Vec<&dyn Tier> = bucket.into_iter().chain(durable_first).collect();
-    Ok((attempt::create(&decides, draft)?, seen))
-}
-
-/// The bucket, if there is one that answers.
-fn answering_bucket<'a>(
-    place: &'a Place,
-    wish: &Wish,
-    passed_over: &mut Vec<String>,
-) -> Result<Option<&'a dyn Tier>> {
-    let Some(bucket) = &place.bucket else { return Ok(None) };
-    Ok(answering(&[&**bucket], wish, passed_over)?.first().copied())
-}
-
-/// Which nodes hold something of which rank in RAM.
-fn holders(remotes: &[Arc<Remote>]) -> Result<BTreeMap<u32, Vec<String>>> {
-    let mut holders: BTreeMap<u32, Vec<String>> = BTreeMap::new();
-    for remote in remotes.iter().filter(|remote| remote.is_ram()) {
-        for found in survey(&[&**remote])? {
-            for rank in found.listings.iter().flat_map(|listing| &listing.manifests) {
-                let nodes = holders.entry(rank.0).or_default();
-                if nodes.last() != Some(&remote.node) {
-                    nodes.push(remote.node.clone());
-                }
-            }
-        }
-    }
-    Ok(holders)
-}
-
-/// Where each rank's shard of a checkpoint lies, on this node too.
-fn places(
-    place: &Place,
-    remotes: &[Arc<Remote>],
-    key: &CheckpointKey,
-) -> Result<BTreeMap<u32, Vec<(String, TierKind)>>> {
-    let Some(peers) = &place.peers else { return Ok(BTreeMap::new()) };
-    let me = peers.network.me();
-    let here = [(&me, TierKind::Ram, &*place.ram), (&me, TierKind::Disk, &*place.disk)];
-    let far = remotes.iter().map(|remote| {
-        let kind = if remote.is_ram() { TierKind::Ram } else { TierKind::Disk };
-        (&remote.node, kind, &**remote as &dyn Tier)
-    });
-    let mut places: BTreeMap<u32, Vec<(String, TierKind)>> = BTreeMap::new();
-    for (node, kind, tier) in here.into_iter().chain(far) {
-        for rank in Listing::of(tier, key)?.manifests {
-            places.entry(rank.0).or_default().push((node.clone(), kind));
-        }
-    }
-    Ok(places)
-}
-
-/// A wait that takes longer is told.
-const TELL_AFTER: Duration = Duration::from_secs(5);
-
-/// How often agents that are alive and do not answer are asked again.
-const AGAIN: Duration = Duration::from_millis(250);
-
-/// The tiers of all live agents. One that does not answer, and is not missed by the others either, may
-/// have a newer checkpoint; so may nodes of the last attempt that nobody sees.
-fn elsewhere(
-    place: &Place,
-    wish: &Wish,
-    passed_over: &mut Vec<String>,
-) -> Result<Vec<Arc<Remote>>> {
-    let Some(peers) = &place.peers else { return Ok(Vec::new()) };
-    let deadline = Deadline::after(&*place.clock, place.config.attempt_wait);
-    let (patience, mut told) = (Deadline::after(&*place.clock, TELL_AFTER), false);
-    loop {
-        let settled = peers.network.is_settled();
-        let (found, silent) = look_at_all(peers);
-        let who = match silent.first() {
-            Some((node, e)) => format!("{node}: {}", e.chain()),
-            None => match missing_nodes(place, peers, &found)? {
-                Some(missing) => format!("{}, of the last attempt", missing.join(", ")),
-                None if settled => return Ok(found),
-                None => "agents that gossip has not found yet".into(),
-            },
-        };
-        place.check_closed()?;
-        if !told && patience.left(&*place.clock).is_none() {
-            told = true;
-            place.observer.warn("waiting", None, format!("the restore waits for {who}"));
-        }
-        if deadline.left(&*place.clock).is_none() {
-            if wish.accept_older {
-                passed_over.push(format!("not all nodes answer: {who}"));
-                return Ok(found);
-            }
-            let what = "an answer of every node that may hold a newer checkpoint";
-            return Err(deadline.passed(what, who).with_hint(Hint::AcceptOlder));
-        }
-        place.clock.pause(AGAIN);
-    }
-}
-
-/// Nodes of the last attempt that are not seen, where they are too many.
-fn missing_nodes(
-    place: &Place,
-    peers: &Peers,
-    found: &[Arc<Remote>],
-) -> Result<Option<Vec<String>>> {
-    let far = found.iter().map(|remote| &**remote as &dyn Tier);
-    let tiers: Vec<&dyn Tier> = [&*place.ram, &*place.disk].into_iter().chain(far).collect();
-    let Some(roster) = Roster::newest(&tiers)? else { return Ok(None) };
-    let seen = found.iter().map(|remote| remote.node.clone());
-    Ok(roster.missing(&seen.chain([peers.network.me()]).collect()))
-}
-
-/// What other nodes know of the run's attempts is known here too, from now on.
-fn keep_records(attempts: &Attempts, all: &[&dyn Tier], own: &[&dyn Tier]) -> Result<()> {
-    if all.len() == own.len() {
-        return Ok(());
-    }
-    for record in attempts.records() {
-        let (_, bytes) = attempt::read(all, record.attempt.number)?;
-        own.iter().try_for_each(|tier| attempt::keep(*tier, record, &bytes))?;
-    }
-    let joined = attempts.joined().iter();
-    joined.copied().try_for_each(|number| attempt::join_number(own[0], number))
-}
-
 /// Removes what earlier attempts left for their own ranks: decisions, claims, the locks of dead
 /// starts. None of it matters to anybody any more; what cannot be removed stays.
 fn clear_old(place: &Place, record: &AttemptRecord) {
@@ -397,42 +217,6 @@ fn clear_old(place: &Place, record: &AttemptRecord) {
         if entry.name.starts_with("start-") && matches!(is_held(&path), Ok(false)) {
             let _ = crate::tier::publish::remove(&path);
         }
-    }
-}
-
-/// A resume from an older checkpoint must be meant.
-fn check_newest(
-    place: &Place,
-    tiers: &[&dyn Tier],
-    attempts: &Attempts,
-    decided: &Decision,
-) -> Result<()> {
-    let newest = decide(tiers, &*place.disk, attempts, &Wish::default())?.parent;
-    match (newest, decided.parent) {
-        (Some(newest), Some(chosen)) if newest != chosen => Err(Error::invalid(format!(
-            "{} is not where this run resumes, {} is: to go back is to abandon what is newer",
-            chosen.key(),
-            newest.key()
-        ))
-        .with_hint(Hint::Rollback)),
-        _ => Ok(()),
-    }
-}
-
-fn check_world(place: &Place, decided: &Decision) -> Result<()> {
-    match decided.parent {
-        Some(parent) if decided.savers != place.config.savers => {
-            Err(Error::Mismatch(vec![format!(
-                "{} was saved by {} ranks ({}), this job saves from {} ({}): the ranks that save must be \
-                 the same",
-                parent.key(),
-                decided.savers.len(),
-                ranks(&decided.savers),
-                place.config.savers.len(),
-                ranks(&place.config.savers)
-            )]))
-        }
-        _ => Ok(()),
     }
 }
 

@@ -25,6 +25,7 @@
 use std::collections::BTreeMap;
 
 use crate::{
+    at_once::{asked_of, at_once},
     error::{Error, Result},
     manifest::{Identity, Seal, SealedShard, ShardManifest, replicated::differences},
     names::{CheckpointKey, Rank, SEAL, TOMBSTONE, WHOLE, parse_manifest_name, parse_payload_name},
@@ -185,18 +186,23 @@ pub fn gather(tier: &dyn Tier, key: &CheckpointKey, savers: &[u32]) -> Result<Ga
     if !missing.is_empty() {
         return Ok(Gathered::Missing(missing));
     }
-    let mut shards: Vec<ShardManifest> = Vec::with_capacity(savers.len());
-    let mut lines = Vec::with_capacity(savers.len());
-    for rank in savers {
+    let read = |rank: &u32| -> Result<(String, SealedShard, ShardManifest)> {
         let name = key.manifest(Rank(*rank));
         let (bytes, file) = (read_record(tier, &name)?, label(tier, &name));
         // The file as it lies is what is sealed.
-        lines.push(SealedShard::of(*rank, &bytes));
+        let line = SealedShard::of(*rank, &bytes);
         let (mut manifest, _) = decode_any(bytes, &file, key, Rank(*rank))?;
-        same_checkpoint(&manifest, shards.first(), savers)
-            .map_err(|why| Error::damaged(file, why))?;
         // What is compared stays, of all ranks at once; trees and tensors of a thousand would not.
         (manifest.tree, manifest.tensors) = (serde_json::Value::Null, Vec::new());
+        Ok((file, line, manifest))
+    };
+    let mut shards: Vec<ShardManifest> = Vec::with_capacity(savers.len());
+    let mut lines = Vec::with_capacity(savers.len());
+    for read in at_once(asked_of(tier), savers, read) {
+        let (file, line, manifest) = read?;
+        same_checkpoint(&manifest, shards.first(), savers)
+            .map_err(|why| Error::damaged(file, why))?;
+        lines.push(line);
         shards.push(manifest);
     }
     let differences = differences(&shards);

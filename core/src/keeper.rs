@@ -31,6 +31,7 @@ use tierkeep_proto::peer::{self as wire, request::Ask};
 pub(crate) use self::{ending::Ending, local::Local};
 use crate::{
     agree::{Agreements, home::Home},
+    at_once::at_once,
     attempt::AttemptRecord,
     begin::{Begin, Elsewhere, Stands, begin},
     bucket::Bucket,
@@ -42,7 +43,7 @@ use crate::{
     names::{CheckpointKey, Id, Rank},
     observe::{Observer, locked},
     ownership::{FileId, Ownership, rank_lock},
-    peers::{Peers, commons::Led},
+    peers::{ASKED_AT_ONCE, Peers, commons::Led},
     place::{Desk, Place},
     restore::{
         read::{Over, Restorable},
@@ -339,7 +340,7 @@ impl Keeper {
         let led = Led { node: peers.network.me(), record: record.clone(), bytes: bytes.clone() };
         peers.commons.lead(&peers.site, led);
         let tell = move || {
-            peers.at_once(&peers.others(), |node| {
+            at_once(ASKED_AT_ONCE, &peers.others(), |node| {
                 let lead = wire::Lead { record: bytes.clone() };
                 if let Err(e) = peers.ask(&node.name, Ask::Lead(lead)) {
                     tracing::debug!("{} was not told of the attempt: {}", node.name, e.chain());

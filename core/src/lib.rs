@@ -51,6 +51,7 @@ pub mod clock;
 pub mod signal;
 pub mod error;
 pub mod glob;
+mod at_once;
 mod sys;
 pub mod testing;
 

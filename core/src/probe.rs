@@ -9,6 +9,8 @@
 //! - What is tried is removed again, also where it failed half-way.
 //! - Nothing is tried inside a run: a job may be at work there.
 
+pub mod bucket;
+
 use std::{
     fs::{self, File},
     os::unix::fs::{FileExt, MetadataExt},
@@ -181,20 +183,25 @@ pub fn disk(dest: &Path) -> Result<Disk> {
 
 /// A payload of one step; its name and its inode.
 fn put(tier: &DiskTier, step: u64) -> Result<(String, u64)> {
-    let id = Id::random()?;
-    let key = CheckpointKey::new(Step(step), &AttemptRef { number: 1, id });
-    let name = key.file(&payload_name(Rank(0), &id));
-    let _ = tier.put(&name, &Bytes)?;
+    let name = name_of_a_payload(step)?;
+    let _ = tier.put(&name, &Bytes(DISK_BYTES))?;
     let path = tier.root().join(&name);
     Ok((name, fs::metadata(&path).at("stat", &path)?.ino()))
 }
 
-/// Bytes that no file system stores as a hole or packs together.
-struct Bytes;
+/// As a rank would name it.
+fn name_of_a_payload(step: u64) -> Result<String> {
+    let id = Id::random()?;
+    let key = CheckpointKey::new(Step(step), &AttemptRef { number: 1, id });
+    Ok(key.file(&payload_name(Rank(0), &id)))
+}
+
+/// So many bytes that nobody stores as a hole or packs together.
+struct Bytes(u64);
 
 impl Payload for Bytes {
     fn len(&self) -> u64 {
-        DISK_BYTES
+        self.0
     }
 
     fn block<'a>(

@@ -88,16 +88,16 @@ pub(crate) enum Command {
     /// line each time).
     #[command(after_help = EXIT_CODES)]
     Top(Top),
-    /// Try what this host offers a job: memory, disk, limits; and say what to do
+    /// Try what this host offers a job: memory, disk or bucket, limits; and say what to do
     ///
-    /// Writes 64 MiB beside DEST, or where it will be, and removes them again.
+    /// Writes 64 MiB (to a bucket 128 MiB) beside DEST, or where it will be, and removes them again.
     #[command(after_help = EXIT_CODES)]
     Doctor(Doctor),
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct Doctor {
-    /// The run's directory; it need not be there yet
+    /// The run's directory, or its place in a bucket; it need not be there yet
     pub(crate) dest: Option<PathBuf>,
     /// Memory that the job's slots need on this host, as in 160GiB: bytes of the state of each rank,
     /// times the ranks on the host, times `slots` (2)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import servers
 from agents import COMMAND, Agent
+from safetensors.numpy import load_file
 
 import tierkeep
 
@@ -139,6 +141,71 @@ def test_the_command_restores_from_a_bucket_with_the_job_down(
     to = tmp_path / "laptop" / "run"
     run("restore", url, "--to", str(to))
     same(tierkeep.load(to, ram_dir=ram), 1)
+
+
+def test_the_doctor_tries_a_bucket_and_leaves_nothing(url: str, options: dict[str, str]) -> None:
+    flags = [word for name, value in options.items() for word in ("--option", f"{name}={value}")]
+
+    def doctor(url: str) -> tuple[int, dict[str, Any]]:
+        command = [COMMAND, "doctor", url, "--json", *flags]
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        (found,) = (f for f in json.loads(ran.stdout)["findings"] if f["topic"] == "bucket")
+        return ran.returncode, found
+
+    code, found = doctor(url)
+    assert code == 0 and found["level"] == "ok", found
+    assert found["found"].startswith(f"{url}: answers in ") and "and the same" in found["found"]
+    code, found = doctor(f"s3://no-such-{servers.BUCKET}/run")
+    assert code == 1 and "does not exist" in found["found"], found
+
+
+RANKS = 64
+
+
+def test_a_laptop_restores_a_checkpoint_of_64_ranks_whole_and_in_part(
+    url: str, options: dict[str, str], ram: Path, tmp_path: Path
+) -> None:
+    def of(rank: int) -> dict[str, Any]:
+        layers = {
+            f"model.layers.{layer}.w": np.full(1000 + rank, rank * 100 + layer, np.float32)
+            for layer in range(3)
+        }
+        return {f"rank{rank}": layers}
+
+    def place(rank: int) -> dict[str, Any]:
+        return {"rank": rank, "world_size": RANKS, "attempt_id": "5" * 32}
+
+    ckpts = [open_(url, options, ram, **place(rank)) for rank in range(RANKS)]
+    with ThreadPoolExecutor(RANKS) as pool:
+        begun = pool.map(lambda it: it[1].restore(of(it[0])), enumerate(ckpts))
+        assert list(begun) == [None] * RANKS
+        saves = list(pool.map(lambda it: it[1].save(1, of(it[0])), enumerate(ckpts)))
+        for save in saves:
+            save.wait("object", 60)
+        list(pool.map(lambda ckpt: ckpt.close(), ckpts))
+    flags = [word for name, value in options.items() for word in ("--option", f"{name}={value}")]
+    nowhere = ["--ram-dir", str(tmp_path / "nowhere")]
+
+    def run(*words: str) -> str:
+        command = [COMMAND, *words, *nowhere, *flags]
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    assert f"{RANKS}/{RANKS}" in run("ls", url)
+    to = tmp_path / "laptop" / "run"
+    run("restore", url, "--to", str(to))
+    for rank in range(RANKS):
+        found = tierkeep.load(to, rank=rank, ram_dir=tmp_path / "nowhere")
+        for name, wanted in of(rank)[f"rank{rank}"].items():
+            assert np.array_equal(found[f"rank{rank}"][name], wanted), (rank, name)
+    part = tmp_path / "part.safetensors"
+    run("export", url, "--include", "*model.layers.0.*", "--to", str(part))
+    tensors = load_file(part)
+    assert len(tensors) == RANKS
+    for rank in range(RANKS):
+        name = f"rank{rank}/model.layers.0.w"
+        assert np.array_equal(tensors[name], of(rank)[f"rank{rank}"]["model.layers.0.w"])
 
 
 OUTAGE_SECONDS = float(os.environ.get("TIERKEEP_OUTAGE_SECONDS", "8"))

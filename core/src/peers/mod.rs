@@ -29,10 +29,7 @@ pub(crate) mod send;
 use std::{
     os::unix::ffi::{OsStrExt, OsStringExt},
     path::PathBuf,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::Arc,
     time::Duration,
 };
 
@@ -59,7 +56,7 @@ pub(crate) const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 pub(crate) const SMALL_BYTES: u64 = 4 << 20;
 
 /// Agents that are asked at once: their answers wait for a network, not for a core.
-const ASKED_AT_ONCE: usize = 32;
+pub(crate) const ASKED_AT_ONCE: usize = 32;
 
 /// The other agents of the cluster, and a way to them.
 ///
@@ -164,21 +161,6 @@ impl Peers {
             Some(answer) => Ok(answer),
             None => Err(odd(node)),
         }
-    }
-
-    /// Does something for each of them, several at once.
-    pub(crate) fn at_once<T: Sync>(&self, all: &[T], deed: impl Fn(&T) + Sync) {
-        let next = AtomicUsize::new(0);
-        let work = || {
-            while let Some(one) = all.get(next.fetch_add(1, Ordering::Relaxed)) {
-                deed(one);
-            }
-        };
-        std::thread::scope(|scope| {
-            for _ in 0..all.len().min(ASKED_AT_ONCE) {
-                scope.spawn(work);
-            }
-        });
     }
 
     /// The live nodes but this one.

@@ -15,10 +15,11 @@ use std::{
 use tierkeep_proto::peer::{self as wire, reply::Answer, request::Ask};
 
 use super::{
-    Arriving, Broken, Chunks, Flow, Landing, Peers, SMALL_BYTES, landing::some_of, odd, ticket,
-    wire_key,
+    ASKED_AT_ONCE, Arriving, Broken, Chunks, Flow, Landing, Peers, SMALL_BYTES, landing::some_of,
+    odd, ticket, wire_key,
 };
 use crate::{
+    at_once::at_once,
     chunk::{CHUNK_BYTES, chunk_len},
     error::{Error, Result},
     names::{CheckpointKey, parse_manifest_name, parse_payload_name},
@@ -58,7 +59,7 @@ struct Crowd {
 impl Crowd {
     /// Brings the manifests of a checkpoint, each from the first that has it. What does not come is asked
     /// for by itself, and its trouble told then.
-    fn bring(&self, peers: &Peers, dir: &str) {
+    fn bring(&self, dir: &str) {
         let mut brought = locked(&self.brought);
         if !brought.insert(dir.into()) {
             return;
@@ -74,7 +75,7 @@ impl Crowd {
                 wanted.push((member, new));
             }
         }
-        peers.at_once(&wanted, |(member, names)| {
+        at_once(ASKED_AT_ONCE, &wanted, |(member, names)| {
             if let Err(e) = member.bring(names) {
                 tracing::debug!("{}: {}", member.address, e.chain());
             }
@@ -174,7 +175,7 @@ impl Tier for Remote {
         let small = parse_payload_name(last).is_none() && file.length <= SMALL_BYTES;
         if small && file.bytes.get().is_none() {
             if let Some(crowd) = self.crowd.get().filter(|_| is_manifest(last)) {
-                crowd.bring(&self.peers, dir);
+                crowd.bring(dir);
             }
             if file.bytes.get().is_none() && !self.bring(&[name.to_owned()])? {
                 return Err(Error::NotFound { what: format!("{}/{name}", self.address) });
@@ -398,12 +399,15 @@ pub(crate) fn look_at(
     places: &[(String, TierKind)],
     key: Option<&CheckpointKey>,
 ) -> (Vec<Arc<Remote>>, Vec<(String, Error)>) {
-    let (found, silent) = (Mutex::new(Vec::new()), Mutex::new(Vec::new()));
-    peers.at_once(places, |(node, kind)| match Remote::look(peers, node, *kind, key) {
-        Ok(remote) => locked(&found).push((*kind, Arc::new(remote))),
-        Err(e) => locked(&silent).push((node.clone(), e)),
-    });
-    let mut found = std::mem::take(&mut *locked(&found));
+    let (mut found, mut silent) = (Vec::new(), Vec::new());
+    let looked =
+        at_once(ASKED_AT_ONCE, places, |(node, kind)| Remote::look(peers, node, *kind, key));
+    for ((node, kind), looked) in places.iter().zip(looked) {
+        match looked {
+            Ok(remote) => found.push((*kind, Arc::new(remote))),
+            Err(e) => silent.push((node.clone(), e)),
+        }
+    }
     found.sort_by(|a, b| (a.0, &a.1.node).cmp(&(b.0, &b.1.node)));
-    (found.into_iter().map(|(_, remote)| remote).collect(), std::mem::take(&mut *locked(&silent)))
+    (found.into_iter().map(|(_, remote)| remote).collect(), silent)
 }

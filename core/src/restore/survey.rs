@@ -11,9 +11,13 @@
 //!   the right length, and they agree on what several of them hold; a tombstone anywhere means
 //!   deleted.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, OnceLock},
+};
 
 use crate::{
+    at_once::{asked_of, at_once},
     commit::{Listing, read_manifest, read_seal, same_checkpoint},
     error::{Error, Result},
     manifest::{
@@ -57,21 +61,31 @@ impl Found {
 pub fn survey(tiers: &[&dyn Tier]) -> Result<Vec<Found>> {
     let mut all: BTreeMap<CheckpointKey, Vec<Listing>> = BTreeMap::new();
     for (index, tier) in tiers.iter().enumerate() {
-        for step in tier.list("")? {
-            let Some(number) = parse_step_dir(&step.name) else { continue };
-            for attempt in unless_a_file(tier.list(&step.name))? {
-                let Some(dir) = AttemptDir::parse(&attempt.name) else { continue };
-                let key = CheckpointKey { step: number, attempt: dir };
-                let listing = unless_a_file(Listing::of(*tier, &key))?;
-                if !listing.is_empty() {
-                    let row =
-                        all.entry(key).or_insert_with(|| vec![Listing::default(); tiers.len()]);
-                    row[index] = listing;
-                }
+        let mut steps = tier.list("")?;
+        steps.retain(|step| parse_step_dir(&step.name).is_some());
+        for listed in at_once(asked_of(*tier), &steps, |step| list_step(*tier, &step.name)) {
+            for (key, listing) in listed? {
+                let row = all.entry(key).or_insert_with(|| vec![Listing::default(); tiers.len()]);
+                row[index] = listing;
             }
         }
     }
     Ok(all.into_iter().map(|(key, listings)| Found { key, listings }).collect())
+}
+
+/// What a tier lists of one step, by attempts.
+fn list_step(tier: &dyn Tier, name: &str) -> Result<Vec<(CheckpointKey, Listing)>> {
+    let Some(step) = parse_step_dir(name) else { return Ok(Vec::new()) };
+    let mut all = Vec::new();
+    for attempt in unless_a_file(tier.list(name))? {
+        let Some(attempt) = AttemptDir::parse(&attempt.name) else { continue };
+        let key = CheckpointKey { step, attempt };
+        let listing = unless_a_file(Listing::of(tier, &key))?;
+        if !listing.is_empty() {
+            all.push((key, listing));
+        }
+    }
+    Ok(all)
 }
 
 /// What a listing of a bucket did not show of it, since listings may lag, and names tell: its seal, and the
@@ -146,48 +160,7 @@ pub fn copies(
     rank: Rank,
     run_id: Option<&Id>,
 ) -> Result<Copies> {
-    copies_until(tiers, found, rank, run_id, usize::MAX)
-}
-
-/// As many good copies, and what was wrong with those that were met before.
-fn copies_until(
-    tiers: &[&dyn Tier],
-    found: &Found,
-    rank: Rank,
-    run_id: Option<&Id>,
-    enough: usize,
-) -> Result<Copies> {
-    let (mut good, mut bad) = (Vec::new(), Vec::new());
-    for (index, tier) in tiers.iter().enumerate() {
-        if good.len() >= enough {
-            break;
-        }
-        let listing = &found.listings[index];
-        if !listing.manifests.contains(&rank) {
-            continue;
-        }
-        match copy_in(*tier, found, listing, rank, run_id) {
-            // Tiers keep copies of one manifest: another one is not a copy, whatever its checksum.
-            Ok((_, bytes)) if good.first().is_some_and(|g: &ShardCopy| *g.bytes != bytes) => {
-                let file = label(*tier, &manifest_label(&found.key, rank));
-                let why = format!("{file} is damaged: it differs from the copy in a nearer tier");
-                bad.push(BadCopy { tier: tier.kind(), why });
-            }
-            Ok((manifest, bytes)) => {
-                let (manifest, bytes) = (Arc::new(manifest), Arc::new(bytes));
-                good.push(ShardCopy { tier: index, manifest, bytes });
-            }
-            Err(Error::Damaged { file, why }) => {
-                bad.push(BadCopy { tier: tier.kind(), why: format!("{file} is damaged: {why}") });
-            }
-            // Retired between listing and reading.
-            Err(e) if e.is_not_found() => {
-                bad.push(BadCopy { tier: tier.kind(), why: e.chain() });
-            }
-            Err(e) => return Err(e),
-        }
-    }
-    Ok((good, bad))
+    Close::new(tiers, found, run_id).copies(rank, usize::MAX)
 }
 
 /// Ranks whose copies are looked at together; what is read of them is kept meanwhile.
@@ -201,61 +174,100 @@ const CHECKING_MAX: usize = 8;
 
 type Copies = (Vec<ShardCopy>, Vec<BadCopy>);
 
-/// The same for several ranks.
-fn copies_of(
-    tiers: &[&dyn Tier],
-    found: &Found,
-    ranks: &[Rank],
-    run_id: Option<&Id>,
-    enough: usize,
-) -> Vec<Result<Copies>> {
-    let look = |ranks: &[Rank]| -> Vec<Result<Copies>> {
-        ranks.iter().map(|rank| copies_until(tiers, found, *rank, run_id, enough)).collect()
-    };
-    if ranks.len() < FEW {
-        return look(ranks);
-    }
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let each = ranks.len().div_ceil(cores.min(CHECKING_MAX));
-    std::thread::scope(|scope| {
-        let look = &look;
-        let parts: Vec<_> =
-            ranks.chunks(each).map(|part| scope.spawn(move || look(part))).collect();
-        let looked = parts.into_iter().flat_map(|part| {
-            part.join().unwrap_or_else(|_| vec![Err(Error::Bug("a look panicked".into()))])
-        });
-        looked.collect()
-    })
+/// One checkpoint, looked at closely: the seal of each tier is read once.
+struct Close<'a> {
+    tiers: &'a [&'a dyn Tier],
+    found: &'a Found,
+    run_id: Option<&'a Id>,
+    seals: Vec<OnceLock<Option<Seal>>>,
 }
 
-fn copy_in(
-    tier: &dyn Tier,
-    found: &Found,
-    listing: &Listing,
-    rank: Rank,
-    run_id: Option<&Id>,
-) -> Result<(ShardManifest, Vec<u8>)> {
-    let seal = if listing.sealed { read_good_seal(tier, &found.key)? } else { None };
-    let (manifest, bytes) = read_manifest(tier, &found.key, rank, seal.as_ref())?;
-    let file = label(tier, &manifest_label(&found.key, rank));
-    if run_id.is_some_and(|id| *id != manifest.identity.run_id) {
-        return Err(Error::damaged(file, format!("it is of run {}", manifest.identity.run_id)));
+impl<'a> Close<'a> {
+    fn new(tiers: &'a [&'a dyn Tier], found: &'a Found, run_id: Option<&'a Id>) -> Self {
+        let seals = tiers.iter().map(|_| OnceLock::new()).collect();
+        Self { tiers, found, run_id, seals }
     }
-    let payload = found.key.file(manifest.payload.stored_file());
-    let there = match packed::open(tier, &found.key, &manifest.payload) {
-        Ok(source) => source.len(),
-        Err(e) if e.is_not_found() => {
-            return Err(Error::damaged(label(tier, &payload), "it is missing"));
+
+    /// As many good copies of one shard, and what was wrong with those that were met before.
+    fn copies(&self, rank: Rank, enough: usize) -> Result<Copies> {
+        let (mut good, mut bad) = (Vec::new(), Vec::new());
+        for (index, tier) in self.tiers.iter().enumerate() {
+            if good.len() >= enough {
+                break;
+            }
+            if !self.found.listings[index].manifests.contains(&rank) {
+                continue;
+            }
+            match self.copy_in(index, rank) {
+                // Tiers keep copies of one manifest: another one is not a copy, whatever its checksum.
+                Ok((_, bytes)) if good.first().is_some_and(|g: &ShardCopy| *g.bytes != bytes) => {
+                    let file = label(*tier, &manifest_label(&self.found.key, rank));
+                    let why =
+                        format!("{file} is damaged: it differs from the copy in a nearer tier");
+                    bad.push(BadCopy { tier: tier.kind(), why });
+                }
+                Ok((manifest, bytes)) => {
+                    let (manifest, bytes) = (Arc::new(manifest), Arc::new(bytes));
+                    good.push(ShardCopy { tier: index, manifest, bytes });
+                }
+                Err(Error::Damaged { file, why }) => {
+                    let why = format!("{file} is damaged: {why}");
+                    bad.push(BadCopy { tier: tier.kind(), why });
+                }
+                // Retired between listing and reading.
+                Err(e) if e.is_not_found() => {
+                    bad.push(BadCopy { tier: tier.kind(), why: e.chain() });
+                }
+                Err(e) => return Err(e),
+            }
         }
-        Err(e) => return Err(e),
-    };
-    if there != manifest.payload.length {
-        return Err(Error::damaged(
-            label(tier, &payload),
-            format!("it has {there} bytes, its manifest says {}", manifest.payload.length),
-        ));
+        Ok((good, bad))
     }
-    Ok((manifest, bytes))
+
+    /// The same for several ranks.
+    fn copies_of(&self, ranks: &[Rank], enough: usize) -> Vec<Result<Copies>> {
+        let asked = self.tiers.iter().map(|tier| asked_of(*tier)).max().unwrap_or(1);
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let few = asked == 1 && ranks.len() < FEW;
+        let most = if few { 1 } else { asked.max(cores.min(CHECKING_MAX)) };
+        at_once(most, ranks, |rank| self.copies(*rank, enough))
+    }
+
+    fn seal(&self, index: usize) -> Result<Option<&Seal>> {
+        if !self.found.listings[index].sealed {
+            return Ok(None);
+        }
+        let seal = &self.seals[index];
+        if let Some(seal) = seal.get() {
+            return Ok(seal.as_ref());
+        }
+        let read = read_good_seal(self.tiers[index], &self.found.key)?;
+        Ok(seal.get_or_init(|| read).as_ref())
+    }
+
+    fn copy_in(&self, index: usize, rank: Rank) -> Result<(ShardManifest, Vec<u8>)> {
+        let (tier, key) = (self.tiers[index], &self.found.key);
+        let (manifest, bytes) = read_manifest(tier, key, rank, self.seal(index)?)?;
+        let file = label(tier, &manifest_label(key, rank));
+        if self.run_id.is_some_and(|id| *id != manifest.identity.run_id) {
+            return Err(Error::damaged(file, format!("it is of run {}", manifest.identity.run_id)));
+        }
+        let payload = key.file(manifest.payload.stored_file());
+        let there = match packed::open(tier, key, &manifest.payload) {
+            Ok(source) => source.len(),
+            Err(e) if e.is_not_found() => {
+                return Err(Error::damaged(label(tier, &payload), "it is missing"));
+            }
+            Err(e) => return Err(e),
+        };
+        if there != manifest.payload.length {
+            return Err(Error::damaged(
+                label(tier, &payload),
+                format!("it has {there} bytes, its manifest says {}", manifest.payload.length),
+            ));
+        }
+        Ok((manifest, bytes))
+    }
 }
 
 /// A damaged seal costs its second check of the manifests, not the checkpoint: they carry their own
@@ -360,9 +372,9 @@ fn reach_of(
     let mut trouble = Vec::new();
     let mut reached = Vec::new();
     let mut replicas = Vec::new();
-    let looked = ranks
-        .chunks(TOGETHER)
-        .flat_map(|ranks| ranks.iter().zip(copies_of(tiers, found, ranks, run_id, enough)));
+    let close = Close::new(tiers, found, run_id);
+    let looked =
+        ranks.chunks(TOGETHER).flat_map(|ranks| ranks.iter().zip(close.copies_of(ranks, enough)));
     for (rank, copies) in looked {
         let (good, bad) = copies?;
         look.shards.push(ShardLook {

@@ -66,7 +66,10 @@ pub(crate) fn run(cli: &Cli, out: &mut dyn Write) -> Result<i32, Failure> {
         },
         Command::Status(args) => status::run(args, json, out),
         Command::Top(args) => top::run(args, json, out),
-        Command::Doctor(args) => doctor::run(args, ram_dir, json, out),
+        Command::Doctor(args) => {
+            let options = cli.options.iter().cloned().collect();
+            doctor::run(args, ram_dir, &options, json, out)
+        }
     }
 }
 

@@ -10,7 +10,10 @@ mod tiers;
 use std::{io::Write, path::Path};
 
 use serde::Serialize;
-use tierkeep::config;
+use tierkeep::{
+    config,
+    tier::object::address::{Options, is_url},
+};
 
 use self::host::Host;
 use crate::{
@@ -63,6 +66,7 @@ struct Data<'a> {
 pub(crate) fn run(
     args: &Doctor,
     ram_dir: Option<&Path>,
+    options: &Options,
     json: bool,
     out: &mut dyn Write,
 ) -> Result<i32, Failure> {
@@ -73,11 +77,18 @@ pub(crate) fn run(
     findings.extend(host.memory(&ram_root));
     findings.extend(host.limits());
     findings.push(tiers::descriptors());
-    match &args.dest {
-        Some(dest) => findings.extend(tiers::disk(dest)),
+    let dest = args.dest.as_deref();
+    // file:// is a directory.
+    let dest =
+        dest.map(|dest| dest.strip_prefix("file:").map_or(dest.into(), |p| Path::new("/").join(p)));
+    match dest {
+        Some(dest) => match dest.to_str().filter(|dest| is_url(dest)) {
+            Some(url) => findings.extend(tiers::bucket(url, options)),
+            None => findings.extend(tiers::disk(&dest)),
+        },
         None => {
-            let found =
-                "not looked at: give the run's directory, as in `tierkeep doctor /ckpt/run`";
+            let found = "not looked at: give the run's directory or its place in a bucket, as in \
+                         `tierkeep doctor /ckpt/run`";
             findings.push(Finding::new(Level::Note, "disk", found));
         }
     }

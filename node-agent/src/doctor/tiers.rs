@@ -10,7 +10,8 @@ use std::{
 use rustix::fs::{MemfdFlags, memfd_create};
 use tierkeep::{
     Error, passing,
-    probe::{self, DISK_BYTES},
+    probe::{self, DISK_BYTES, bucket::BUCKET_BYTES},
+    tier::object::address::Options,
 };
 
 use super::{Finding, Level};
@@ -117,6 +118,33 @@ pub(super) fn disk(dest: &Path) -> Vec<Finding> {
             let text = format!("{what} does not work here: {}", e.chain());
             all.push(Finding::new(Level::Error, topic, text).fix(needed));
         }
+    }
+    all
+}
+
+/// The bucket that a run's place is in.
+pub(super) fn bucket(url: &str, options: &Options) -> Vec<Finding> {
+    let topic = "bucket";
+    let found = match probe::bucket::bucket(url, options) {
+        Ok(found) => found,
+        // The sentence says what to do.
+        Err(e) => return vec![Finding::new(Level::Error, topic, e.chain())],
+    };
+    #[allow(clippy::cast_precision_loss)] // It is for reading.
+    let rate = |seconds: f64| BUCKET_BYTES as f64 / seconds / 1e9;
+    let text = format!(
+        "{url}: answers in {:.0} ms; {} written at {:.2} GB/s, and read at {:.2} GB/s and the same",
+        1e3 * found.answers_in_s,
+        bytes(BUCKET_BYTES),
+        rate(found.write_s),
+        rate(found.read_s)
+    );
+    let mut all = vec![Finding::new(Level::Ok, topic, text)];
+    if !found.decides {
+        let text = "it does not decide which of two writers was first (If-None-Match): two jobs of one run \
+                    that start within a second of each other may both begin, and one of them then ends";
+        let fix = "start them one after the other, or use a store that knows conditional writes";
+        all.push(Finding::new(Level::Note, topic, text).fix(fix));
     }
     all
 }
