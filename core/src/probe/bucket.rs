@@ -58,8 +58,9 @@ pub fn bucket(url: &str, options: &Options) -> Result<Bucket> {
         Some((parent, _)) if !parent.ends_with(":/") => format!("{parent}/{own}"),
         _ => format!("{address}/{own}"),
     };
+    // What is wrong is told of the run's own place, where nothing is written: a job may be at work there.
+    ObjectTier::open(&address, options)?.list("")?;
     let tier = ObjectTier::open(&beside.parse()?, options)?;
-    tier.check()?;
     let decides = tier.decides_who_was_first()?;
     let clock = SystemClock;
     let timed = |deed: &mut dyn FnMut() -> Result<()>| -> Result<Duration> {
