@@ -13,7 +13,10 @@ use crate::{
     restore::{
         decide::{Wish, decide, lineage_of},
         read::Restorable,
-        survey::{Found, Look, Reach, ShardLook, bad_mark_name, bad_marks, copies, look, survey},
+        survey::{
+            BadCopy, Found, Look, Reach, ShardCopy, ShardLook, bad_mark_name, bad_marks, copies_of,
+            look, survey,
+        },
     },
     retain,
     snapshot::arena::SLOTS,
@@ -297,8 +300,8 @@ impl Reader {
     /// No tier has a good copy of a manifest.
     pub fn state(&self, key: &CheckpointKey, rank: Rank) -> Result<Restorable> {
         let mut own = self.shard(key, rank)?;
-        let others = own.leaves_to().into_iter().map(|saver| self.shard(key, saver));
-        own.others = others.collect::<Result<_>>()?;
+        let others: Vec<Rank> = own.leaves_to().into_iter().collect();
+        own.others = self.shards(key, &others)?;
         Ok(own)
     }
 
@@ -307,32 +310,48 @@ impl Reader {
     /// # Errors
     /// No tier has a good copy of its manifest.
     pub fn shard(&self, key: &CheckpointKey, rank: Rank) -> Result<Restorable> {
+        let found = self.shards(key, &[rank])?.pop();
+        found.ok_or_else(|| Error::Bug("no shard of one rank".into()))
+    }
+
+    /// The same of several ranks, in their order.
+    ///
+    /// # Errors
+    /// No tier has a good copy of a manifest.
+    pub fn shards(&self, key: &CheckpointKey, ranks: &[Rank]) -> Result<Vec<Restorable>> {
+        if ranks.is_empty() {
+            return Ok(Vec::new());
+        }
         let tiers = self.tiers();
         let listings: Result<Vec<_>> =
             tiers.iter().map(|t| crate::commit::Listing::of(*t, key)).collect();
         let found = Found { key: key.clone(), listings: listings? };
         let run_id = self.attempts()?.newest().map(|r| r.run_id);
-        let (good, bad) = copies(&tiers, &found, rank, run_id.as_ref())?;
-        if good.is_empty() {
-            let why: Vec<String> = bad.into_iter().map(|b| b.why).collect();
-            let why = if why.is_empty() { "no tier has it".into() } else { why.join("; ") };
-            return Err(Error::Lost { step: key.step, rank, why });
-        }
-        Ok(Restorable {
-            key: key.clone(),
-            rank,
-            tiers: self.tiers.clone(),
-            copies: good,
-            bad,
-            slot: None,
-            observer: Observer::default(),
-            mends: false,
-            marks: false,
-            care: None,
-            over: None,
-            further: None,
-            others: Vec::new(),
-        })
+        let looked = copies_of(&tiers, &found, ranks, run_id.as_ref());
+        let shard = |(rank, copies): (&Rank, Result<_>)| {
+            let (good, bad): (Vec<ShardCopy>, Vec<BadCopy>) = copies?;
+            if good.is_empty() {
+                let why: Vec<String> = bad.into_iter().map(|b| b.why).collect();
+                let why = if why.is_empty() { "no tier has it".into() } else { why.join("; ") };
+                return Err(Error::Lost { step: key.step, rank: *rank, why });
+            }
+            Ok(Restorable {
+                key: key.clone(),
+                rank: *rank,
+                tiers: self.tiers.clone(),
+                copies: good,
+                bad,
+                slot: None,
+                observer: Observer::default(),
+                mends: false,
+                marks: false,
+                care: None,
+                over: None,
+                further: None,
+                others: Vec::new(),
+            })
+        };
+        ranks.iter().zip(looked).map(shard).collect()
     }
 
     /// Pins the newest complete checkpoint of `step`, or takes its pin away.

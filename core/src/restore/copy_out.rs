@@ -8,9 +8,17 @@
 //! - Nothing is copied into another run, nor under a live process.
 //! - What is there already with the same bytes is left; nothing is overwritten.
 
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use crate::{
+    at_once::at_once,
     attempt,
     clock::SystemClock,
     commit::{Gathered, Listing, gather, publish_shard},
@@ -70,8 +78,8 @@ pub fn copy_out(
         return Err(Error::NotFound { what: format!("the record of the attempt of {key}") });
     }
     // All shards are found before a byte is written.
-    let shards: Vec<Restorable> =
-        savers.iter().map(|r| from.shard(key, Rank(*r))).collect::<Result<_>>()?;
+    let ranks: Vec<Rank> = savers.iter().copied().map(Rank).collect();
+    let shards = from.shards(key, &ranks)?;
     check_place(&to, ram_root, options, &record)?;
     let url = to.to_str().filter(|text| is_url(text));
     let place: Arc<dyn Tier> = match url {
@@ -100,10 +108,7 @@ pub fn copy_out(
             key.attempt.number
         )));
     }
-    let mut copied = Copied { written: vec![], present: vec![], bytes: 0 };
-    for shard in &shards {
-        copy_shard(shard, &place, &mut copied, progress)?;
-    }
+    let copied = copy_shards(&shards, &place, progress)?;
     match gather(&*place, key, savers)? {
         Gathered::Complete(complete) => complete.seal(&*place).map(|_| copied),
         Gathered::Missing(ranks) => {
@@ -154,19 +159,50 @@ fn check_place(
     }
 }
 
+/// Shards that go at once to or from a bucket, which answers each request after a while. Each of them has
+/// many requests on their way by itself where it is large.
+const AT_ONCE: usize = 8;
+
+fn copy_shards(
+    shards: &[Restorable],
+    place: &Arc<dyn Tier>,
+    progress: &(dyn Fn(u64) + Sync),
+) -> Result<Copied> {
+    let far = |tier: &Arc<dyn Tier>| tier.kind() == TierKind::Object;
+    let is_far = far(place) || shards.iter().flat_map(|shard| &shard.tiers).any(far);
+    let failed = AtomicBool::new(false);
+    let done = at_once(if is_far { AT_ONCE } else { 1 }, shards, |shard| {
+        if failed.load(Ordering::Relaxed) {
+            return Ok(false); // One of the others says why.
+        }
+        let written = copy_shard(shard, place, progress);
+        failed.fetch_or(written.is_err(), Ordering::Relaxed);
+        written
+    });
+    let mut copied = Copied { written: vec![], present: vec![], bytes: 0 };
+    for (shard, written) in shards.iter().zip(done) {
+        if written? {
+            copied.written.push(shard.rank);
+            copied.bytes += shard.manifest().payload.length;
+        } else {
+            copied.present.push(shard.rank);
+        }
+    }
+    Ok(copied)
+}
+
+/// False: it was there already.
 fn copy_shard(
     shard: &Restorable,
     place: &Arc<dyn Tier>,
-    copied: &mut Copied,
     progress: &(dyn Fn(u64) + Sync),
-) -> Result<()> {
+) -> Result<bool> {
     let (key, rank, manifest) = (&shard.key, shard.rank, shard.manifest());
     let payload = key.file(&manifest.payload.file);
     if Listing::of(&**place, key)?.manifests.contains(&rank) {
         is_there(shard, place)?;
         progress(manifest.payload.length);
-        copied.present.push(rank);
-        return Ok(());
+        return Ok(false);
     }
     // A copy that died left it without a manifest: nobody counts on it, and the lock is ours. In a bucket
     // it is whole, or not there.
@@ -175,9 +211,7 @@ fn copy_shard(
     }
     let receipt = place.put(&payload, &Told { payload: &shard.payload(), progress })?;
     publish_shard(&**place, &manifest.identity, shard.manifest_bytes(), receipt)?;
-    copied.written.push(rank);
-    copied.bytes += manifest.payload.length;
-    Ok(())
+    Ok(true)
 }
 
 /// The same shard lies there, every byte of it good.

@@ -163,6 +163,16 @@ pub fn copies(
     Close::new(tiers, found, run_id).copies(rank, usize::MAX)
 }
 
+/// The same for several ranks, in their order.
+pub(crate) fn copies_of(
+    tiers: &[&dyn Tier],
+    found: &Found,
+    ranks: &[Rank],
+    run_id: Option<&Id>,
+) -> Vec<Result<Copies>> {
+    Close::new(tiers, found, run_id).copies_of(ranks, usize::MAX)
+}
+
 /// Ranks whose copies are looked at together; what is read of them is kept meanwhile.
 const TOGETHER: usize = 64;
 

@@ -67,6 +67,7 @@ pub(super) fn run(context: &mut Context<'_>, args: &Restore) -> Result<i32, Fail
 }
 
 fn total(reader: &Reader, key: &CheckpointKey, savers: &[u32]) -> CoreResult<u64> {
-    let lengths = savers.iter().map(|r| Ok(reader.shard(key, Rank(*r))?.manifest().payload.length));
-    lengths.sum()
+    let ranks: Vec<Rank> = savers.iter().copied().map(Rank).collect();
+    let shards = reader.shards(key, &ranks)?;
+    Ok(shards.iter().map(|shard| shard.manifest().payload.length).sum())
 }

@@ -147,8 +147,8 @@ fn sources(
         }
         None => savers,
     };
-    let shards = ranks.iter().map(|rank| Ok(reader.shard(key, Rank(*rank))?));
-    shards.collect()
+    let ranks: Vec<Rank> = ranks.iter().copied().map(Rank).collect();
+    Ok(reader.shards(key, &ranks)?)
 }
 
 /// The file that is being written, and its name for messages.

@@ -1,9 +1,10 @@
 //! Objects that are read: small ones whole, large ones in ranges.
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 use futures_util::TryStreamExt;
 use object_store::{GetOptions, ObjectStore, ObjectStoreExt, path::Path};
+use tokio::sync::Semaphore;
 
 use super::{
     address::Address,
@@ -38,6 +39,8 @@ pub(super) struct Object {
     address: Address,
     path: Path,
     ahead: Ahead,
+    /// Of requests at a time: of those who read, and of what is read ahead for them.
+    permits: Arc<Semaphore>,
     len: u64,
     /// As the store has it.
     crc32: Option<u32>,
@@ -54,14 +57,19 @@ impl Object {
         requests: usize,
     ) -> Self {
         let Stat { len, crc32 } = stat;
-        Self { store, address, path, ahead: Ahead::new(len, requests), len, crc32 }
+        let (ahead, permits) = (Ahead::new(len, requests), Arc::new(Semaphore::new(requests)));
+        Self { store, address, path, ahead, permits, len, crc32 }
     }
 
     /// Begins to fetch a range.
     fn ask(&self, range: Range<u64>) -> OnItsWay {
         let (store, path) = (self.store.inner.clone(), self.path.clone());
-        let len = range.end - range.start;
-        OnItsWay::new(hands().spawn(async move { store.get_range(&path, range).await }), len)
+        let (len, permits) = (range.end - range.start, self.permits.clone());
+        let fetch = async move {
+            let _permit = permits.acquire().await; // They are never closed.
+            store.get_range(&path, range).await
+        };
+        OnItsWay::new(hands().spawn(fetch), len)
     }
 
     async fn read(
@@ -70,6 +78,7 @@ impl Object {
         offset: u64,
         into: &mut [u8],
     ) -> Result<(), object_store::Error> {
+        let _permit = self.permits.acquire().await;
         let options = GetOptions::new().with_range(Some(offset..offset + into.len() as u64));
         let got = store.get_opts(&self.path, options).await?;
         let mut blocks = got.into_stream();
