@@ -13,7 +13,8 @@
 ##                 free memory and a quiet machine; prints JSON
 ##   make bench-object
 ##                 uploads and downloads beside boto3, awscli and s3fs, against a real server on this
-##                 machine; ten minutes, 15 GiB of disk; prints JSON
+##                 machine, and what training loses beside an upload at a limit; 20 minutes,
+##                 15 GiB of disk; prints JSON
 ##   make bench-compress
 ##                 the codec of chunks beside zstd and ZipNN, on a GPT that it trains first; some
 ##                 minutes; prints JSON
@@ -190,6 +191,7 @@ bench-nodes: wheel lab-tools
 bench-object: wheel
 	$(BIN)/python -m pip install --quiet --requirement benches/requirements-object.txt
 	$(BIN)/python benches/object.py
+	$(BIN)/python benches/uploading.py
 
 bench-compress: $(SETUP)
 	$(BIN)/python -m pip install --quiet --requirement benches/requirements-compress.txt
