@@ -161,15 +161,6 @@ impl Attempts {
         }
     }
 
-    /// The same before attempt `number` was recorded.
-    pub(crate) fn before(&self, number: u32) -> Self {
-        let mut all = self.clone();
-        all.records.retain(|record| record.attempt.number < number);
-        all.joined.retain(|joined| *joined < number);
-        all.damaged.retain(|(damaged, _)| *damaged < number);
-        all
-    }
-
     /// Those that have a complete checkpoint, as far as it was recorded.
     pub(crate) fn joined(&self) -> &[u32] {
         &self.joined
@@ -198,8 +189,16 @@ impl Attempts {
     pub fn lineage<'a>(&self, complete: impl IntoIterator<Item = &'a CheckpointKey>) -> Lineage {
         let mut joined = self.joined.clone();
         joined.extend(complete.into_iter().map(|key| key.attempt.number));
-        let leads = |r: &&AttemptRecord| r.rollback || joined.contains(&r.attempt.number);
+        let rolls_back = |r: &AttemptRecord| r.rollback && !self.is_withdrawn(r);
+        let leads = |r: &&AttemptRecord| rolls_back(r) || joined.contains(&r.attempt.number);
         Lineage::of(&self.records, self.records.iter().rev().find(leads))
+    }
+
+    /// A later record of the same decision was made in its place: it never stood.
+    fn is_withdrawn(&self, record: &AttemptRecord) -> bool {
+        let (attempt, decision) = (record.attempt, record.decision);
+        let same = |r: &AttemptRecord| r.attempt.id == attempt.id && r.decision == decision;
+        self.records.iter().rev().any(|r| r.attempt.number > attempt.number && same(r))
     }
 
     /// The chain of one attempt, whether it has joined the run's or not.
@@ -303,26 +302,32 @@ pub(crate) fn number_of(name: &str) -> Option<u32> {
 /// # Errors
 /// The first tier did not answer.
 pub fn create(tiers: &[&dyn Tier], mut draft: AttemptRecord) -> Result<AttemptRecord> {
+    while !create_once(tiers, &draft)? {
+        draft.attempt.number += 1;
+    }
+    Ok(draft)
+}
+
+/// The same with its number. False: that is taken.
+pub(crate) fn create_once(tiers: &[&dyn Tier], draft: &AttemptRecord) -> Result<bool> {
     let Some((first, copies)) = tiers.split_first() else {
         return Err(Error::Bug("no tier for attempt records".into()));
     };
-    loop {
-        let body = serde_json::to_vec(&draft).map_err(|e| Error::Bug(format!("attempt: {e}")))?;
-        let bytes = record::seal(&body);
-        let name = attempt_file(draft.attempt.number);
-        if create_same(*first, &name, &bytes)? {
-            // Copies are second chances against damage. Without one the run goes on.
-            let name_again = copy_file(draft.attempt.number);
-            let again = copies.iter().flat_map(|t| [(*t, &name), (*t, &name_again)]);
-            for (tier, name) in std::iter::once((*first, &name_again)).chain(again) {
-                if let Err(e) = tier.create(name, &bytes) {
-                    tracing::warn!("{}: no copy of {name}: {}", tier.address(), e.chain());
-                }
-            }
-            return Ok(draft);
-        }
-        draft.attempt.number += 1;
+    let body = serde_json::to_vec(draft).map_err(|e| Error::Bug(format!("attempt: {e}")))?;
+    let bytes = record::seal(&body);
+    let name = attempt_file(draft.attempt.number);
+    if !create_same(*first, &name, &bytes)? {
+        return Ok(false);
     }
+    // Copies are second chances against damage. Without one the run goes on.
+    let name_again = copy_file(draft.attempt.number);
+    let again = copies.iter().flat_map(|t| [(*t, &name), (*t, &name_again)]);
+    for (tier, name) in std::iter::once((*first, &name_again)).chain(again) {
+        if let Err(e) = tier.create(name, &bytes) {
+            tracing::warn!("{}: no copy of {name}: {}", tier.address(), e.chain());
+        }
+    }
+    Ok(true)
 }
 
 /// Keeps in `to` what it lacks of the records that `from` has. One that is there must be the same.

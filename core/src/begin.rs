@@ -20,7 +20,7 @@ pub(crate) mod roster;
 use std::{collections::BTreeMap, time::Duration};
 
 use self::{
-    deciding::{AGAIN, own_record, record_decision, undo},
+    deciding::{AGAIN, own_record, record_decision, withdraw, withdraw_dead},
     fetched::Seen,
     found::find_shard,
     joined::{Asking, join_elsewhere},
@@ -81,15 +81,7 @@ const POLL_TOLD: Duration = Duration::from_millis(50);
 pub(crate) fn begin(place: &Place, how: &Begin, decision: u32) -> Result<Started> {
     let deadline = Deadline::after(&*place.clock, place.config.attempt_wait);
     if place.config.leads() {
-        let mut gone_back = None;
-        let led = lead(place, how, decision, &deadline, &mut gone_back);
-        if let (Err(_), Some(number)) = (&led, gone_back)
-            && let Err(e) = undo(place, how, number)
-        {
-            let text = format!("the rollback of attempt {number} was not undone: {}", e.chain());
-            place.observer.error("not_undone", None, text);
-        }
-        return led;
+        return lead(place, how, decision, &deadline);
     }
     let (mut refused, mut asking) = (None, Asking::default());
     loop {
@@ -123,14 +115,9 @@ pub(crate) fn begin(place: &Place, how: &Begin, decision: u32) -> Result<Started
     }
 }
 
-/// Rank 0. `gone_back`: the first record of its own that went back to a step which is gone.
-fn lead(
-    place: &Place,
-    how: &Begin,
-    decision: u32,
-    deadline: &Deadline,
-    gone_back: &mut Option<u32>,
-) -> Result<Started> {
+/// Rank 0.
+fn lead(place: &Place, how: &Begin, decision: u32, deadline: &Deadline) -> Result<Started> {
+    withdraw_dead(place, &how.wish)?;
     let mut earlier = own_record(place, decision);
     let mut tries = 0;
     // The step that was decided on can go while we decide: then decide again.
@@ -160,8 +147,12 @@ fn lead(
         match join_attempt(place, &record, &Seen::Here(&elsewhere)) {
             Ok(started) => return Ok(Started { elsewhere, ..started }),
             Err(e) => {
-                if e.is_not_found() && record.rollback {
-                    gone_back.get_or_insert(record.attempt.number);
+                if e.is_not_found()
+                    && record.rollback
+                    && let Err(e) = withdraw(place, &how.wish, &record)
+                {
+                    let text = format!("the rollback of {}: {}", record.attempt, e.chain());
+                    place.observer.error("not_withdrawn", None, text);
                 }
                 if !e.is_not_found() || deadline.left(&*place.clock).is_none() {
                     return Err(e);

@@ -25,7 +25,7 @@
 use std::collections::BTreeMap;
 
 use crate::{
-    at_once::{asked_of, at_once},
+    at_once::{asked_of, try_at_once},
     error::{Error, Result},
     manifest::{Identity, Seal, SealedShard, ShardManifest, replicated::differences},
     names::{CheckpointKey, Rank, SEAL, TOMBSTONE, WHOLE, parse_manifest_name, parse_payload_name},
@@ -198,8 +198,7 @@ pub fn gather(tier: &dyn Tier, key: &CheckpointKey, savers: &[u32]) -> Result<Ga
     };
     let mut shards: Vec<ShardManifest> = Vec::with_capacity(savers.len());
     let mut lines = Vec::with_capacity(savers.len());
-    for read in at_once(asked_of(tier), savers, read) {
-        let (file, line, manifest) = read?;
+    for (file, line, manifest) in try_at_once(asked_of(tier), savers, read)? {
         same_checkpoint(&manifest, shards.first(), savers)
             .map_err(|why| Error::damaged(file, why))?;
         lines.push(line);

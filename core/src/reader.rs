@@ -327,9 +327,8 @@ impl Reader {
             tiers.iter().map(|t| crate::commit::Listing::of(*t, key)).collect();
         let found = Found { key: key.clone(), listings: listings? };
         let run_id = self.attempts()?.newest().map(|r| r.run_id);
-        let looked = copies_of(&tiers, &found, ranks, run_id.as_ref());
-        let shard = |(rank, copies): (&Rank, Result<_>)| {
-            let (good, bad): (Vec<ShardCopy>, Vec<BadCopy>) = copies?;
+        let looked = copies_of(&tiers, &found, ranks, run_id.as_ref())?;
+        let shard = |(rank, (good, bad)): (&Rank, (Vec<ShardCopy>, Vec<BadCopy>))| {
             if good.is_empty() {
                 let why: Vec<String> = bad.into_iter().map(|b| b.why).collect();
                 let why = if why.is_empty() { "no tier has it".into() } else { why.join("; ") };

@@ -405,6 +405,14 @@ impl Save {
         self.fail_levels(from, error);
     }
 
+    /// Fails what is not reached nearer than the bucket.
+    pub(crate) fn fail_but_in_bucket(&self, error: &Error) {
+        self.fail_levels(&[Level::Ram, Level::Peer, Level::Disk], error);
+        if !self.is_due_for_object() {
+            self.fail_levels(&[Level::Object], error);
+        }
+    }
+
     /// There is no disk: what goes to the bucket goes there from RAM.
     pub(crate) fn lack_disk(&self) {
         let why = "it goes to no disk: there is none here".into();

@@ -5,8 +5,7 @@
 //! - Every tier and every live agent was asked, and what of the last attempt is not seen is waited for.
 //! - A checkpoint that is not the newest is resumed from only by a rollback: else the newer ones would be in
 //!   nobody's way and the first save would use their slots.
-//! - A rollback to what a collector took at that moment abandons nothing: a successor goes back to where the
-//!   run was.
+//! - A rollback to what a collector took at that moment abandons nothing: it is withdrawn.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -151,29 +150,49 @@ pub(super) fn record_decision(
     Ok((attempt::create(&around.deciding(), draft)?, seen))
 }
 
-/// Rank 0: what its rollback of attempt `number` was to go back to is gone, and it stands nowhere: the run
-/// goes on where it would have without it.
-pub(super) fn undo(place: &Place, how: &Begin, number: u32) -> Result<()> {
-    let around = Around::look(place, &how.wish)?;
-    let attempts = around.attempts(&how.wish)?;
-    let ours = |record: &&AttemptRecord| record.attempt.id == place.start;
-    let Some(newest) = attempts.newest().filter(ours) else { return Ok(()) }; // Others have begun.
-    let wish = Wish { accept_older: how.wish.accept_older, ..Wish::default() };
-    let before = attempts.before(number);
-    let decided = decide(&around.nearest_first(), &*place.disk, &before, &wish)?;
-    let Some(parent) = decided.parent else { return Ok(()) };
+/// Rank 0: withdraws the rollback `record`, which nobody has followed, since what it was to go back to is
+/// gone. A record of the same decision comes in its place, which resumes where the one before did: the
+/// lineage is what it was.
+pub(super) fn withdraw(place: &Place, wish: &Wish, record: &AttemptRecord) -> Result<()> {
+    let around = Around::look(place, wish)?;
+    let attempts = around.attempts(wish)?;
+    let before = attempts.records().iter().rev().find(|r| r.attempt.number < record.attempt.number);
+    let number = record.attempt.number + 1;
     let draft = AttemptRecord {
-        attempt: AttemptRef { number: newest.attempt.number + 1, ..newest.attempt },
-        parent: Some(parent),
-        rollback: true,
+        attempt: AttemptRef { number, ..record.attempt },
+        parent: before.and_then(|before| before.parent),
+        rollback: false,
         created_unix_ms: place.clock.unix_ms(),
-        passed_over: decided.passed_over,
-        ..newest.clone()
+        passed_over: vec![format!("what {} was to go back to: it is gone", record.attempt)],
+        ..record.clone()
     };
-    let record = attempt::create(&around.deciding(), draft)?;
-    let text =
-        format!("{} undoes the rollback: the run resumes from {}", record.attempt, parent.key());
-    place.observer.warn("undone", Some(parent.step), text);
+    place.check_closed()?;
+    // Where somebody else has that number, he has begun, and is not to be ended for this.
+    let text = match attempt::create_once(&around.deciding(), &draft)? {
+        true => "is withdrawn: what it was to go back to is gone, and nothing is abandoned",
+        false => "could not be withdrawn: another start came after it",
+    };
+    let parent = record.parent.map(|parent| parent.step);
+    place.observer.warn("withdrawn", parent, format!("the rollback of {} {text}", record.attempt));
+    Ok(())
+}
+
+/// Rank 0: withdraws a rollback whose leader, on this host, died before it could do so.
+pub(super) fn withdraw_dead(place: &Place, wish: &Wish) -> Result<()> {
+    let Some(record) = Attempts::load(&[&*place.disk])?.newest().cloned() else { return Ok(()) };
+    let Some(parent) = record.parent.filter(|_| record.rollback && record.host == host()) else {
+        return Ok(());
+    };
+    if attempt::is_claimed(&*place.disk, &record.attempt, Rank(place.config.leader()))? {
+        return Ok(());
+    }
+    let tiers = [Some(&place.disk), Some(&place.ram), place.bucket.as_ref()];
+    let is_deleted = |tier: &&Arc<dyn Tier>| {
+        Listing::of(&***tier, &parent.key()).is_ok_and(|listing| listing.deleted)
+    };
+    if tiers.into_iter().flatten().any(|tier| is_deleted(&tier)) {
+        withdraw(place, wish, &record)?;
+    }
     Ok(())
 }
 

@@ -69,13 +69,16 @@ impl Cascade {
         if sealed {
             save.reach(Level::Ram, false);
             save.reach(Level::Disk, false);
-        } else if let Some(why) = self.parts.agreements.gave_up(step)? {
+        } else if let Some(why) = self.gave_up(step)? {
             let why = format!("it was given up for disk: {why}");
             save.fail(Level::Disk, &Error::Skipped { step: Step(step), why });
         }
         self.take_up_copies(save, shard_is_complete.is_some())?;
         if let Some(complete) = shard_is_complete {
             save.reach(Level::Ram, !complete);
+            if let Some(InRam::GivenUp(why)) = self.parts.agreements.was_in_ram(step)? {
+                save.fail(Level::Ram, &Error::Skipped { step: Step(step), why });
+            }
             if let Some(newer) = newer {
                 self.pass_over(save, newer); // Unless it is there: what is reached stays so.
             }
@@ -94,10 +97,18 @@ impl Cascade {
                 if said.is_some() || self.parts.config.savers.len() == 1 {
                     save.reach(Level::Ram, false);
                 }
-                save.fail(Level::Ram, &its_slot_is_gone(step));
+                // What of it is in the bucket, the bucket is asked.
+                save.fail_but_in_bucket(&its_slot_is_gone(step));
             }
         }
         Ok(())
+    }
+
+    /// Why it was given up for disk, by all ranks or, where that could not be recorded, by this one.
+    fn gave_up(&self, step: u64) -> Result<Option<String>> {
+        let said = self.parts.agreements.gave_up(step)?;
+        let here = locked(&self.work).given_up.contains(&step);
+        Ok(said.or_else(|| here.then(|| "the disk did not answer".into())))
     }
 
     /// The same for copies on other nodes: who waits is told what was recorded, or that nothing will be.
@@ -108,6 +119,9 @@ impl Cascade {
         }
         let (whole, newer) = {
             let copies = &locked(&self.work).copies;
+            if copies.now.as_ref().is_some_and(|now| now.step == step) && has_shard {
+                return Ok(()); // On its way: it will be told.
+            }
             let whole = copies.whole.as_ref().is_some_and(|key| *key == self.key_of(step));
             (whole, copies.chosen.filter(|chosen| *chosen > step))
         };

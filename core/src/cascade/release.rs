@@ -9,7 +9,7 @@
 //!   one copy fewer each time that a node is lost. Where there are too few nodes, nothing is kept for them.
 //! - No directory is asked with the cascade locked.
 
-use super::{Cascade, Shard, Work, standing::Standing, whom};
+use super::{Cascade, Shard, Work, standing::Standing, to_peers::passed_over_for_peers, whom};
 use crate::{
     agree::{InRam, Lane},
     error::{Error, Result},
@@ -104,6 +104,7 @@ impl Cascade {
             }
         }
         self.pass_over(&shard.save, newer);
+        shard.save.fail(Level::Peer, &passed_over_for_peers(shard.key.step.0, newer));
     }
 
     /// Gives up the oldest shard that other ranks never completed, so that its slot can be used.
@@ -127,8 +128,9 @@ impl Cascade {
     }
 
     pub(super) fn fail_incomplete(&self, shard: &Shard, why: String) {
-        self.tell_incomplete(shard, why);
-        locked(&self.work).shards.remove(&shard.key.step.0);
+        // As it is now: a trainer that came back may wait for it by another handle.
+        let removed = locked(&self.work).shards.remove(&shard.key.step.0);
+        self.tell_incomplete(removed.as_ref().unwrap_or(shard), why);
         self.parts.signal.notify();
     }
 

@@ -437,7 +437,9 @@ impl Cascade {
     /// Shards whose slots were taken meanwhile are of no more use here.
     fn forget_old(work: &mut Work) -> Vec<Shard> {
         let newest = work.newest.as_ref().map_or(0, |k| k.step.0);
-        let oldest = newest.min(work.chosen.unwrap_or(0));
+        // One that is on its way to other nodes is waited for there.
+        let copied = work.copies.now.as_ref().map_or(u64::MAX, |now| now.step);
+        let oldest = newest.min(work.chosen.unwrap_or(0)).min(copied);
         let kept = work.shards.split_off(&oldest);
         std::mem::replace(&mut work.shards, kept).into_values().collect()
     }

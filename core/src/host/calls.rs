@@ -236,6 +236,8 @@ impl Connection {
 
     fn lease(&self, seat: &Seat, id: u64, lease: &wire::Lease) -> Answered {
         let (_, cascade) = running(seat)?;
+        // Also by a begin of its own that came to nothing: nothing would carry it.
+        seat.keeper.check_open(false)?;
         if lease.bytes == 0 {
             return Err(Error::invalid("a payload of no bytes"));
         }
@@ -264,10 +266,9 @@ impl Connection {
             let key = CheckpointKey::new(Step(step), &record.attempt);
             if seat.keeper.place.arena.has(slot, &key) {
                 // The answer was lost, perhaps with the agent that gave it.
-                if seat.save(step).is_none() {
-                    seat.keeper.take_up(&seat.follow_save(step), &running(seat)?.1)?;
-                }
-                return published(seat.save(step).as_ref());
+                let save = seat.save(step).unwrap_or_else(|| seat.follow_save(step));
+                seat.keeper.take_up(&save, &running(seat)?.1)?;
+                return published(Some(&save));
             }
             // No mistake of the caller's: its save fails, its training goes on.
             let what = format!("slot {slot}, which is not being filled with step {step},");

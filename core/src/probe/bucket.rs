@@ -13,7 +13,7 @@ use super::{Bytes, name_of_a_payload};
 use crate::{
     chunk::CHUNK_BYTES,
     clock::{Clock, SystemClock},
-    error::{Error, Result},
+    error::{Error, ErrorKind, Result},
     names::Id,
     observe::locked,
     restore::read::{READERS, run_on},
@@ -46,12 +46,13 @@ pub struct Bucket {
     pub read_s: f64,
 }
 
-/// Tries the bucket that `url` names a run's place in.
+/// Tries the bucket that `url` names a run's place in. `None`: it may be listed, and these credentials may
+/// not write beside the run's place, where it is tried.
 ///
 /// # Errors
 /// One sentence that names what is wrong with the address, the credentials or the store, and what to do; or
 /// other bytes came back.
-pub fn bucket(url: &str, options: &Options) -> Result<Bucket> {
+pub fn bucket(url: &str, options: &Options) -> Result<Option<Bucket>> {
     let own = format!("tierkeep-probe-{}", Id::random()?);
     let address: Address = url.parse()?;
     let beside = match address.to_string().rsplit_once('/') {
@@ -61,7 +62,13 @@ pub fn bucket(url: &str, options: &Options) -> Result<Bucket> {
     // What is wrong is told of the run's own place, where nothing is written: a job may be at work there.
     ObjectTier::open(&address, options)?.list("")?;
     let tier = ObjectTier::open(&beside.parse()?, options)?;
-    let decides = tier.decides_who_was_first()?;
+    let decides = match tier.decides_who_was_first() {
+        Err(e) if e.kind() == ErrorKind::Invalid => {
+            tracing::debug!("{}", e.chain());
+            return Ok(None);
+        }
+        other => other?,
+    };
     let clock = SystemClock;
     let timed = |deed: &mut dyn FnMut() -> Result<()>| -> Result<Duration> {
         let begun = clock.monotonic();
@@ -79,15 +86,16 @@ pub fn bucket(url: &str, options: &Options) -> Result<Bucket> {
         let read = timed(&mut || comes_back(&tier, &name, &payload))?;
         Ok((write, read))
     });
-    let removed = tier.retire(&name);
+    // Where it failed in the middle, parts of it are there.
+    let removed = tier.retire(&name).and_then(|()| tier.sweep(&|_| false).map(drop));
     let (write, read) = tried?;
     removed?;
-    Ok(Bucket {
+    Ok(Some(Bucket {
         answers_in_s: answers[ASKED / 2].as_secs_f64(),
         decides,
         write_s: write.as_secs_f64(),
         read_s: read.as_secs_f64(),
-    })
+    }))
 }
 
 /// Every byte, on as many threads as a restore has.

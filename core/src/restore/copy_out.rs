@@ -8,17 +8,10 @@
 //! - Nothing is copied into another run, nor under a live process.
 //! - What is there already with the same bytes is left; nothing is overwritten.
 
-use std::{
-    path::Path,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    time::Duration,
-};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use crate::{
-    at_once::at_once,
+    at_once::try_at_once,
     attempt,
     clock::SystemClock,
     commit::{Gathered, Listing, gather, publish_shard},
@@ -159,9 +152,10 @@ fn check_place(
     }
 }
 
-/// Shards that go at once to or from a bucket, which answers each request after a while. Each of them has
-/// many requests on their way by itself where it is large.
+/// Small shards that go at once to or from a bucket, which answers each request after a while. Of larger
+/// ones one has as many requests on their way as the link takes, and as many buffers.
 const AT_ONCE: usize = 8;
+const SMALL_BYTES: u64 = 32 << 20;
 
 fn copy_shards(
     shards: &[Restorable],
@@ -170,18 +164,12 @@ fn copy_shards(
 ) -> Result<Copied> {
     let far = |tier: &Arc<dyn Tier>| tier.kind() == TierKind::Object;
     let is_far = far(place) || shards.iter().flat_map(|shard| &shard.tiers).any(far);
-    let failed = AtomicBool::new(false);
-    let done = at_once(if is_far { AT_ONCE } else { 1 }, shards, |shard| {
-        if failed.load(Ordering::Relaxed) {
-            return Ok(false); // One of the others says why.
-        }
-        let written = copy_shard(shard, place, progress);
-        failed.fetch_or(written.is_err(), Ordering::Relaxed);
-        written
-    });
+    let is_small = |shard: &Restorable| shard.manifest().payload.length <= SMALL_BYTES;
+    let most = if is_far && shards.iter().all(is_small) { AT_ONCE } else { 1 };
+    let done = try_at_once(most, shards, |shard| copy_shard(shard, place, progress))?;
     let mut copied = Copied { written: vec![], present: vec![], bytes: 0 };
     for (shard, written) in shards.iter().zip(done) {
-        if written? {
+        if written {
             copied.written.push(shard.rank);
             copied.bytes += shard.manifest().payload.length;
         } else {

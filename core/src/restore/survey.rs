@@ -17,7 +17,7 @@ use std::{
 };
 
 use crate::{
-    at_once::{asked_of, at_once},
+    at_once::{asked_of, try_at_once},
     commit::{Listing, read_manifest, read_seal, same_checkpoint},
     error::{Error, Result},
     manifest::{
@@ -28,7 +28,7 @@ use crate::{
     observe::Observer,
     packed, record,
     sys::host,
-    tier::{Tier, TierKind, label},
+    tier::{Entry, Tier, TierKind, label},
 };
 
 /// One checkpoint as the tiers list it, in the order of the tiers.
@@ -63,11 +63,11 @@ pub fn survey(tiers: &[&dyn Tier]) -> Result<Vec<Found>> {
     for (index, tier) in tiers.iter().enumerate() {
         let mut steps = tier.list("")?;
         steps.retain(|step| parse_step_dir(&step.name).is_some());
-        for listed in at_once(asked_of(*tier), &steps, |step| list_step(*tier, &step.name)) {
-            for (key, listing) in listed? {
-                let row = all.entry(key).or_insert_with(|| vec![Listing::default(); tiers.len()]);
-                row[index] = listing;
-            }
+        let list = |step: &Entry| list_step(*tier, &step.name);
+        let listed = try_at_once(asked_of(*tier), &steps, list)?;
+        for (key, listing) in listed.into_iter().flatten() {
+            let row = all.entry(key).or_insert_with(|| vec![Listing::default(); tiers.len()]);
+            row[index] = listing;
         }
     }
     Ok(all.into_iter().map(|(key, listings)| Found { key, listings }).collect())
@@ -169,7 +169,7 @@ pub(crate) fn copies_of(
     found: &Found,
     ranks: &[Rank],
     run_id: Option<&Id>,
-) -> Vec<Result<Copies>> {
+) -> Result<Vec<Copies>> {
     Close::new(tiers, found, run_id).copies_of(ranks, usize::MAX)
 }
 
@@ -235,12 +235,12 @@ impl<'a> Close<'a> {
     }
 
     /// The same for several ranks.
-    fn copies_of(&self, ranks: &[Rank], enough: usize) -> Vec<Result<Copies>> {
+    fn copies_of(&self, ranks: &[Rank], enough: usize) -> Result<Vec<Copies>> {
         let asked = self.tiers.iter().map(|tier| asked_of(*tier)).max().unwrap_or(1);
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let few = asked == 1 && ranks.len() < FEW;
         let most = if few { 1 } else { asked.max(cores.min(CHECKING_MAX)) };
-        at_once(most, ranks, |rank| self.copies(*rank, enough))
+        try_at_once(most, ranks, |rank| self.copies(*rank, enough))
     }
 
     fn seal(&self, index: usize) -> Result<Option<&Seal>> {
@@ -383,30 +383,30 @@ fn reach_of(
     let mut reached = Vec::new();
     let mut replicas = Vec::new();
     let close = Close::new(tiers, found, run_id);
-    let looked =
-        ranks.chunks(TOGETHER).flat_map(|ranks| ranks.iter().zip(close.copies_of(ranks, enough)));
-    for (rank, copies) in looked {
-        let (good, bad) = copies?;
-        look.shards.push(ShardLook {
-            rank: *rank,
-            good: good.iter().map(|c| tiers[c.tier].kind()).collect(),
-            bad: bad.clone(),
-            bytes: good.first().map_or(0, |c| c.manifest.payload.length),
-        });
-        let Some(copy) = good.into_iter().next() else {
-            trouble.extend(bad.into_iter().map(|b| format!("{rank}, {}: {}", b.tier, b.why)));
-            continue;
-        };
-        look.saved_unix_ms = look.saved_unix_ms.max(copy.manifest.meta.saved_unix_ms);
-        let savers = first.as_ref().map_or(&copy.manifest.identity.savers, |m| &m.identity.savers);
-        match same_checkpoint(&copy.manifest, first.as_deref(), &savers.clone()) {
-            Ok(()) => reached.push(rank.0),
-            Err(why) => trouble.push(format!("{rank}: {why}")),
+    for some in ranks.chunks(TOGETHER) {
+        for (rank, (good, bad)) in some.iter().zip(close.copies_of(some, enough)?) {
+            look.shards.push(ShardLook {
+                rank: *rank,
+                good: good.iter().map(|c| tiers[c.tier].kind()).collect(),
+                bad: bad.clone(),
+                bytes: good.first().map_or(0, |c| c.manifest.payload.length),
+            });
+            let Some(copy) = good.into_iter().next() else {
+                trouble.extend(bad.into_iter().map(|b| format!("{rank}, {}: {}", b.tier, b.why)));
+                continue;
+            };
+            look.saved_unix_ms = look.saved_unix_ms.max(copy.manifest.meta.saved_unix_ms);
+            let savers =
+                first.as_ref().map_or(&copy.manifest.identity.savers, |m| &m.identity.savers);
+            match same_checkpoint(&copy.manifest, first.as_deref(), &savers.clone()) {
+                Ok(()) => reached.push(rank.0),
+                Err(why) => trouble.push(format!("{rank}: {why}")),
+            }
+            if copy.manifest.replicated.is_some() {
+                replicas.push(copy.manifest.clone());
+            }
+            first.get_or_insert(copy.manifest);
         }
-        if copy.manifest.replicated.is_some() {
-            replicas.push(copy.manifest.clone());
-        }
-        first.get_or_insert(copy.manifest);
     }
     if !trouble.is_empty() {
         return Ok((Reach::Broken(trouble), None));

@@ -126,7 +126,14 @@ pub(super) fn disk(dest: &Path) -> Vec<Finding> {
 pub(super) fn bucket(url: &str, options: &Options) -> Vec<Finding> {
     let topic = "bucket";
     let found = match probe::bucket::bucket(url, options) {
-        Ok(found) => found,
+        Ok(Some(found)) => found,
+        Ok(None) => {
+            let text = format!(
+                "{url}: may be listed; whether it may be written is not tried: these credentials may not \
+                 write beside it"
+            );
+            return vec![Finding::new(Level::Note, topic, text)];
+        }
         // The sentence says what to do.
         Err(e) => return vec![Finding::new(Level::Error, topic, e.chain())],
     };
