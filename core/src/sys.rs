@@ -164,6 +164,26 @@ pub(crate) fn files_uid() -> u32 {
     set_files_uid(u32::MAX) // No user: it stays as it is.
 }
 
+/// While it lives, this thread acts on files as the process does, whomever it served until then.
+pub(crate) struct AsItself {
+    before: u32,
+    /// It is about this thread.
+    _stays: std::marker::PhantomData<*const ()>,
+}
+
+impl AsItself {
+    pub(crate) fn begin() -> Self {
+        let before = set_files_uid(rustix::process::geteuid().as_raw());
+        Self { before, _stays: std::marker::PhantomData }
+    }
+}
+
+impl Drop for AsItself {
+    fn drop(&mut self) {
+        set_files_uid(self.before);
+    }
+}
+
 fn set_files_gid(gid: u32) -> u32 {
     // SAFETY: as above.
     unsafe { libc::setfsgid(gid) }.cast_unsigned()

@@ -3,6 +3,7 @@
 use std::{
     io::{BufRead, BufReader, Write},
     net::TcpListener,
+    os::unix::fs::PermissionsExt,
     path::PathBuf,
     sync::{
         Arc, Mutex,
@@ -115,6 +116,31 @@ fn sorted(passed: &Mutex<Vec<u32>>) -> Vec<u32> {
     let mut passed = passed.lock().expect("lock").clone();
     passed.sort_unstable();
     passed
+}
+
+#[test]
+fn an_agents_own_keys_are_read_as_the_agent_whomever_its_thread_serves() {
+    const NOBODY: u32 = 65534;
+    if !rustix::process::geteuid().is_root() {
+        println!("not root: there is no other user to act for");
+        return;
+    }
+    let home = Home::new();
+    home.keys(KEY);
+    let mine = std::fs::Permissions::from_mode(0o600);
+    std::fs::set_permissions(home.path("credentials"), mine).expect("chmod");
+    let place = home.place(servers::s3_port());
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // SAFETY: it takes a number, and changes this thread alone.
+            unsafe { libc::setfsuid(NOBODY) };
+            assert!(std::fs::read(home.path("credentials")).is_err(), "it is another user's");
+            let tier = open(&place);
+            assert_eq!(tier.create("a record", b"bytes").expect("create"), Created::New);
+            assert_eq!(read_record(&tier, "a record").expect("read"), b"bytes");
+            assert!(std::fs::read(home.path("credentials")).is_err(), "it stays that");
+        });
+    });
 }
 
 #[test]

@@ -53,6 +53,7 @@ use crate::{
     config::number,
     error::{Error, ErrorKind, Result},
     record::RECORD_BYTES_MAX,
+    sys::AsItself,
 };
 
 /// Requests at a time for one payload, either way. One connection is given 50 to 90 MB/s by the large stores:
@@ -101,7 +102,9 @@ impl ObjectTier {
         if requests == 0 {
             return Err(Error::invalid("TIERKEEP_OBJECT_REQUESTS_MAX = 0: at least 1"));
         }
+        let credentials = AsItself::begin();
         let (store, creates, wire) = address.connect(options)?;
+        drop(credentials);
         let stalled = STALLED;
         Ok(Self { address: address.clone(), store, creates, wire, requests, stalled })
     }
