@@ -62,6 +62,9 @@ pub struct AttemptRecord {
     /// The parent was chosen on purpose: what lies beyond it is abandoned at once. Also true for a
     /// fresh start on a run that had checkpoints.
     pub rollback: bool,
+    /// The attempt whose rollback it withdraws: what that was to go back to was gone before anybody did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub withdraws: Option<u32>,
     /// The ranks that save, rising.
     pub savers: Vec<u32>,
     /// Some tensors are declared as the same on several ranks.
@@ -194,11 +197,8 @@ impl Attempts {
         Lineage::of(&self.records, self.records.iter().rev().find(leads))
     }
 
-    /// A later record of the same decision was made in its place: it never stood.
     fn is_withdrawn(&self, record: &AttemptRecord) -> bool {
-        let (attempt, decision) = (record.attempt, record.decision);
-        let same = |r: &AttemptRecord| r.attempt.id == attempt.id && r.decision == decision;
-        self.records.iter().rev().any(|r| r.attempt.number > attempt.number && same(r))
+        self.records.iter().any(|r| r.withdraws == Some(record.attempt.number))
     }
 
     /// The chain of one attempt, whether it has joined the run's or not.
@@ -446,6 +446,7 @@ pub(crate) mod tests {
             host: String::new(),
             pid: 1,
             created_unix_ms: 0,
+            withdraws: None,
             passed_over: vec![],
         }
     }

@@ -140,6 +140,7 @@ pub(super) fn record_decision(
         decision,
         parent: decided.parent,
         rollback: how.rollback || (how.fresh && decided.has_history),
+        withdraws: None,
         savers: place.config.savers.clone(),
         replicated: !place.config.replicated.is_empty(),
         host: host(),
@@ -151,8 +152,7 @@ pub(super) fn record_decision(
 }
 
 /// Rank 0: withdraws the rollback `record`, which nobody has followed, since what it was to go back to is
-/// gone. A record of the same decision comes in its place, which resumes where the one before did: the
-/// lineage is what it was.
+/// gone. The record that says so leads no lineage, and resumes where the one before did: that stays pinned.
 pub(super) fn withdraw(place: &Place, wish: &Wish, record: &AttemptRecord) -> Result<()> {
     let around = Around::look(place, wish)?;
     let attempts = around.attempts(wish)?;
@@ -162,6 +162,7 @@ pub(super) fn withdraw(place: &Place, wish: &Wish, record: &AttemptRecord) -> Re
         attempt: AttemptRef { number, ..record.attempt },
         parent: before.and_then(|before| before.parent),
         rollback: false,
+        withdraws: Some(record.attempt.number),
         created_unix_ms: place.clock.unix_ms(),
         passed_over: vec![format!("what {} was to go back to: it is gone", record.attempt)],
         ..record.clone()
