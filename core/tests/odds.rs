@@ -19,10 +19,11 @@ use tierkeep::{
     checkpointer::{Checkpointer, SaveRequest},
     names::Step,
     reader::Reader,
-    restore::decide::Wish,
+    restore::{decide::Wish, survey::survey},
+    retain::{Collected, Grace, Victim, collect},
     save::Level,
     testing::hooked::{Call, Hooked, Op},
-    tier::*,
+    tier::{disk::DiskTier, *},
 };
 
 #[test]
@@ -437,4 +438,57 @@ fn slots_of_a_larger_state_are_used_for_a_smaller_one() {
     train(&ckpt, &SMALL, [1, 2, 3]);
     close(&ckpt);
     assert_eq!(events(&ckpt), Vec::<String>::new());
+}
+
+#[test]
+fn a_rollback_to_what_is_deleted_at_that_moment_abandons_nothing() {
+    for dies in [false, true] {
+        rolls_back_beside_a_collector(dies);
+    }
+}
+
+/// `dies`: the leader, before it can look whether the step is still there.
+fn rolls_back_beside_a_collector(dies: bool) {
+    let p = Places::new();
+    let c = p.open();
+    resume(&c, &SMALL).unwrap();
+    train(&c, &SMALL, 1..=3);
+    close(&c);
+    drop(c);
+    let disk = p.destination();
+    // A collector that has not seen the record puts its tombstone there right after.
+    let collects = Arc::new(move |call: Call<'_>| {
+        if (call.op, call.name) == (Op::Create, "attempts/00000002.json")
+            && call.kind == TierKind::Disk
+        {
+            let tier = DiskTier::open(&disk).unwrap();
+            let second =
+                survey(&[&tier]).unwrap().into_iter().map(|f| f.key).find(|k| k.step.0 == 2);
+            let victims = [Victim { key: second.unwrap(), why: "it is old".into() }];
+            let collected = collect(&tier, &victims, 1, Grace::default()).unwrap();
+            assert_eq!(collected, Collected::Superseded);
+            if dies {
+                return Err(broken("it dies"));
+            }
+        }
+        Ok(())
+    });
+    let around = |tier| -> Arc<dyn Tier> {
+        let collects = collects.clone();
+        Arc::new(Hooked::after(tier, move |call| collects(call)))
+    };
+    let c = Checkpointer::open_wrapped(p.config(), &around).unwrap();
+    let wish = Wish { step: Some(Step(2)), ..Wish::default() };
+    let error = c.begin(&Begin { wish, rollback: true, ..Begin::default() }).unwrap_err();
+    let withdrawn = |c: &Checkpointer| {
+        events(c)
+            .iter()
+            .any(|told| told.contains("is withdrawn: what it was to go back to is gone"))
+    };
+    assert_eq!(error.kind() == ErrorKind::NotFound, !dies, "{}", error.chain());
+    assert_eq!(withdrawn(&c), !dies);
+    drop(c);
+    let c = p.open();
+    assert_eq!(resume(&c, &SMALL).unwrap(), 3);
+    assert_eq!(withdrawn(&c), dies);
 }
