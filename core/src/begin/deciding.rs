@@ -184,7 +184,9 @@ pub(super) fn withdraw_dead(place: &Place, wish: &Wish) -> Result<()> {
     let Some(parent) = record.parent.filter(|_| record.rollback && record.host == host()) else {
         return Ok(());
     };
-    if attempt::is_claimed(&*place.disk, &record.attempt, Rank(place.config.leader()))? {
+    // The leader of that attempt: this one may save from other ranks.
+    let leader = record.savers.first().copied().unwrap_or(place.config.leader());
+    if attempt::is_claimed(&*place.disk, &record.attempt, Rank(leader))? {
         return Ok(());
     }
     let tiers = [Some(&place.disk), Some(&place.ram), place.bucket.as_ref()];

@@ -132,7 +132,9 @@ pub(super) fn bucket(url: &str, options: &Options) -> Vec<Finding> {
                 "{url}: may be listed; whether it may be written is not tried: these credentials may not \
                  write beside it"
             );
-            return vec![Finding::new(Level::Note, topic, text)];
+            let fix = "allow them to write, list and delete there; where they may write the run's own place \
+                       alone, it may work as it is";
+            return vec![Finding::new(Level::Warning, topic, text).fix(fix)];
         }
         // The sentence says what to do.
         Err(e) => return vec![Finding::new(Level::Error, topic, e.chain())],
