@@ -60,7 +60,7 @@ TIERKEEP_OBJECT_KILLS ?= 12
 export TIERKEEP_OBJECT_KILLS
 
 # What holds for a rank that owns itself holds for one that has an agent: these run a second time, so.
-HOSTED_TESTS := $(addprefix --test ,bad_input device guarantees odds races ranks replicas savers)
+HOSTED_TESTS := $(addprefix --test ,bad_input device guarantees odds races ranks replicas reshard savers)
 
 # pyo3 looks at an interpreter when it is compiled: always the same one, or it is compiled twice.
 export PYO3_PYTHON := $(CURDIR)/$(BIN)/python

@@ -131,6 +131,7 @@ fn saved_run(dir: &Path, bytes: usize) -> (PathBuf, PathBuf) {
                 dtype: Dtype::U8,
                 shape: vec![len as u64],
                 part_of: None,
+                held_by: Vec::new(),
             }),
             memory: Memory::Contiguous(Address::read_only(data[i * len..].as_ptr())),
             late: false,

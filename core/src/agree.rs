@@ -271,6 +271,19 @@ impl Agreements {
         Ok(())
     }
 
+    /// What those of `ranks` said so that said something.
+    ///
+    /// # Errors
+    /// The directory did not answer.
+    pub(crate) fn all_said_alike(&self, step: u64, ranks: &[u32]) -> Result<Vec<String>> {
+        let prefix = format!("alike-{step:020}-");
+        let names = self.names(&prefix)?;
+        let said = names.iter().filter_map(|name| name.strip_prefix(&prefix)?.parse().ok());
+        let said: Vec<u32> = said.filter(|rank| ranks.contains(rank)).collect();
+        let words = said.into_iter().filter_map(|rank| self.said_alike(step, rank).transpose());
+        words.collect()
+    }
+
     /// What `rank` said so, if it did.
     ///
     /// # Errors

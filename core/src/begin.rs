@@ -22,7 +22,7 @@ use std::{collections::BTreeMap, time::Duration};
 use self::{
     deciding::{AGAIN, own_record, record_decision, withdraw, withdraw_dead},
     fetched::Seen,
-    found::find_shard,
+    found::{find_shard, savers_of},
     joined::{Asking, join_elsewhere},
 };
 use crate::{
@@ -261,6 +261,9 @@ pub(crate) struct Stands {
     pub(crate) in_bucket: bool,
     /// Every rank's shard is there: whoever sent the last one may have died before the seal.
     pub(crate) whole_in_bucket: bool,
+    /// The ranks that save now did not save it: none of them has its shard to carry on. It stays where it is
+    /// until a newer one is complete.
+    pub(crate) is_others: bool,
 }
 
 impl Stands {
@@ -270,9 +273,11 @@ impl Stands {
         };
         let bucket = place.bucket.as_ref().and_then(|bucket| Listing::of(&**bucket, &key).ok());
         let in_bucket = bucket.as_ref().is_some_and(|l| l.sealed);
-        let is_whole = |l: &Listing| l.sealed || l.missing(&record.savers).is_empty();
+        let savers = savers_of(place, &key)?;
+        let is_whole = |l: &Listing| l.sealed || l.missing(&savers).is_empty();
         let on_disk = Listing::of(&*place.disk, &key)?.sealed;
-        Ok(Self { on_disk, in_bucket, whole_in_bucket: bucket.as_ref().is_some_and(is_whole) })
+        let whole_in_bucket = bucket.as_ref().is_some_and(is_whole);
+        Ok(Self { on_disk, in_bucket, whole_in_bucket, is_others: savers != record.savers })
     }
 }
 

@@ -27,6 +27,7 @@ mod release;
 mod scrub;
 mod sending;
 mod standing;
+mod strangers;
 mod to_disk;
 pub(crate) mod to_object;
 mod to_peers;
@@ -169,6 +170,8 @@ pub(crate) struct Parts {
     pub(crate) fallback: Option<CheckpointKey>,
     /// Nodes that hold something of this rank.
     pub(crate) holders: Vec<String>,
+    /// This is the trainer's own process.
+    pub(crate) is_embedded: bool,
 }
 
 /// The way of one attempt's checkpoints to disk.

@@ -41,6 +41,7 @@ use crate::{
     owner::{Going, Owner},
     ownership::FileId,
     place::Desk,
+    reader::Reader,
     restore::read::Restorable,
     save::Save,
     snapshot::{
@@ -213,7 +214,11 @@ impl Checkpointer {
     pub fn begin(&self, how: &Begin) -> Result<Option<Restorable>> {
         let inner = &self.inner;
         let quiet = || inner.quiet(self.config().slot_wait);
-        inner.owner.begin(how, &quiet, &|| locked(&inner.saves).clear())
+        let found = inner.owner.begin(how, &quiet, &|| locked(&inner.saves).clear())?;
+        Ok(found.map(|found| {
+            let rest = Reader::of(self.tiers()).rest(&found.key);
+            Restorable { rest: Some(rest), ..found }
+        }))
     }
 
     /// Makes the slots for a state of this form and puts their pages in place, behind. A rank that

@@ -74,6 +74,14 @@ pub struct Config {
     pub stragglers_wait: Duration,
 }
 
+/// Whose shard `rank` restores of what these ranks saved, rising: its own, or that of the nearest below;
+/// below the first, the first's. What is cut comes from whoever has it; this is for what a rank has alone.
+#[must_use]
+pub fn nearest_saver(savers: &[u32], rank: u32) -> u32 {
+    let below = savers.iter().rev().find(|saver| **saver <= rank);
+    below.or(savers.first()).copied().unwrap_or(rank)
+}
+
 impl Config {
     /// The defaults, then `TIERKEEP_*`.
     ///
@@ -187,14 +195,6 @@ impl Config {
     #[must_use]
     pub fn saves(&self) -> bool {
         self.savers.contains(&self.rank)
-    }
-
-    /// Whose shard this rank restores: its own, or that of the nearest rank below that saves; below
-    /// the first, the first's.
-    #[must_use]
-    pub fn shard_rank(&self) -> u32 {
-        let below = self.savers.iter().rev().find(|saver| **saver <= self.rank);
-        below.copied().unwrap_or(self.leader())
     }
 
     /// True where there is nobody to agree with.

@@ -45,10 +45,7 @@ use crate::{
     ownership::{FileId, Ownership, rank_lock},
     peers::{ASKED_AT_ONCE, Peers, commons::Led},
     place::{Desk, Place},
-    restore::{
-        read::{Over, Restorable},
-        survey::ShardCopy,
-    },
+    restore::{asks::Over, read::Restorable, survey::ShardCopy},
     save::Save,
     signal::Signal,
     snapshot::{arena::Arena, budget::Budget, slot::SlotPayload},
@@ -252,13 +249,14 @@ impl Keeper {
             found.slot = place.arena.find(&found.key).and_then(|slot| slot.map().cloned());
             found
         });
-        let Stands { on_disk, in_bucket, whole_in_bucket } = started.stands;
+        let Stands { on_disk, in_bucket, whole_in_bucket, is_others } = started.stands;
         // What the bucket has is durable: no slot waits to bring it to disk.
-        let in_ram = keep.is_some() && !on_disk && !whole_in_bucket;
+        let in_ram = keep.is_some() && !on_disk && !whole_in_bucket && !is_others;
         let waits = in_ram && !place.config.is_bucket_only();
         let step = keep.as_ref().map(|key| key.step.0);
         // What is not sealed goes to disk from its slot, and to other nodes whatever is.
-        let resumed = restorable.as_ref().filter(|_| in_ram || place.replicas() > 0);
+        let resumed =
+            restorable.as_ref().filter(|_| in_ram || (place.replicas() > 0 && !is_others));
         let resumed = resumed.and_then(|found| resumed_shard(&place.arena, found));
         let resumed = resumed.into_iter().collect();
         let record = started.record.clone();
@@ -305,6 +303,7 @@ impl Keeper {
             replicas: place.replicas(),
             fallback: elsewhere.fallback.clone(),
             holders: elsewhere.holders.get(&place.config.rank).cloned().unwrap_or_default(),
+            is_embedded: !place.is_hosted,
         };
         // Directories are asked here, before anybody is kept waiting.
         let cascade = Cascade::new(parts, found.parent_waits, found.shards, found.is_read)?;

@@ -43,7 +43,10 @@ use crate::{
     observe::{Observer, locked},
     owner::{Going, Owner},
     place::Desk,
-    restore::read::{Care, Over, Restorable},
+    restore::{
+        asks::{Care, Over},
+        read::Restorable,
+    },
     save::{Save, forget_decided},
     signal::Signal,
     snapshot::{device::Pin, map::SlotMap},

@@ -14,6 +14,7 @@
 
 pub(crate) mod hex;
 pub mod replicated;
+mod tensors;
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -21,6 +22,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use self::replicated::Replicated;
+pub(crate) use self::tensors::BOXES;
+pub use self::tensors::TensorEntry;
 use crate::{
     chunk::{CHUNK_BYTES_MAX, CHUNK_BYTES_MIN, chunk_count, chunk_len},
     error::{Error, Result},
@@ -29,7 +32,6 @@ use crate::{
     },
     packed::Stored,
     record,
-    state::dtype::Dtype,
 };
 
 /// The most ranks that one checkpoint may have; bounds what a lying file can make us allocate.
@@ -194,60 +196,6 @@ impl Shift {
     }
 }
 
-/// One box of one tensor, and where it lies in the payload.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TensorEntry {
-    /// The escaped path; boxes of one tensor are `path#n`.
-    pub name: String,
-    /// Element type, by its safetensors name (or `C32`, `C128`).
-    pub dtype: String,
-    /// Shape of the box, in elements.
-    pub shape: Vec<u64>,
-    /// Shape of the global tensor where the box is a part of one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub global_shape: Option<Vec<u64>>,
-    /// Where the box begins in the global tensor, in elements.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub offset: Option<Vec<u64>>,
-    /// First byte in the payload and the one after the last, counted from byte 0 of the file.
-    pub at: [u64; 2],
-}
-
-impl TensorEntry {
-    fn check(&self, payload: &PayloadInfo) -> Result<(), String> {
-        let [begin, end] = self.at;
-        let dtype = Dtype::parse(&self.dtype)
-            .ok_or_else(|| format!("{}: unknown dtype {:?}", self.name, self.dtype))?;
-        if begin > end || end > payload.length {
-            return Err(format!("{}: bytes {begin}..{end} of {}", self.name, payload.length));
-        }
-        if dtype.bytes_of(&self.shape) != Some(end - begin) {
-            return Err(format!(
-                "{}: {dtype} {:?} in {} bytes",
-                self.name,
-                self.shape,
-                end - begin
-            ));
-        }
-        let (global, offset) = match (&self.global_shape, &self.offset) {
-            (None, None) => return Ok(()),
-            (Some(global), Some(offset)) => (global, offset),
-            _ => return Err(format!("{}: half a box", self.name)),
-        };
-        let inside = global.len() == self.shape.len()
-            && offset.len() == self.shape.len()
-            && offset
-                .iter()
-                .zip(&self.shape)
-                .zip(global)
-                .all(|((o, s), g)| o.checked_add(*s).is_some_and(|e| e <= *g));
-        if !inside {
-            return Err(format!("{}: box {offset:?}+{:?} of {global:?}", self.name, self.shape));
-        }
-        Ok(())
-    }
-}
-
 /// What the user said about a checkpoint.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Meta {
@@ -310,6 +258,8 @@ pub struct Parts<'a> {
     pub tree_json: &'a [u8],
     /// The tensors that other ranks hold alike.
     pub replicated: Option<&'a Replicated>,
+    /// Some are boxes of larger ones.
+    pub has_boxes: bool,
     /// What the user said.
     pub meta: &'a Meta,
 }
@@ -324,8 +274,14 @@ pub fn encode(parts: &Parts<'_>) -> Result<Vec<u8>> {
     let json = |e: serde_json::Error| Error::Bug(format!("manifest: {e}"));
     let mut body = Vec::with_capacity(parts.tensors_json.len() + parts.tree_json.len() + 4096);
     body.extend_from_slice(b"{\"format\":1,\"required_features\":");
-    let features: &[&str] = if parts.replicated.is_some() { &[replicated::FEATURE] } else { &[] };
-    serde_json::to_writer(&mut body, features).map_err(json)?;
+    let features: Vec<&str> = [
+        parts.replicated.is_some().then_some(replicated::FEATURE),
+        parts.has_boxes.then_some(BOXES),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
+    serde_json::to_writer(&mut body, &features).map_err(json)?;
     body.extend_from_slice(b",\"identity\":");
     serde_json::to_writer(&mut body, parts.identity).map_err(json)?;
     body.extend_from_slice(b",\"fragment\":{\"kind\":\"shard\",\"index\":0},\"payload\":");

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 pub struct Step(pub u64);
 
 /// A process of the job, as in `torch.distributed` and `jax.process_index`.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Rank(pub u32);
 
 impl fmt::Display for Step {

@@ -103,7 +103,7 @@ impl Place {
     /// What is resumed from is to go to the bucket, as far as that is known.
     pub(crate) fn lacks_in_bucket(&self, stands: Stands) -> bool {
         let is_source = stands.on_disk || stands.whole_in_bucket || self.config.is_bucket_only();
-        self.bucket.is_some() && is_source && !stands.in_bucket
+        self.bucket.is_some() && is_source && !stands.in_bucket && !stands.is_others
     }
 
     /// How many copies of each shard are to be on other nodes.

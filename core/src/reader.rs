@@ -11,6 +11,7 @@ use crate::{
     names::{CheckpointKey, Rank, Step},
     observe::Observer,
     restore::{
+        asks::Rest,
         decide::{Wish, decide, lineage_of},
         read::Restorable,
         survey::{
@@ -305,6 +306,12 @@ impl Reader {
         Ok(own)
     }
 
+    /// Finds the shards of other ranks of it.
+    pub(crate) fn rest(&self, key: &CheckpointKey) -> Rest {
+        let (reader, key) = (self.clone(), key.clone());
+        Rest::new(move |ranks| reader.shards(&key, ranks))
+    }
+
     /// One rank's shard of a checkpoint alone, with all its copies.
     ///
     /// # Errors
@@ -334,21 +341,9 @@ impl Reader {
                 let why = if why.is_empty() { "no tier has it".into() } else { why.join("; ") };
                 return Err(Error::Lost { step: key.step, rank: *rank, why });
             }
-            Ok(Restorable {
-                key: key.clone(),
-                rank: *rank,
-                tiers: self.tiers.clone(),
-                copies: good,
-                bad,
-                slot: None,
-                observer: Observer::default(),
-                mends: false,
-                marks: false,
-                care: None,
-                over: None,
-                further: None,
-                others: Vec::new(),
-            })
+            let (tiers, copies) = (self.tiers.clone(), (good, bad));
+            let found = Restorable::of(key.clone(), *rank, tiers, copies, Observer::default());
+            Ok(Restorable { rest: Some(self.rest(key)), ..found })
         };
         ranks.iter().zip(looked).map(shard).collect()
     }

@@ -20,8 +20,8 @@ use crate::error::{Error, Result};
 /// The format that this build writes, and the newest that it reads.
 pub(crate) const FORMAT: u32 = 1;
 /// Features beyond the base format that this build reads.
-pub(crate) const FEATURES: [&str; 2] =
-    [crate::manifest::replicated::FEATURE, crate::packed::FEATURE];
+pub(crate) const FEATURES: [&str; 3] =
+    [crate::manifest::replicated::FEATURE, crate::manifest::BOXES, crate::packed::FEATURE];
 /// The longest record that is read: a manifest with 4 million tensors has about 1 GiB.
 pub(crate) const RECORD_BYTES_MAX: u64 = 1 << 30;
 

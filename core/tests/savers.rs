@@ -10,7 +10,7 @@ use tierkeep::{
     ErrorKind,
     begin::Begin,
     checkpointer::{Checkpointer, SaveRequest},
-    config::Config,
+    config::{Config, nearest_saver},
     manifest::Meta,
     save::{Level, Save},
     state::{State, value::Value},
@@ -82,7 +82,7 @@ fn every_rank_follows_and_restores_what_the_nearest_saver_below_saved() {
             let config = ckpt.config();
             assert_eq!(config.saves(), savers.contains(&rank));
             let nearest = savers.iter().rev().find(|s| **s <= rank).unwrap_or(&savers[0]);
-            assert_eq!(config.shard_rank(), *nearest);
+            assert_eq!(nearest_saver(&config.savers, config.rank), *nearest);
         }
         let in_ram = files(&ranks[0].config().ram_dir());
         let in_ram: Vec<_> = in_ram.iter().map(|p| p.to_string_lossy()).collect();

@@ -10,6 +10,7 @@ use pyo3::{
 
 use crate::{
     address::ByAddress,
+    tree::is_sharded,
     types::{Torch, types},
 };
 
@@ -49,7 +50,8 @@ impl Owned {
 
     fn add(&mut self, object: &Bound<'_, PyAny>, torch: &Torch) {
         let ty = object.get_type_ptr().cast();
-        if ty == torch.parameter.as_ptr() || ty == torch.tensor.as_ptr() {
+        let is_plain = ty == torch.parameter.as_ptr() || ty == torch.tensor.as_ptr();
+        if is_plain || is_sharded(object).unwrap_or(false) {
             self.tensors.insert(object.as_ptr() as usize);
         }
     }

@@ -28,7 +28,7 @@ use tierkeep::{
     begin::Begin,
     bucket::Bucket,
     checkpointer::{Checkpointer, SaveRequest},
-    config::Config,
+    config::{Config, nearest_saver},
     manifest::Meta,
     names::{Id, Step},
     observe::{Event, Severity},
@@ -47,7 +47,7 @@ use crate::{
     guard::Owned,
     reader::Reader,
     save::{Save, check_pid},
-    tree::{Cache, Walked, Wishes, walk},
+    tree::{Cache, Job, Walked, Wishes, walk},
     wait,
 };
 
@@ -104,7 +104,9 @@ impl Handle {
         let Ok(mut cache) = self.cache.try_lock() else {
             return Err(invalid(py, "another call is walking the state at this moment"));
         };
-        let wishes = Wishes { allow_pickle: Some(&self.allow_pickle), owned };
+        let config = self.core.config();
+        let job = Some(Job { rank: config.rank, savers: &config.savers });
+        let wishes = Wishes { allow_pickle: Some(&self.allow_pickle), owned, job };
         let walked = walk(state, &mut cache, &wishes)?;
         drop(cache);
         if let Some(first) = walked.on_device.first()
@@ -274,7 +276,8 @@ impl Handle {
     /// Whose shard this rank restores: its own where it saves.
     #[getter]
     fn shard_rank(&self) -> u32 {
-        self.core.config().shard_rank()
+        let config = self.core.config();
+        nearest_saver(&config.savers, config.rank)
     }
 
     /// The number of the attempt, once it has begun.

@@ -7,6 +7,7 @@ use pyo3::{
     types::{PyDict, PyList, PyTuple},
 };
 use tierkeep::{
+    config::nearest_saver,
     names::{Rank, Step},
     reader::{self, StepInfo},
     restore::{decide::Wish, survey::Reach},
@@ -72,6 +73,24 @@ impl Reader {
             let wanted = ranks.as_ref().unwrap_or(&savers).iter();
             let shards = wanted.map(|rank| found(*rank)).collect::<Result<_, _>>()?;
             Ok((shards, passed_over))
+        })
+    }
+
+    /// The checkpoint that a resume would take, or the one that is named: what `rank` gets back of it, be it
+    /// one of those that saved or not.
+    #[pyo3(signature = (rank, step = None, attempt = None))]
+    fn choose_for(
+        &self,
+        py: Python<'_>,
+        rank: u32,
+        step: Option<u64>,
+        attempt: Option<u32>,
+    ) -> PyResult<Found> {
+        let core = self.core.clone();
+        wait::apart(py, move || {
+            let wish = Wish { step: step.map(Step), attempt, accept_older: false };
+            let (key, savers, _) = core.choose(&wish)?;
+            core.state(&key, Rank(nearest_saver(&savers, rank))).map(Found::new)
         })
     }
 

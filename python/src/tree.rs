@@ -16,6 +16,7 @@
 mod form;
 mod instance;
 mod leaf;
+mod sharded;
 mod walk;
 
 use std::collections::{HashMap, HashSet};
@@ -30,8 +31,11 @@ use tierkeep::state::{
     value::Value,
 };
 
-pub(crate) use self::form::look;
-use self::{form::Known, walk::Walk};
+use self::{form::Known, sharded::KnownSharded, walk::Walk};
+pub(crate) use self::{
+    form::{Form, look},
+    sharded::is_sharded,
+};
 use crate::{
     address::ByAddress,
     device::OnDevice,
@@ -46,12 +50,25 @@ pub(crate) struct Wishes<'a> {
     pub(crate) allow_pickle: Option<&'a HashSet<String>>,
     /// The tensors that may be copied late.
     pub(crate) owned: Option<&'a Owned>,
+    /// Who saves, where tensors say which ranks hold them.
+    pub(crate) job: Option<Job<'a>>,
+}
+
+/// The ranks of a job.
+#[derive(Clone, Copy)]
+pub(crate) struct Job<'a> {
+    /// This one.
+    pub(crate) rank: u32,
+    /// Those that save, rising.
+    pub(crate) savers: &'a [u32],
 }
 
 /// What earlier walks learnt of tensors, by the identity of the Python object.
 #[derive(Default)]
 pub(crate) struct Cache {
     known: HashMap<usize, Known, ByAddress>,
+    /// The same of tensors that are cut.
+    sharded: HashMap<usize, KnownSharded, ByAddress>,
     /// How many the last walk found.
     tensors: usize,
 }
@@ -62,6 +79,9 @@ impl Cache {
         self.tensors = seen;
         if self.known.len() > 2 * seen + 1024 {
             self.known.clear();
+        }
+        if self.sharded.len() > 2 * seen + 1024 {
+            self.sharded.clear();
         }
     }
 }
@@ -99,7 +119,7 @@ pub(crate) fn encode_tree(
     state: &Bound<'_, PyAny>,
     allow_pickle: HashSet<String>,
 ) -> PyResult<String> {
-    let wishes = Wishes { allow_pickle: Some(&allow_pickle), owned: None };
+    let wishes = Wishes { allow_pickle: Some(&allow_pickle), ..Wishes::default() };
     let walked = walk(state, &mut Cache::default(), &wishes)?;
     let mut json = Vec::new();
     let py = state.py();

@@ -8,16 +8,40 @@ from __future__ import annotations
 
 import collections
 import fnmatch
-from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
-from tierkeep import _saved, _types
+from tierkeep import _merge, _saved, _types
 from tierkeep._tierkeep import join_path
 from tierkeep._types import MISSING
 from tierkeep.errors import InvalidError, TierkeepError, UnavailableError
 
 Make = Callable[[], Any]
 Keys = tuple[Any, ...]
+
+
+class Part(NamedTuple):
+    """A box of a tensor."""
+
+    #: As in the table; with a `#` behind it, of a tensor that the ranks have boxes of.
+    name: str
+    #: Of the tensor, in elements.
+    shape: tuple[int, ...]
+    #: Where the box begins in it; it is as large as what it is read into.
+    offset: tuple[int, ...]
+    #: The rank whose tensor it is, where it is another one's.
+    rank: int | None
+
+
+#: What is read: a tensor of the rank's own shard by its name, or a box of any.
+Key = str | Part
+
+
+def key_of(saved: _saved.Tensor, shape: tuple[int, ...]) -> Key:
+    """The whole of a tensor."""
+    if saved.rank is None and not saved.name.endswith("#"):
+        return saved.name
+    return Part(saved.name, shape, (0,) * len(shape), saved.rank)
 
 
 def place(keys: Keys) -> str:
@@ -60,21 +84,28 @@ class Source(Protocol):
     @property
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]: ...
     def read(
-        self, parts: Iterable[Sequence[tuple[str, Any]]], threads: int | None = None
+        self, turns: Iterable[Sequence[tuple[Key, Any]]], threads: int | None = None
     ) -> tuple[str, list[str]]: ...
 
 
 class Builder:
     """Makes the values of one shard's tree."""
 
-    def __init__(self, found: Source, allow_pickle: Collection[str]) -> None:
+    def __init__(
+        self,
+        found: Source,
+        allow_pickle: Collection[str],
+        others: Mapping[int, _merge.Table] | None = None,
+    ) -> None:
         self.found = found
         self.table = found.tensors
+        #: The tables of other ranks.
+        self.others = others or {}
         self.allow_pickle = allow_pickle
-        #: What each tensor's bytes are read into: torch tensors and numpy arrays by name.
-        self.targets: dict[str, Any] = {}
-        #: What has been made of each tensor, by name, library and being a parameter.
-        self.made: dict[tuple[str, str, bool], Any] = {}
+        #: What the bytes of each tensor or box are read into: torch tensors and numpy arrays.
+        self.targets: dict[Key, Any] = {}
+        #: What has been made of each tensor, by what is read, library and being a parameter.
+        self.made: dict[tuple[Key, str, bool], Any] = {}
 
     def read(self, threads: int | None) -> tuple[str, list[str]]:
         """Reads the bytes. Returns the tier and what was damaged on the way."""
@@ -121,12 +152,26 @@ class Builder:
         ]
         return lambda: _types.make_mapping(saved, {key: make() for key, make in entries})
 
-    def entries(self, saved: _saved.Mapping, keys: Keys) -> list[tuple[Any, Any]]:
-        """The rows of a mapping with their keys made."""
-        rows = [(self.hashable(key, keys), value) for key, value in saved.entries]
+    def entries(
+        self, saved: _saved.Mapping, keys: Keys, live: Container[Any] = ()
+    ) -> list[tuple[Any, Any]]:
+        """The rows of a mapping with their keys made. Those that only other ranks have: where
+        `live` has them too.
+        """
+        rows = []
+        for mark, value in saved.entries:
+            key = self.hashable(mark, keys)
+            if not isinstance(value, _merge.Foreign):
+                rows.append((key, value))
+            elif key in live:
+                rows.append((key, self.foreign(value, (*keys, key))))
         if len({key for key, _ in rows}) != len(rows):
             raise InvalidError(f"{place(keys)}: two keys are equal")
         return rows
+
+    def foreign(self, saved: _merge.Foreign, keys: Keys) -> Any:
+        """The tree of a place that only other ranks have."""
+        return saved.tree
 
     def hashable(self, saved: Any, keys: Keys) -> Any:
         """A key of a dict or a member of a set."""
@@ -158,9 +203,10 @@ class Builder:
 
     def fresh(self, saved: _saved.Tensor, keys: Keys) -> Any:
         """New memory for a tensor; the same for all its names."""
-        key = (saved.name, saved.lib, saved.param)
+        name = key_of(saved, self.entry(saved, keys)[1])
+        key = (name, saved.lib, saved.param)
         if key not in self.made:
-            base = (saved.name, saved.lib, False)
+            base = (name, saved.lib, False)
             if base not in self.made:
                 self.made[base] = self._bind(saved, keys)
             self.made[key] = _parameter(self.made[base]) if saved.param else self.made[base]
@@ -168,7 +214,8 @@ class Builder:
 
     def _bind(self, saved: _saved.Tensor, keys: Keys) -> Any:
         dtype, shape = self.entry(saved, keys)
-        current = self.targets.get(saved.name)
+        key = key_of(saved, shape)
+        current = self.targets.get(key)
         if current is not None and (saved.lib == "torch") == _is_torch(current):
             return current
         if current is not None:
@@ -178,12 +225,15 @@ class Builder:
                 if _is_torch(current)
                 else _types.library("torch").from_numpy(current)
             )
-        self.targets[saved.name] = empty(saved.lib, dtype, shape, keys)
-        return self.targets[saved.name]
+        self.targets[key] = empty(saved.lib, dtype, shape, keys)
+        return self.targets[key]
 
     def entry(self, saved: _saved.Tensor, keys: Keys) -> tuple[str, tuple[int, ...]]:
         """The dtype (as in safetensors) and the shape of a tensor."""
-        entry = self.table.get(saved.name)
+        table = self.table if saved.rank is None else self.others.get(saved.rank, {})
+        # What is cut may have no box here.
+        tables = (table, *self.others.values()) if saved.name.endswith("#") else (table,)
+        entry = next((found[saved.name] for found in tables if saved.name in found), None)
         if entry is None:
             raise InvalidError(f"{place(keys)}: the checkpoint has no tensor {saved.name}")
         return entry

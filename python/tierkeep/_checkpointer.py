@@ -19,10 +19,11 @@ from tierkeep._checks import at_least_one, names, one_of, setting, words
 from tierkeep._cuda import Stager
 from tierkeep._events import Callback, Teller
 from tierkeep._facts import Restored, StepInfo
+from tierkeep._filling import Strict
 from tierkeep._guarded import FENCE_SECONDS, Guarded
 from tierkeep._init import Origin
-from tierkeep._rename import Rename, renamed
-from tierkeep._restore import Plan
+from tierkeep._rename import Rename
+from tierkeep._restore import Wish, planned
 from tierkeep._saves import Saves, disk_failures, failure, most_durable, not_there
 from tierkeep._tierkeep import Found, Handle, Save
 from tierkeep.errors import BugError, DeadlineError, FencedError, InvalidError, TierkeepError
@@ -345,7 +346,7 @@ class Checkpointer:
         rollback: bool = False,
         read_only: bool = False,
         accept_older: bool = False,
-        strict: bool = True,
+        strict: Strict = True,
         include: Iterable[str] | None = None,
         rename: Rename | None = None,
     ) -> Restored | None:
@@ -373,7 +374,8 @@ class Checkpointer:
             read_only: only look: no attempt begins, nothing is repaired.
             accept_older: take an older checkpoint where a tier that may have a newer one does not
                 answer.
-            strict: False: names that only one side has are left alone.
+            strict: False: names that only one side has are left alone; `"state"`: those that only
+                the checkpoint has (so it is where other ranks saved it than save now).
             include: glob patterns over paths, as in `["model/*"]`: only what matches is restored.
             rename: saved paths to live ones, as a mapping, or as a function of each tensor's path.
 
@@ -388,7 +390,6 @@ class Checkpointer:
             UnavailableError: a tier that may have a newer checkpoint does not answer.
         """
         self.fence()
-        wanted = Include(include)
         found = self._find(step, attempt, rollback, read_only, accept_older)
         if found is None:
             if self._init_from is not None:
@@ -399,9 +400,8 @@ class Checkpointer:
                 self._handle.tell_init(origin.fill(state, *how))
             self._prepare_behind(state)
             return None
-        plan = Plan(found, allow_pickle=self._allow_pickle, strict=strict, include=wanted)
-        tree = found.tree
-        make = plan.match(renamed(tree, rename), state, ())
+        wish = Wish(rename, Include(include), strict, self.settings["savers"], self._allow_pickle)
+        plan, make = planned(found, state, wish)
         plan.check()
         tier, damaged = plan.fill(self._threads)
         new = make()
@@ -421,7 +421,7 @@ class Checkpointer:
             reader = self._handle.reader()
             if step is None and attempt is None and not self._complete():
                 return None
-            return reader.choose(step, attempt, [self._handle.shard_rank])[0][0][1]
+            return reader.choose_for(self.rank, step, attempt)
         if rollback and step is None:
             raise InvalidError("rollback=True needs the step to go back to")
         how = "rollback" if rollback else "older" if accept_older else "newest"

@@ -18,9 +18,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tierkeep.errors import InvalidError
+
+if TYPE_CHECKING:
+    from tierkeep._build import Key
 
 logger = logging.getLogger("tierkeep")
 
@@ -243,8 +246,8 @@ def _stages(pairs: Sequence[tuple[Row, Any]]) -> Iterator[Sequence[tuple[Row, An
 # -- back ------------------------------------------------------------------------------------
 
 
-def land(wanted: dict[str, list[Any]]) -> Iterator[Sequence[tuple[str, Any]]]:
-    """Brings tensors of a checkpoint, by name, into tensors on devices: the parts of one `read`.
+def land(wanted: dict[Key, list[Any]]) -> Iterator[Sequence[tuple[Key, Any]]]:
+    """Brings tensors of a checkpoint into tensors on devices: the turns of one `read`.
     Each is in pinned memory, and on its way to the devices when the next one is asked for.
     """
     torch = sys.modules["torch"]
@@ -289,10 +292,10 @@ def _room(size: int) -> int:
     return -(-size // _ALIGN) * _ALIGN
 
 
-def _groups(sizes: dict[str, int]) -> Iterator[list[tuple[str, int]]]:
+def _groups(sizes: dict[Key, int]) -> Iterator[list[tuple[Key, int]]]:
     """Neighbours, up to a group's size together; one at least."""
     most = max(_GROUP_BYTES, sum(sizes.values()) // _GROUPS_MAX)
-    group: list[tuple[str, int]] = []
+    group: list[tuple[Key, int]] = []
     total = 0
     for name, size in sizes.items():
         if group and total + _room(size) > most:

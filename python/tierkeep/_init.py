@@ -18,8 +18,9 @@ from typing import Any
 
 from tierkeep import _rename, _saved, _torch, _types
 from tierkeep._address import directory
-from tierkeep._build import Include, Keys, Make, Source, empty
-from tierkeep._restore import Plan, is_object, is_tensor
+from tierkeep._build import Include, Key, Keys, Make, Part, Source, empty, key_of
+from tierkeep._filling import is_tensor
+from tierkeep._restore import Plan, is_object
 from tierkeep._tierkeep import Found, Reader, describe, join_path
 from tierkeep.errors import (
     CheckpointNotFoundError,
@@ -63,7 +64,7 @@ class Origin:
             else:
                 make = plan.match_by_name(_names(source, weights, state, rename), state)
             plan.check()
-            wanted = {**{name: lives[0] for name, lives in plan.on_device.items()}, **plan.targets}
+            wanted = {**{key: lives[0] for key, lives in plan.on_device.items()}, **plan.targets}
             if not wanted:
                 raise _nothing(source, weights)
             if isinstance(source, _Shards | _File):
@@ -224,19 +225,19 @@ class _Shards:
                 # What ranks hold alike lies in one place.
                 place = (elsewhere.get(tensor.name, rank), tensor.name)
                 places = self._places.setdefault(path, [])
-                if place not in places:
+                # What is cut is one tensor, whichever rank's shard is asked for it.
+                if place not in places and not (places and tensor.name.endswith("#")):
                     places.append(place)
         self.tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
         for path, places in self._places.items():
             for rank, name in places:
-                # A part of a tensor has another name: it is whole in no shard.
                 if name in self._tables[rank]:
                     self.tensors.setdefault(path, self._tables[rank][name])
 
-    def check(self, wanted: Mapping[str, Any]) -> None:
+    def check(self, wanted: Mapping[Key, Any]) -> None:
         """Raises those that the ranks do not agree about."""
         differ = []
-        for path in wanted:
+        for path in {_path(key): None for key in wanted}:
             first, *others = self._places[path]
             for other in others:
                 if not self._same(first, other):
@@ -267,26 +268,38 @@ class _Shards:
         return bytes(_memory(tensor))
 
     def read(
-        self, parts: Iterable[Sequence[tuple[str, Any]]], threads: int | None = None
+        self, turns: Iterable[Sequence[tuple[Key, Any]]], threads: int | None = None
     ) -> tuple[str, list[str]]:
         tier, damaged = "", list[str]()
-        for targets in parts:
+        for targets in turns:
             left = list(targets)
             while left:
                 # Of one shard at a time, and of tied tensors one.
-                rank = self._places[left[0][0]][0][0]
-                batch: dict[str, Any] = {}
+                rank = self._places[_path(left[0][0])][0][0]
+                batch: dict[Key, Any] = {}
                 rest = []
-                for path, target in left:
-                    there, name = self._places[path][0]
-                    if there == rank and name not in batch:
-                        batch[name] = target
+                for key, target in left:
+                    there, name = self._places[_path(key)][0]
+                    real = self._there(key, name)
+                    if there == rank and real not in batch:
+                        batch[real] = target
                     else:
-                        rest.append((path, target))
+                        rest.append((key, target))
                 tier, found = self._shards[rank].read([list(batch.items())], threads)
                 damaged += found
                 left = rest
         return tier, list(dict.fromkeys(damaged))
+
+    def _there(self, key: Key, name: str) -> Key:
+        """What is read of the shard that has it by that name."""
+        shape = self.tensors[_path(key)][1]
+        if isinstance(key, Part):
+            return Part(name, shape, key.offset, None)
+        return key_of(_saved.Tensor(name, "", False), shape)
+
+
+def _path(key: Key) -> str:
+    return key if isinstance(key, str) else key.name
 
 
 class _File:
@@ -320,28 +333,41 @@ class _File:
         self._spans[name] = (data + begin, end - begin)
 
     def read(
-        self, parts: Iterable[Sequence[tuple[str, Any]]], threads: int | None = None
+        self, turns: Iterable[Sequence[tuple[Key, Any]]], threads: int | None = None
     ) -> tuple[str, list[str]]:
-        for targets in parts:
+        for targets in turns:
             self._fill(targets)
         return "file", []
 
-    def check(self, wanted: Mapping[str, Any]) -> None:
+    def check(self, wanted: Mapping[Key, Any]) -> None:
         """Raises before anything is changed: its bytes are not those of its shape."""
-        for name, target in wanted.items():
-            if math.prod(target.shape) * target.itemsize != self._spans[name][1]:
+        for key, target in wanted.items():
+            name = _path(key)
+            shape = target.shape if isinstance(key, str) else key.shape
+            if math.prod(shape) * target.itemsize != self._spans[name][1]:
                 raise CorruptError(f"{self._path}: {name} has {self._spans[name][1]} bytes")
 
-    def _fill(self, targets: Sequence[tuple[str, Any]]) -> None:
+    def _fill(self, targets: Sequence[tuple[Key, Any]]) -> None:
         with open(self._path, "rb") as file:
-            for name, target in targets:
-                whole = target if describe(target)["contiguous"] else _torch.like(target)
+            for key, target in targets:
+                name, part, shape = _path(key), None, None
+                if isinstance(key, Part):
+                    part, shape = _slices(key, target), key.shape
+                in_place = part is None and describe(target)["contiguous"]
+                whole = target if in_place else _torch.like(target, shape)
                 begin, length = self._spans[name]
                 file.seek(begin)
                 if length and file.readinto(_memory(whole)) != length:
                     raise CorruptError(f"{self._path}: {name} is cut off")
                 if whole is not target:
-                    _torch.copy(target, whole)
+                    _torch.copy(target, whole if part is None else whole[part])
+
+
+def _slices(part: Part, target: Any) -> tuple[slice, ...]:
+    """The place of a box in its tensor."""
+    return tuple(
+        slice(begin, begin + size) for begin, size in zip(part.offset, target.shape, strict=True)
+    )
 
 
 def _memory(tensor: Any) -> memoryview:

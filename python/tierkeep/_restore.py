@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import sys
-from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-from tierkeep import _cuda, _saved, _torch, _types
-from tierkeep._build import Builder, Include, Keys, Make, Source, empty, place
-from tierkeep._tierkeep import describe
+from tierkeep import _merge, _rename, _saved, _torch, _types
+from tierkeep._build import Include, Keys, Make, key_of, place
+from tierkeep._filling import Filling, Strict, facts_of, is_tensor
+from tierkeep._tierkeep import Found
 from tierkeep._types import MISSING
-from tierkeep.errors import MismatchError
 
 _MUTABLE_DICTS = (
     dict,
@@ -36,60 +35,8 @@ def is_object(live: Any) -> bool:
     )
 
 
-def is_tensor(live: Any) -> bool:
-    torch, numpy = _types.torch_if_imported(), sys.modules.get("numpy")
-    return (torch is not None and isinstance(live, torch.Tensor)) or (
-        numpy is not None and type(live) is numpy.ndarray
-    )
-
-
-class Plan(Builder):
+class Plan(Filling):
     """What a restore is going to do."""
-
-    def __init__(
-        self,
-        found: Source,
-        *,
-        allow_pickle: Collection[str],
-        strict: bool,
-        include: Include,
-    ) -> None:
-        super().__init__(found, allow_pickle)
-        self.strict = strict
-        self.include = include
-        self.differences: list[str] = []
-        #: (live tensor, name): filled by a copy when the bytes are there.
-        self.copies: list[tuple[Any, str]] = []
-        #: name: the live tensors on devices that have its bytes.
-        self.on_device: dict[str, list[Any]] = {}
-        self._spans: list[tuple[tuple[int, int], bool, str]] = []
-
-    def check(self) -> None:
-        """Raises what does not fit, all of it."""
-        self.include.check()
-        self._separate()
-        if self.differences:
-            lines = "".join(f"\n  {line}" for line in self.differences)
-            count = len(self.differences)
-            raise MismatchError(
-                f"the checkpoint does not fit the state: {count} difference"
-                f"{'' if count == 1 else 's'}{lines}",
-                self.differences,
-            )
-
-    def fill(self, threads: int | None) -> tuple[str, list[str]]:
-        """Reads the bytes. Returns the tier that most came from, and what was damaged."""
-        report = self.found.read(self._parts(), threads)
-        for live, name in self.copies:
-            _torch.copy(live, self.targets[name])
-        return report
-
-    def _parts(self) -> Iterator[Sequence[tuple[str, Any]]]:
-        yield list(self.targets.items())
-        # As they lie in the payload: neighbours share chunks.
-        wanted = {name: self.on_device[name] for name in self.table if name in self.on_device}
-        if wanted:
-            yield from _cuda.land(wanted)
 
     # -- one place ---------------------------------------------------------------------------
 
@@ -118,9 +65,6 @@ class Plan(Builder):
         self._missing(live, keys)
         return self._match_leaf(saved, live, keys)
 
-    def _differ(self, keys: Keys, what: str) -> None:
-        self.differences.append(f"{place(keys)}: {what}")
-
     def _match_tensor(self, saved: _saved.Tensor, live: Any, keys: Keys) -> Make:
         if not is_tensor(live):
             if live is not MISSING:
@@ -129,61 +73,6 @@ class Plan(Builder):
             return lambda: tensor
         self.into(saved, live, keys)
         return lambda: live
-
-    def into(self, saved: _saved.Tensor, live: Any, keys: Keys) -> None:
-        """Plans the bytes of `saved` into `live`, if they fit."""
-        facts = self._fits(saved, live, keys)
-        if facts is None:
-            return
-        if not facts["writable"]:
-            self._differ(keys, "it cannot be written to in place (read-only, or expanded)")
-            return
-        if facts["device"] != "cpu":
-            self._to_device(saved, live, facts)
-            return
-        if saved.name in self.targets:
-            if self.targets[saved.name] is not live:
-                self._copy_later(saved, live, facts, keys)
-            return
-        self.targets[saved.name] = live
-        self._spans.append((facts["span"], facts["contiguous"], saved.name))
-
-    def _copy_later(
-        self, saved: _saved.Tensor, live: Any, facts: dict[str, Any], keys: Keys
-    ) -> None:
-        """The bytes have another place already."""
-        target = self.targets.get(saved.name)
-        if target is not None and is_tensor(target):
-            there = describe(target)
-            if there["span"] == facts["span"] and there["device"] == facts["device"]:
-                return  # Tied in the state as they were when saved.
-        self.fresh(saved, keys)
-        self.copies.append((live, saved.name))
-
-    def _to_device(self, saved: _saved.Tensor, live: Any, facts: dict[str, Any]) -> None:
-        lives = self.on_device.setdefault(saved.name, [])
-        there = ((d["span"], d["device"]) for d in map(describe, lives))
-        if (facts["span"], facts["device"]) not in there:
-            lives.append(live)
-
-    def _separate(self) -> None:
-        """Two names of one memory: no two threads may write there."""
-        end = -1
-        before: tuple[tuple[int, int], bool, str] | None = None
-        for row in sorted(self._spans, key=lambda row: row[0]):
-            (low, high), contiguous, name = row
-            if before is not None and low < end and high > low:
-                same = before[0] == (low, high) and contiguous and before[1]
-                if same and self.strict:
-                    self.differences.append(
-                        f"{name} and {before[2]}: saved apart, one memory in the state"
-                    )
-                # Views of one memory: through a buffer, one after the other.
-                live = self.targets.pop(name)
-                self.copies.append((live, name))
-                self.targets[name] = _torch.like(live)
-            if high > end:
-                end, before = high, row
 
     def _match_leaf(self, saved: Any, live: Any, keys: Keys) -> Make:
         value = self.leaf(saved, keys, live)
@@ -201,10 +90,10 @@ class Plan(Builder):
 
     def _missing(self, live: Any, keys: Keys) -> None:
         """Reports the tensors and objects below `live`, which the checkpoint has not."""
-        if not self.strict:
-            return
         if is_tensor(live) or (live is not MISSING and is_object(live)):
-            self._differ(keys, "not in the checkpoint")
+            self.lacks = True
+            if self.strict:
+                self._differ(keys, "not in the checkpoint")
         elif isinstance(live, dict):
             for key, value in live.items():
                 self._missing(value, (*keys, key))
@@ -218,8 +107,7 @@ class Plan(Builder):
     def _unexpected(self, saved: Any, keys: Keys) -> bool:
         """Whether `saved` is or holds tensors or objects; reports them where that is an error."""
         if isinstance(saved, _saved.Tensor | _saved.Object):
-            if self.strict:
-                self._differ(keys, "in the checkpoint, not in the state")
+            self._extra(keys)
             return True
         rows: list[tuple[Any, Any]] = []
         if isinstance(saved, _saved.Mapping):
@@ -243,7 +131,7 @@ class Plan(Builder):
                 return lambda: live
             self._missing(live, keys)
         current: dict[Any, Any] = live if is_live else {}
-        rows = self.entries(saved, keys)
+        rows = self.entries(saved, keys, current)
         makes: dict[Any, Make] = {}
         for key, value in rows:
             below = (*keys, key)
@@ -383,24 +271,24 @@ class Plan(Builder):
         current = _torch.module_state(live)
         in_place = not _torch.needs_load_state_dict(live)
         makes: dict[str, Make] = {}
-        rows = self.entries(tree, keys)
+        rows = self.entries(tree, keys, current)
         for key, value in rows:
             below = (*keys, key)
             if not (included or self.include(below)):
                 continue
             if key not in current:
-                if self.strict:
-                    self._differ(below, "in the checkpoint, not in the state")
-                else:
+                self._extra(below)
+                if not self.strict:
                     makes[key] = self.make(value, below)
             elif in_place:
                 makes[key] = self.match(value, current[key], below, True)
             else:
                 makes[key] = self._beside(value, current[key], below)
         saved_keys = {key for key, _ in rows}
-        if included and self.strict:
-            for key in current:
-                if key not in saved_keys:
+        for key in current:
+            if included and key not in saved_keys:
+                self.lacks = True
+                if self.strict:
                     self._differ((*keys, key), "not in the checkpoint")
         if in_place:
             return lambda: live
@@ -412,33 +300,27 @@ class Plan(Builder):
     def _beside(self, saved: Any, live: Any, keys: Keys) -> Make:
         """New memory for what its owner will copy from, checked against the live one."""
         if isinstance(saved, _saved.Tensor) and is_tensor(live) and not _torch.is_lazy(live):
-            self._fits(saved, live, keys)
+            facts = self._fits(saved, live, keys)
+            if facts is not None and "sharded" in facts:
+                return self._cut_like(saved, live, keys)
         return self.make(saved, keys)
-
-    def _fits(self, saved: _saved.Tensor, live: Any, keys: Keys) -> dict[str, Any] | None:
-        """What `live` is, if it has the dtype and shape of `saved`."""
-        dtype, shape = self.entry(saved, keys)
-        facts: dict[str, Any] = describe(live)
-        if (facts["dtype"], facts["shape"]) == (dtype, shape):
-            return facts
-        self._differ(
-            keys,
-            f"saved as {dtype} {list(shape)}, in the state {facts['dtype']} {list(facts['shape'])}",
-        )
-        return None
 
     def _make_beside(self, saved: Any, live: Any, keys: Keys) -> Make:
         """New values, tensors on the devices of those in `live`."""
         if isinstance(saved, _saved.Mapping) and isinstance(live, dict):
             rows = [
                 (key, self._make_beside(value, live.get(key, MISSING), (*keys, key)))
-                for key, value in self.entries(saved, keys)
+                for key, value in self.entries(saved, keys, live)
             ]
             return lambda: _types.make_mapping(saved, {key: make() for key, make in rows}, live)
         if type(saved) in (list, tuple) and type(live) is type(saved):
             there = [*live, *[MISSING] * len(saved)]
             items = [self._make_beside(v, there[i], (*keys, i)) for i, v in enumerate(saved)]
             return lambda: type(saved)(make() for make in items)
+        if isinstance(saved, _saved.Tensor) and is_tensor(live):
+            facts = facts_of(live)
+            if "sharded" in facts and facts["shape"] == self.entry(saved, keys)[1]:
+                return self._cut_like(saved, live, keys)
         make = self.make(saved, keys)
         if isinstance(saved, _saved.Tensor) and (device := _torch.device_of(live)) is not None:
             return lambda: make().to(device)
@@ -463,14 +345,14 @@ class Plan(Builder):
         saved = dict(self.entries(tree, keys)).get("state")
         if not isinstance(state, dict) or not isinstance(saved, _saved.Mapping):
             return
-        devices = _torch.param_devices(live)
-        for index, of_param in self.entries(saved, (*keys, "state")):
-            device = devices.get(index)
-            if device is None or index in state or not isinstance(of_param, _saved.Mapping):
+        params = _torch.params_elsewhere(live)
+        for index, of_param in self.entries(saved, (*keys, "state"), params):
+            param = params.get(index)
+            if param is None or index in state or not isinstance(of_param, _saved.Mapping):
                 continue
             where = (*keys, "state", index)
             state[index] = {
-                name: _torch.empty_on(device, empty("torch", *self.entry(value, where), where))
+                name: _torch.empty_like_param(param, *self.entry(value, where))
                 for name, value in self.entries(of_param, where)
                 if name != "step" and isinstance(value, _saved.Tensor)
             }
@@ -480,16 +362,46 @@ class Plan(Builder):
         if isinstance(saved, _saved.Mapping) and isinstance(live, dict):
             rows = [
                 (key, self._make_with(value, live.get(key, MISSING), (*keys, key)))
-                for key, value in self.entries(saved, keys)
+                for key, value in self.entries(saved, keys, live)
             ]
             return lambda: _types.make_mapping(saved, {key: make() for key, make in rows})
-        if isinstance(saved, _saved.Tensor) and is_tensor(live) and saved.name not in self.targets:
-            facts = describe(live)
+        if isinstance(saved, _saved.Tensor) and is_tensor(live):
+            facts = facts_of(live)
             fits = (facts["dtype"], facts["shape"]) == self.entry(saved, keys)
-            if fits and facts["writable"] and not saved.param:
+            free = "sharded" in facts or key_of(saved, facts["shape"]) not in self.targets
+            if fits and free and facts.get("writable", True) and not saved.param:
                 self.into(saved, live, keys)
                 return lambda: live
         return self.make(saved, keys)
+
+
+class Wish(NamedTuple):
+    """What of a checkpoint is wanted, and how."""
+
+    rename: _rename.Rename | None
+    include: Include
+    strict: Strict
+    #: The ranks that save now.
+    savers: list[int]
+    allow_pickle: set[str]
+
+
+def planned(found: Found, state: Any, wish: Wish) -> tuple[Plan, Make]:
+    """How `state` is filled from a checkpoint, as this rank finds it there: in its own shard's
+    tree, or, where the state has places that this has not, in all ranks' trees.
+    """
+    strict, include = wish.strict, wish.include
+    if strict and sorted([found.rank, *found.other_ranks]) != wish.savers:
+        strict = "state"  # Other ranks may have now what this one saved.
+    plan = Plan(found, allow_pickle=wish.allow_pickle, strict=strict, include=include)
+    make = plan.match(_rename.renamed(found.tree, wish.rename), state, ())
+    if found.other_ranks and (plan.lacks or include.unused):
+        tree, others = _merge.merged(found)
+        plan = Plan(
+            found, allow_pickle=wish.allow_pickle, strict=strict, include=include, others=others
+        )
+        make = plan.match(_rename.renamed(tree, wish.rename), state, ())
+    return plan, make
 
 
 def _items(saved: Any) -> Sequence[Any]:

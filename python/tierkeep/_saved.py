@@ -11,9 +11,12 @@ from typing import Any
 
 @dataclass(slots=True, eq=False)
 class Tensor:
+    #: In the table of the shard; with a `#` behind it, of one that the ranks have boxes of.
     name: str
     lib: str
     param: bool
+    #: The rank whose table it is, where it is another one's.
+    rank: int | None = None
 
 
 @dataclass(slots=True, eq=False)

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Self, final
 
+from tierkeep._build import Key
+
 __all__ = [
     "Events",
     "Found",
@@ -138,8 +140,21 @@ class Found:
         """The tree, with marks of `tierkeep._saved` where something must still be made."""
 
     @property
+    def rank(self) -> int:
+        """The rank whose shard it is."""
+
+    @property
+    def other_ranks(self) -> list[int]:
+        """The other ranks that saved the checkpoint."""
+
+    def others(self) -> list[Found]:
+        """Their shards."""
+
+    @property
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Names to (dtype as in safetensors, shape)."""
+        """Names to (dtype as in safetensors, shape); of a tensor that is cut, the whole, as the
+        tree names it (`path#`).
+        """
 
     @property
     def elsewhere(self) -> dict[str, int]:
@@ -150,10 +165,10 @@ class Found:
         """`metrics`, `tags`, `saved_unix_ms`."""
 
     def read(
-        self, parts: Iterable[Sequence[tuple[str, Any]]], threads: int | None = None
+        self, turns: Iterable[Sequence[tuple[Key, Any]]], threads: int | None = None
     ) -> tuple[str, list[str]]:
-        """Copies each named tensor into the torch tensor or numpy array beside it: of its dtype
-        and shape, on the CPU, sharing no memory with another of its part. A part is filled before
+        """Copies each tensor or box into the torch tensor or numpy array beside it: of its dtype
+        and shape, on the CPU, sharing no memory with another of its turn. A turn is filled before
         the next one is asked for. Returns the tier that most bytes came from, and a sentence for
         each damaged copy.
         """
@@ -177,6 +192,9 @@ class Reader:
         """The checkpoint that a resume would take, or the one that is named: its shards by rank,
         and a sentence for each newer one that was passed over.
         """
+
+    def choose_for(self, rank: int, step: int | None = None, attempt: int | None = None) -> Found:
+        """The same for one rank, which need not be one of those that saved."""
 
     def steps(self) -> list[dict[str, Any]]:
         """Every checkpoint that any tier holds a part of, oldest first."""

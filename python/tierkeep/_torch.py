@@ -9,7 +9,7 @@ import collections
 import sys
 from typing import Any
 
-from tierkeep import _saved, _types
+from tierkeep import _saved, _sharded, _types
 from tierkeep.errors import InvalidError
 
 
@@ -27,12 +27,13 @@ def copy(live: Any, source: Any) -> None:
     live[...] = source
 
 
-def like(live: Any) -> Any:
-    """Contiguous memory on the CPU of the same form."""
+def like(live: Any, shape: tuple[int, ...] | None = None) -> Any:
+    """Contiguous memory on the CPU of the same form, or of another shape."""
     torch = _types.torch_if_imported()
+    size = live.shape if shape is None else shape
     if torch is not None and isinstance(live, torch.Tensor):
-        return torch.empty(live.shape, dtype=live.dtype, device="cpu")
-    return sys.modules["numpy"].empty(live.shape, dtype=live.dtype)
+        return torch.empty(size, dtype=live.dtype, device="cpu")
+    return sys.modules["numpy"].empty(size, dtype=live.dtype)
 
 
 def device_of(live: Any) -> Any:
@@ -80,7 +81,7 @@ def needs_load_state_dict(module: Any) -> bool:
         return True
     for part in module.modules():
         hooks = ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_state_dict_hooks")
-        if any(getattr(part, name, None) for name in hooks):
+        if any(_does_something(hook) for name in hooks for hook in _hooks(part, name)):
             return True
         if type(part).get_extra_state is not base.get_extra_state:
             return True
@@ -91,6 +92,20 @@ def needs_load_state_dict(module: Any) -> bool:
         ).startswith("torch.nn.modules."):
             return True
     return False
+
+
+def _hooks(module: Any, name: str) -> list[Any]:
+    hooks = getattr(module, name, None) or {}
+    return list(hooks.values())
+
+
+def _does_something(hook: Any) -> bool:
+    """FSDP2's only brings its parameters into their parts, which `state_dict()` has just done."""
+    inner = getattr(hook, "hook", hook)
+    inner = getattr(inner, "func", inner)
+    inner = getattr(inner, "__wrapped__", inner)
+    module = str(getattr(inner, "__module__", ""))
+    return not module.startswith("torch.distributed.fsdp._fully_shard")
 
 
 def load_module(
@@ -125,15 +140,36 @@ def optimizer_state(optimizer: Any) -> Any:
     return state if isinstance(state, dict) else _types.MISSING
 
 
-def param_devices(optimizer: Any) -> dict[int, Any]:
-    """The devices of parameters that do not lie on the CPU, by their index in `state_dict()`."""
+def params_elsewhere(optimizer: Any) -> dict[int, Any]:
+    """The parameters that do not lie on the CPU, or of which this rank has boxes, by their index in
+    `state_dict()`.
+    """
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    return {i: p.device for i, p in enumerate(params) if p.device.type != "cpu"}
+    here = [p.device.type == "cpu" and _sharded.look(p) is None for p in params]
+    return {i: p for i, p in enumerate(params) if not here[i]}
 
 
-def empty_on(device: Any, like: Any) -> Any:
-    """New memory of the same form on a device."""
-    return sys.modules["torch"].empty_like(like, device=device)
+def empty_like_param(param: Any, dtype: str, shape: tuple[int, ...]) -> Any:
+    """New memory where a parameter lies, and cut as it is if it has the same shape."""
+    torch = sys.modules["torch"]
+    of = getattr(torch, _types.TORCH_DTYPES[dtype])
+    if tuple(param.shape) == tuple(shape):
+        return _sharded.empty_like(param, of)
+    return torch.empty(shape, dtype=of, device=param.device)
+
+
+def dtype_name(tensor: Any) -> str:
+    """Its dtype as in safetensors."""
+    name = str(tensor.dtype).removeprefix("torch.")
+    return next((known for known, of in _types.TORCH_DTYPES.items() if of == name), name)
+
+
+def to_bytes(tensor: Any) -> bytes:
+    """Those of a contiguous tensor or array on the CPU."""
+    torch = _types.torch_if_imported()
+    if torch is not None and isinstance(tensor, torch.Tensor):
+        tensor = tensor.reshape(-1).view(torch.uint8).numpy()
+    return bytes(tensor.tobytes())
 
 
 def groups_differ(tree: Any, live: Any) -> str | None:

@@ -127,7 +127,7 @@ pub(super) fn record_decision(
     };
     let seen = Elsewhere { fallback, holders: holders(remotes)?, places };
     let decided = if how.fresh { Decision { parent: None, ..decided } } else { decided };
-    check_world(place, &decided)?;
+    tell_world(place, &decided);
     for why in &decided.passed_over {
         place.observer.warn("passed_over", None, format!("passed over {why}"));
     }
@@ -330,19 +330,21 @@ fn check_newest(
     }
 }
 
-fn check_world(place: &Place, decided: &Decision) -> Result<()> {
-    match decided.parent {
-        Some(parent) if decided.savers != place.config.savers => {
-            Err(Error::Mismatch(vec![format!(
-                "{} was saved by {} ranks ({}), this job saves from {} ({}): the ranks that save must be \
-                 the same",
-                parent.key(),
-                decided.savers.len(),
-                ranks(&decided.savers),
-                place.config.savers.len(),
-                ranks(&place.config.savers)
-            )]))
-        }
-        _ => Ok(()),
-    }
+/// Ranks that are others than those that saved it take from all of it what is cut, and what a rank has alone
+/// from the nearest.
+fn tell_world(place: &Place, decided: &Decision) {
+    let Some(parent) = decided.parent.filter(|_| decided.savers != place.config.savers) else {
+        return;
+    };
+    let (theirs, ours) = (&decided.savers, &place.config.savers);
+    let text = format!(
+        "{} was saved by {} ranks ({}), this job saves from {} ({}): tensors that are cut are put together \
+         anew, and of what each rank has alone it takes the nearest rank's",
+        parent.key(),
+        theirs.len(),
+        ranks(theirs),
+        ours.len(),
+        ranks(ours)
+    );
+    place.observer.info("other_ranks", Some(parent.step), text);
 }

@@ -161,21 +161,9 @@ fn copy_here(
     rank: Rank,
     (remotes, copies): (&[Arc<Remote>], Vec<ShardCopy>),
 ) -> Result<()> {
-    let there = Restorable {
-        key: key.clone(),
-        rank,
-        tiers: remotes.iter().map(|remote| remote.clone() as Arc<dyn Tier>).collect(),
-        copies,
-        bad: Vec::new(),
-        slot: None,
-        observer: place.observer.clone(),
-        mends: false,
-        marks: false,
-        care: None,
-        over: None,
-        further: None,
-        others: Vec::new(),
-    };
+    let tiers = remotes.iter().map(|remote| remote.clone() as Arc<dyn Tier>).collect();
+    let copies = (copies, Vec::new());
+    let there = Restorable::of(key.clone(), rank, tiers, copies, place.observer.clone());
     add(&place.observer.counters.peer_fetched_bytes, copy_beside(place, &there)?);
     Ok(())
 }

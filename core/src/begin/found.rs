@@ -12,13 +12,15 @@ use std::{sync::Arc, time::Duration};
 
 use super::fetched::{Seen, bring_here, fetch_shard};
 use crate::{
-    attempt::AttemptRecord,
+    attempt::{AttemptRecord, Attempts},
     commit::Listing,
+    config::nearest_saver,
     error::{Error, Result},
     names::{CheckpointKey, Id, Rank},
     place::Place,
     restore::{
-        read::{Copies, Further, Restorable},
+        asks::{Copies, Further},
+        read::Restorable,
         survey::{Found, copies, look_again, mark_bad},
     },
     tier::Tier,
@@ -34,14 +36,24 @@ pub(super) fn find_shard(
     key: &CheckpointKey,
     seen: &Seen<'_>,
 ) -> Result<Restorable> {
-    let (rank, saves) = (Rank(place.config.shard_rank()), place.config.saves());
-    let mut own = find_shard_of(place, record, key, (rank, saves), seen)?;
+    let rank = Rank(nearest_saver(&savers_of(place, key)?, place.config.rank));
+    let mends = place.config.saves() && rank.0 == place.config.rank;
+    let mut own = find_shard_of(place, record, key, (rank, mends), seen)?;
     // Each rank mends its own shard alone, but whoever cannot restore says so: the shard's own rank
     // may not read what is lost.
     let savers = own.leaves_to().into_iter();
     let others = savers.map(|saver| find_shard_of(place, record, key, (saver, false), seen));
     own.others = others.collect::<Result<_>>()?;
     Ok(own)
+}
+
+/// The ranks that saved a checkpoint: those that save in its attempt, which may be others than now.
+pub(super) fn savers_of(place: &Place, key: &CheckpointKey) -> Result<Vec<u32>> {
+    let attempts = Attempts::load(&[&*place.disk, &*place.ram])?;
+    let record = attempts.find(&key.attempt).ok_or_else(|| Error::NotFound {
+        what: format!("the record of attempt {}, which saved {},", key.attempt.number, key.step),
+    })?;
+    Ok(record.savers.clone())
 }
 
 /// The shard as it lies here; where it does not, it is fetched from other nodes, and only what they have not
@@ -184,19 +196,6 @@ fn find_shard_in(
         };
         return Err(Error::Lost { step: key.step, rank, why });
     }
-    Ok(Restorable {
-        key: key.clone(),
-        rank,
-        tiers,
-        copies: good,
-        bad,
-        slot: None,
-        observer: place.observer.clone(),
-        mends,
-        marks,
-        care: None,
-        over: None,
-        further: None,
-        others: Vec::new(),
-    })
+    let found = Restorable::of(key.clone(), rank, tiers, (good, bad), place.observer.clone());
+    Ok(Restorable { mends, marks, ..found })
 }

@@ -65,7 +65,7 @@ impl Cascade {
             return Ok(None);
         }
         let mut seen = InRam::Whole;
-        if !self.parts.config.replicated.is_empty() && !self.say_the_same(key.step.0)? {
+        if !self.say_the_same(key.step.0)? {
             if agreements.is_spread() {
                 seen = InRam::GivenUp("the ranks differ in tensors that they hold alike".into());
                 return agreements.in_ram(key.step.0, seen).map(Some);
@@ -88,11 +88,12 @@ impl Cascade {
         agreements.in_ram(key.step.0, seen).map(Some)
     }
 
-    /// What the ranks hold alike is the same, by their own words: no manifest need be read.
+    /// What the ranks hold alike is the same, by their own words: no manifest need be read. A rank says
+    /// nothing where it holds nothing so; where the user declared what is held, all do.
     fn say_the_same(&self, step: u64) -> Result<bool> {
-        let savers = self.parts.config.savers.iter();
-        let said = savers.map(|rank| self.parts.agreements.said_alike(step, *rank));
-        let said: Option<Vec<String>> = said.collect::<Result<_>>()?;
-        Ok(said.is_some_and(|said| say_the_same(said.iter().map(String::as_str))))
+        let (agreements, savers) = (&self.parts.agreements, &self.parts.config.savers);
+        let said = agreements.all_said_alike(step, savers)?;
+        let all = said.len() == savers.len() || self.parts.config.replicated.is_empty();
+        Ok(all && say_the_same(said.iter().map(String::as_str)))
     }
 }

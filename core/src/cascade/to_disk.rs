@@ -428,6 +428,9 @@ impl Cascade {
                 self.parts.agreements.forget_before(before)?;
             }
             self.retain()?;
+            if let Err(e) = self.clear_strangers() {
+                tracing::warn!("memory of ranks that are no more was not cleared: {}", e.chain());
+            }
         } else if self.parts.agreements.is_spread() {
             self.retain()?; // Of this node's disk.
         }

@@ -21,7 +21,7 @@ use crate::{
     clock::Deadline,
     error::{Doing, Error, Result},
     keeper::Ending,
-    manifest::Identity,
+    manifest::{Identity, replicated::TOO_MUCH},
     names::{CheckpointKey, Rank, Step},
     owner::Filled,
     passing::FDS_MAX,
@@ -327,6 +327,7 @@ impl Connection {
             rank: config.rank,
             savers: config.savers.clone(),
         };
+        let words = words.unwrap_or_else(|| TOO_MUCH.into());
         let described = Described { manifest, chunks, words };
         let filled = Filled { identity, len: bytes, described, save: save.clone() };
         seat.keeper.publish(filling, filled, &cascade)?;

@@ -15,6 +15,7 @@ use crate::{
     clock::Deadline,
     commit::publish_shard,
     error::{Error, Result},
+    manifest::replicated::NOTHING,
     names::{CheckpointKey, Rank, Step},
     observe::add,
     owner::{Asked, Filled},
@@ -107,7 +108,7 @@ impl Keeper {
         let ram = &*self.place.ram;
         // Before the manifest: whoever sees that finds these too. Words of an earlier try that stayed
         // would vouch for bytes that nobody compared, so without an answer nothing is published.
-        if let Some(words) = words.filter(|_| !self.place.config.replicated.is_empty()) {
+        if words != NOTHING || !self.place.config.replicated.is_empty() {
             cascade.agreements().say_alike(identity.step, identity.rank, &words)?;
         }
         cascade.announce(Shard {

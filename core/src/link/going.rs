@@ -227,7 +227,8 @@ impl Lease for FarLease {
         let Filled { identity, len, described, save } = filled;
         let Described { manifest, chunks, words } = described;
         let step = identity.step;
-        let publish = wire::Publish { slot: *slot, step, bytes: len, chunks, manifest, words };
+        let publish =
+            wire::Publish { slot: *slot, step, bytes: len, chunks, manifest, words: Some(words) };
         // Before it is asked: whenever the agent goes away, the slot is known to be filled.
         let mut state = locked(&shared.state);
         state.filling.remove(slot);

@@ -6,14 +6,14 @@
 //! - A tensor is in the payload of the rank that stores it and in no other of its group.
 //! - Every rank of a group has the checksum of every tensor of it in its own manifest, taken from its
 //!   own memory: no rank believes another.
-//! - No difference: every replicated tensor is stored, once, and all ranks had those bytes.
+//! - No difference: every replicated tensor is stored, once, and all ranks that looked had those bytes.
 
 use std::collections::{BTreeMap, HashMap};
 
 use serde::{Deserialize, Serialize};
 use sha2::Digest as _;
 
-use super::{Identity, ShardManifest, TensorEntry, hex::many};
+use super::{Identity, ShardManifest, TensorEntry, hex::some, tensors::check_box};
 use crate::{
     names::{hex, ranks as in_words},
     state::dtype::Dtype,
@@ -25,6 +25,12 @@ pub(crate) const FEATURE: &str = "replicated";
 /// What a decision's text takes.
 const WORDS_MAX: usize = 2000;
 
+/// What a rank says that holds nothing as others do.
+pub(crate) const NOTHING: &str = "";
+
+/// What a rank says that has more to say: the manifests are compared.
+pub(crate) const TOO_MUCH: &str = "?";
+
 /// The tensors that this rank holds as others do.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Replicated {
@@ -33,9 +39,10 @@ pub struct Replicated {
     /// By name.
     pub tensors: Vec<Replica>,
     /// CRC-32 of each tensor's bytes, row-major, in the order of `tensors`: eight hex digits each, in
-    /// one string.
-    #[serde(with = "many")]
-    pub crcs: Vec<u32>,
+    /// one string. None: eight dashes, for what lies on a device and says itself that others hold it:
+    /// that is stored by one of them, and not compared.
+    #[serde(with = "some")]
+    pub crcs: Vec<Option<u32>>,
 }
 
 /// One tensor that several ranks hold.
@@ -47,6 +54,12 @@ pub struct Replica {
     pub dtype: String,
     /// In elements.
     pub shape: Vec<u64>,
+    /// As in [`TensorEntry`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub global_shape: Option<Vec<u64>>,
+    /// As in [`TensorEntry`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub offset: Option<Vec<u64>>,
     /// Index of its group.
     pub group: usize,
     /// The rank whose payload has it.
@@ -81,11 +94,12 @@ impl Replicated {
             if dtype.and_then(|dtype| dtype.bytes_of(&tensor.shape)).is_none() {
                 return Err(format!("{name} is {} {:?}", tensor.dtype, tensor.shape));
             }
+            let of = (tensor.global_shape.as_deref(), tensor.offset.as_deref());
+            check_box(name, &tensor.shape, of.0, of.1)?;
             let entry = stored.get(name.as_str());
-            let fits = match entry {
-                Some(e) => e.dtype == tensor.dtype && e.shape == tensor.shape,
-                None => true,
-            };
+            let form = (&tensor.dtype, &tensor.shape, &tensor.global_shape, &tensor.offset);
+            let fits =
+                entry.is_none_or(|e| (&e.dtype, &e.shape, &e.global_shape, &e.offset) == form);
             if entry.is_some() != (tensor.saver == identity.rank) || !fits {
                 return Err(format!("{name} is not where the table of replicated tensors says"));
             }
@@ -105,23 +119,28 @@ impl Replicated {
 
 /// What a rank says of its groups in a line of words, for others to compare without reading its
 /// manifest: for each group the number of its ranks, a digest of their list, and one of all that the
-/// rank holds as they do. `None`: there is more to say than a decision's text holds.
+/// rank holds as they do.
 #[must_use]
-pub(crate) fn words(replicated: &Replicated) -> Option<String> {
+pub(crate) fn words(replicated: &Replicated) -> String {
+    let line = all_words(replicated).unwrap_or_default();
+    if (1..WORDS_MAX).contains(&line.len()) { line } else { TOO_MUCH.into() }
+}
+
+fn all_words(replicated: &Replicated) -> serde_json::Result<String> {
     let mut words = Vec::new();
     for (index, ranks) in replicated.groups.iter().enumerate() {
         let mut all = sha2::Sha256::new();
         let of_group = replicated.tensors.iter().zip(&replicated.crcs);
         for (tensor, crc) in of_group.filter(|(tensor, _)| tensor.group == index) {
-            let line = (&tensor.name, &tensor.dtype, &tensor.shape, tensor.saver, crc);
-            all.update(serde_json::to_vec(&line).ok()?);
+            let form = (&tensor.dtype, &tensor.shape, &tensor.global_shape);
+            let line = (&tensor.name, form, tensor.saver, crc);
+            all.update(serde_json::to_vec(&line)?);
         }
-        let list = sha2::Sha256::digest(serde_json::to_vec(ranks).ok()?);
+        let list = sha2::Sha256::digest(serde_json::to_vec(ranks)?);
         let (list, all) = (hex(&list[..8]), hex(&all.finalize()[..16]));
         words.push(format!("{}:{list}:{all}", ranks.len()));
     }
-    let line = words.join(" ");
-    (line.len() < WORDS_MAX).then_some(line)
+    Ok(words.join(" "))
 }
 
 /// True where all ranks of every group say the same. False says nothing: then the manifests tell.
@@ -138,7 +157,7 @@ pub(crate) fn say_the_same<'a>(ranks: impl IntoIterator<Item = &'a str>) -> bool
 struct Said<'a> {
     rank: u32,
     tensor: &'a Replica,
-    crc: u32,
+    crc: Option<u32>,
 }
 
 /// Where the manifests of one checkpoint, all of them, do not agree: a sentence for each tensor, with
@@ -195,10 +214,11 @@ fn difference(name: &str, group: &[u32], said: &[Said<'_>]) -> Option<(Kind, Str
     }
     // The bytes that most ranks have, of as many the lowest rank's.
     let mut counts: BTreeMap<u32, usize> = BTreeMap::new();
-    said.iter().for_each(|s| *counts.entry(s.crc).or_default() += 1);
-    let most = said.iter().rev().max_by_key(|s| counts[&s.crc])?.crc;
+    let known = || said.iter().filter_map(|s| Some((s.rank, s.crc?)));
+    known().for_each(|(_, crc)| *counts.entry(crc).or_default() += 1);
+    let most = known().rev().max_by_key(|(_, crc)| counts[crc]).map(|(_, crc)| crc);
     let with = |same: bool| -> Vec<u32> {
-        said.iter().filter(|s| (s.crc == most) == same).map(|s| s.rank).collect()
+        known().filter(|(_, crc)| (Some(*crc) == most) == same).map(|(rank, _)| rank).collect()
     };
     let odd = with(false);
     if !odd.is_empty() {
@@ -239,11 +259,13 @@ mod tests {
             name: name.into(),
             dtype: "F32".into(),
             shape: vec![2],
+            global_shape: None,
+            offset: None,
             group: 0,
             saver,
         };
         let tensors = vec![replica("a", 0), replica("b", 1)];
-        Replicated { groups: vec![vec![0, 1]], tensors, crcs: vec![1, 2] }
+        Replicated { groups: vec![vec![0, 1]], tensors, crcs: vec![Some(1), Some(2)] }
     }
 
     fn stored(name: &str, shape: u64) -> TensorEntry {

@@ -13,11 +13,12 @@ use std::{
     collections::{BTreeSet, HashMap, HashSet},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicUsize, Ordering},
     },
 };
 
 use super::{
+    asks::{Care, Further, Over, Rest},
     reading::Reading,
     survey::{BadCopy, ShardCopy, mark_bad},
 };
@@ -64,68 +65,8 @@ pub struct Restorable {
     pub(crate) further: Option<Further>,
     /// The shards of other ranks that have tensors of this one. They are only read.
     pub others: Vec<Restorable>,
-}
-
-/// Copies of a shard that are asked for only when they are needed.
-#[derive(Clone)]
-pub(crate) struct Further(Arc<Look>);
-
-/// The copies' tiers count from these.
-pub(crate) type Copies = (Vec<Arc<dyn Tier>>, Vec<ShardCopy>);
-
-type Look = dyn Fn() -> Result<Copies> + Send + Sync;
-
-impl Further {
-    pub(crate) fn new(look: impl Fn() -> Result<Copies> + Send + Sync + 'static) -> Self {
-        Self(Arc::new(look))
-    }
-}
-
-impl std::fmt::Debug for Further {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Further")
-    }
-}
-
-/// Says once that a restore needs its shard no more: it was read, or nobody is left who would.
-pub(crate) struct Over {
-    told: AtomicBool,
-    tell: Box<dyn Fn() + Send + Sync>,
-}
-
-impl Over {
-    pub(crate) fn new(tell: impl Fn() + Send + Sync + 'static) -> Arc<Self> {
-        Arc::new(Self { told: AtomicBool::new(false), tell: Box::new(tell) })
-    }
-
-    pub(super) fn say(&self) {
-        if !self.told.swap(true, Ordering::AcqRel) {
-            (self.tell)();
-        }
-    }
-}
-
-impl Drop for Over {
-    fn drop(&mut self) {
-        self.say();
-    }
-}
-
-impl std::fmt::Debug for Over {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Over").field("told", &self.told).finish_non_exhaustive()
-    }
-}
-
-/// Mends copies and marks steps for a process that owns neither (an agent does).
-pub(crate) trait Care: Send + Sync + std::fmt::Debug {
-    /// These chunks of each of the shard's copies were found damaged; it may mend them, and those
-    /// that were bad from the start.
-    fn mend(&self, rank: Rank, damaged: &[BTreeSet<usize>]);
-    /// Mends these chunks, which are good in no copy of this node, from other nodes; false: it could not.
-    fn fetch(&self, rank: Rank, damaged: &[BTreeSet<usize>]) -> bool;
-    /// No copy of the shard is good.
-    fn lost(&self, rank: Rank);
+    /// Finds those of the ranks that are not among them, where boxes of a tensor may lie in any.
+    pub(crate) rest: Option<Rest>,
 }
 
 /// How a read went.
@@ -138,6 +79,43 @@ pub struct ReadReport {
 }
 
 impl Restorable {
+    /// A shard with these copies in these tiers, which is only read.
+    pub(crate) fn of(
+        key: CheckpointKey,
+        rank: Rank,
+        tiers: Vec<Arc<dyn Tier>>,
+        (copies, bad): (Vec<ShardCopy>, Vec<BadCopy>),
+        observer: Observer,
+    ) -> Self {
+        Self {
+            key,
+            rank,
+            tiers,
+            copies,
+            bad,
+            slot: None,
+            observer,
+            mends: false,
+            marks: false,
+            care: None,
+            over: None,
+            further: None,
+            others: Vec::new(),
+            rest: None,
+        }
+    }
+
+    /// The shards of other ranks of the checkpoint.
+    ///
+    /// # Errors
+    /// No tier that this process reaches has a good copy of one's manifest.
+    pub fn find_rest(&self, ranks: &[Rank]) -> Result<Vec<Self>> {
+        match &self.rest {
+            Some(rest) => rest.find(ranks),
+            None => Err(Error::Bug(format!("{}: nobody knows other ranks' shards", self.key))),
+        }
+    }
+
     /// Completed training steps.
     #[must_use]
     pub fn step(&self) -> Step {
@@ -150,7 +128,8 @@ impl Restorable {
         &self.copies[0].manifest
     }
 
-    /// What this rank gets back: the tensors of its shard, then those that it leaves to others.
+    /// What this rank has of the checkpoint: the tensors of its shard, then those that it leaves to others.
+    /// Of a tensor that is cut, its boxes.
     pub fn tensors(&self) -> impl Iterator<Item = &TensorEntry> {
         let elsewhere = self.others.iter().flat_map(|other| {
             let names = self.left_to(other.rank);
@@ -222,7 +201,7 @@ impl Restorable {
     /// The same with the copies that are further away; false: there are none.
     pub(super) fn look_further(&mut self) -> Result<bool> {
         let Some(further) = self.further.take() else { return Ok(false) };
-        let (tiers, mut copies) = (further.0)()?;
+        let (tiers, mut copies) = further.look()?;
         copies.retain(|copy| copy.bytes.as_slice() == self.manifest_bytes());
         self.add_copies(tiers, copies);
         Ok(true)

@@ -14,16 +14,21 @@
 //!   error where the file is cut short and a load would kill the process.
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
 };
 
-use super::read::{Over, READERS, ReadReport, Restorable, read_chunk, run_on};
+use super::{
+    asks::Over,
+    read::{READERS, ReadReport, Restorable, read_chunk, run_on},
+    reshard::Catalog,
+};
 use crate::{
     error::{Error, ErrorKind, Result},
+    names::Rank,
     observe::{add, locked},
     packed,
     snapshot::copy::{Memory, Piece, Plan, restore, restore_chunk, restore_passing, threads_for},
@@ -58,11 +63,16 @@ struct Left {
 
 /// The reading of one rank's tensors: its shard, and what others store for it.
 pub struct Reading {
-    from: Restorable,
+    pub(super) from: Restorable,
     /// As `from.copies`.
     read: Vec<Read>,
-    /// As `from.others`, with the names of what is read there.
-    others: Vec<(HashSet<String>, Reading)>,
+    /// Of the other ranks whose shards are known: those that store tensors of this one, and where boxes of a
+    /// tensor were looked for, all.
+    pub(super) others: Vec<Reading>,
+    /// The tensors that others store, and who does.
+    pub(super) left: HashMap<String, Rank>,
+    /// The boxes in all of them, once some were asked for.
+    pub(super) catalog: Option<Catalog>,
     _ends: Ends,
 }
 
@@ -80,13 +90,11 @@ impl Reading {
     #[must_use]
     pub fn of(from: Restorable) -> Self {
         let read = from.copies.iter().map(|_| Read::default()).collect();
-        let of = |other: &Restorable| {
-            let names = from.left_to(other.rank).into_iter().map(String::from).collect();
-            (names, Self::of(other.clone()))
-        };
-        let others = from.others.iter().map(of).collect();
+        let elsewhere = from.manifest().replicated.iter().flat_map(|r| r.elsewhere(from.rank.0));
+        let left = elsewhere.map(|tensor| (tensor.name.clone(), Rank(tensor.saver))).collect();
+        let others = from.others.iter().cloned().map(Self::of).collect();
         let _ends = Ends(from.over.clone());
-        Self { from, read, others, _ends }
+        Self { from, read, others, left, catalog: None, _ends }
     }
 
     /// Copies the tensors named in `targets` into the caller's memory. Chunks of others are not
@@ -104,17 +112,37 @@ impl Reading {
         targets: &HashMap<String, Memory>,
         threads: Option<usize>,
     ) -> Result<()> {
-        // SAFETY: the caller's promise.
-        unsafe { self.fill_own(targets, threads) }?;
-        for (names, other) in &mut self.others {
-            let theirs = targets.iter().filter(|(name, _)| names.contains(name.as_str()));
-            let theirs: HashMap<_, _> = theirs.map(|(n, m)| (n.clone(), m.clone())).collect();
-            if !theirs.is_empty() {
-                // SAFETY: the caller's promise: a name is in one shard's part.
-                unsafe { other.fill_own(&theirs, threads) }?;
-            }
+        let mut by_rank: BTreeMap<Rank, HashMap<String, Memory>> = BTreeMap::new();
+        for (name, memory) in targets {
+            let rank = self.left.get(name).copied().unwrap_or(self.from.rank);
+            by_rank.entry(rank).or_default().insert(name.clone(), memory.clone());
+        }
+        // SAFETY: the caller's promise: a name is in one shard's part.
+        unsafe { self.fill_by_rank(by_rank, threads) }
+    }
+
+    /// # Safety
+    /// As [`fill`](Self::fill).
+    pub(super) unsafe fn fill_by_rank(
+        &mut self,
+        targets: BTreeMap<Rank, HashMap<String, Memory>>,
+        threads: Option<usize>,
+    ) -> Result<()> {
+        for (rank, targets) in targets {
+            let shard = self.shard(rank)?;
+            // SAFETY: the caller's promise.
+            unsafe { shard.fill_own(&targets, threads) }?;
         }
         Ok(())
+    }
+
+    /// This rank's shard, or another one that is known.
+    pub(super) fn shard(&mut self, rank: Rank) -> Result<&mut Self> {
+        if rank == self.from.rank {
+            return Ok(self);
+        }
+        let known = self.others.iter_mut().find(|other| other.from.rank == rank);
+        known.ok_or_else(|| Error::Bug(format!("{rank}'s shard is not known")))
     }
 
     /// # Safety
@@ -213,7 +241,7 @@ impl Reading {
     fn end(mut self) -> (usize, ReadReport) {
         let others = std::mem::take(&mut self.others);
         let (mut most, mut report) = self.end_own();
-        for (chunks, other) in others.into_iter().map(|(_, other)| other.end()) {
+        for (chunks, other) in others.into_iter().map(Self::end) {
             report.damaged.extend(other.damaged);
             if chunks > most {
                 (most, report.tier) = (chunks, other.tier);

@@ -69,6 +69,7 @@ use crc32fast::Hasher;
 
 pub use self::{
     back::{restore, restore_chunk, restore_passing},
+    excerpt::Excerpt,
     plan::{Memory, Piece, Plan},
 };
 use super::strided::Address;
@@ -139,7 +140,7 @@ pub fn whole(mut parts: Vec<Part>, tags: usize) -> Vec<u32> {
 ///
 /// # Panics
 ///
-/// If a piece is [`Memory::Skip`]: a checkpoint has no bytes that nobody saved.
+/// If a piece is [`Memory::Skip`] or [`Memory::Excerpts`]: a checkpoint has no bytes that nobody saved.
 ///
 /// # Safety
 ///
@@ -367,6 +368,13 @@ unsafe fn pass(plan: &Plan, range: Range<usize>, slot: *mut u8, work: Work) -> (
                         }
                     });
                 }
+                // `Plan::skips` keeps it from being captured.
+                Memory::Excerpts(excerpts) => {
+                    blocks(at, n, BLOCK_BYTES, &mut checksum, |done, m| {
+                        let flat = slot.add(at + done);
+                        excerpts.iter().for_each(|box_| box_.scatter(within + done, flat, m));
+                    });
+                }
                 Memory::Bytes(memory) => {
                     let ends = (memory.get().add(within), slot.add(at));
                     let (from, to) = if work.to_slot { ends } else { (ends.1, ends.0) };
@@ -442,6 +450,8 @@ pub(super) fn on_threads<T: Send>(
 
 /// The mirror: out of a slot, a buffer or a file.
 mod back;
+/// A box of a tensor, out of the payload.
+mod excerpt;
 /// Where every byte of a payload lies in memory.
 mod plan;
 /// Copying past the cache. A slot is not read again soon, and a store that goes through the cache

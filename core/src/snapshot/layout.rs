@@ -49,6 +49,8 @@ pub struct Layout {
     pub elsewhere: Vec<(usize, u64)>,
     /// Patterns of tensors that ranks hold alike, and that no tensor matches.
     pub unused: Vec<String>,
+    /// Some are boxes of larger ones.
+    pub has_boxes: bool,
     specs: Vec<Arc<TensorSpec>>,
 }
 
@@ -105,6 +107,7 @@ impl Layout {
         let elsewhere = elsewhere.into_iter().map(|index| (index, sizes[index])).collect();
         let len = at;
         let unused = unused(rules, &specs, rank);
+        let has_boxes = specs.iter().any(|spec| spec.part_of.is_some());
         Ok(Self {
             header,
             len,
@@ -114,14 +117,16 @@ impl Layout {
             tags,
             elsewhere,
             unused,
+            has_boxes,
             specs,
         })
     }
 
     /// # Errors
-    /// A tensor that other ranks hold alike lies on a device.
+    /// A tensor that the user says other ranks hold alike lies on a device, where it is not compared.
     pub(crate) fn check_memory(&self, tensors: &[Tensor]) -> Result<()> {
         let shared = tensors.iter().zip(&self.tags).filter(|(_, tag)| tag.is_some());
+        let shared = shared.filter(|(tensor, _)| tensor.spec.held_by.is_empty());
         let mut on_device = shared.filter(|(t, _)| matches!(t.memory, Memory::InSlot));
         match on_device.next() {
             None => Ok(()),
@@ -155,10 +160,13 @@ fn replicated(
     for (tag, (index, share)) in shared.into_iter().enumerate() {
         tags[index] = Some(tag);
         let spec = &specs[index];
+        let (global_shape, offset) = spec.part_of.clone().unzip();
         tensors.push(Replica {
             name: spec.name.to_string(),
             dtype: spec.dtype.name().into(),
             shape: spec.shape.clone(),
+            global_shape,
+            offset,
             group: groups.partition_point(|ranks| ranks.as_slice() < share.ranks),
             saver: share.saver,
         });
@@ -226,7 +234,13 @@ mod tests {
     use crate::state::dtype::Dtype;
 
     fn spec(name: &str, dtype: Dtype, shape: &[u64]) -> Arc<TensorSpec> {
-        Arc::new(TensorSpec { name: name.into(), dtype, shape: shape.into(), part_of: None })
+        Arc::new(TensorSpec {
+            name: name.into(),
+            dtype,
+            shape: shape.into(),
+            part_of: None,
+            held_by: Vec::new(),
+        })
     }
 
     #[test]

@@ -30,7 +30,7 @@ use crate::{
     error::{Error, Result},
     manifest::{
         Identity, Meta, Parts, PayloadInfo, combine, encode,
-        replicated::{Replicated, words},
+        replicated::{NOTHING, Replicated, words},
     },
     state::{
         Memory, State,
@@ -56,6 +56,8 @@ pub struct Snapshot {
     witness: Witness,
     /// What was seen of them so far.
     seen: Vec<Part>,
+    /// Those of the layout's table that lie on a device: nobody compares them.
+    unseen: Vec<usize>,
 }
 
 /// The checksums that were taken on the way.
@@ -63,7 +65,7 @@ pub struct Snapshot {
 pub(crate) struct Taken {
     chunks: Vec<u32>,
     /// Of the tensors that several ranks hold alike, in the order of the layout's table.
-    replicas: Vec<u32>,
+    replicas: Vec<Option<u32>>,
 }
 
 /// What is said of a filled slot.
@@ -72,7 +74,7 @@ pub(crate) struct Described {
     /// The checksum of each chunk.
     pub(crate) chunks: Vec<u32>,
     /// This rank's words about what it holds as others do.
-    pub(crate) words: Option<String>,
+    pub(crate) words: String,
 }
 
 impl Snapshot {
@@ -110,7 +112,10 @@ impl Snapshot {
             if tensor.late && !matches!(memory, copy::Memory::InPlace) {
                 late_bytes += len;
             }
-            let tag = layout.tags[*index];
+            let tag = match memory {
+                copy::Memory::InPlace => None,
+                _ => layout.tags[*index],
+            };
             pieces.push(Piece { offset, len, memory, now: !tensor.late, tag });
         }
         let mut seen = Vec::with_capacity(layout.elsewhere.len());
@@ -119,7 +124,7 @@ impl Snapshot {
             let memory = match &tensor.memory {
                 Memory::Contiguous(address) => copy::Memory::Bytes(*address),
                 Memory::Strided(strided) => copy::Memory::Strided(strided.clone()),
-                Memory::InSlot => continue, // Refused by `check_memory`.
+                Memory::InSlot => continue, // Another rank brings it.
             };
             let Some(tag) = layout.tags[*index] else { continue };
             let len = size(*bytes)?;
@@ -131,8 +136,11 @@ impl Snapshot {
         // said now.
         state.tree.check().map_err(unstorable)?;
         let witness = Witness::new(seen)?;
+        let tags = state.tensors.iter().zip(&layout.tags);
+        let unseen = tags.filter(|(tensor, _)| matches!(tensor.memory, Memory::InSlot));
+        let unseen = unseen.filter_map(|(_, tag)| *tag).collect();
         let (tree, seen) = (state.tree, Vec::new());
-        Ok(Self { layout, plan, tree, threads, on_device, late_bytes, witness, seen })
+        Ok(Self { layout, plan, tree, threads, on_device, late_bytes, witness, seen, unseen })
     }
 
     /// Exact bytes of the payload.
@@ -240,7 +248,9 @@ impl Snapshot {
     fn taken(&mut self, mut sums: Sums) -> Taken {
         sums.parts.append(&mut self.seen);
         let tags = self.layout.replicated.as_ref().map_or(0, |table| table.tensors.len());
-        Taken { chunks: sums.chunks, replicas: whole(sums.parts, tags) }
+        let mut replicas: Vec<_> = whole(sums.parts, tags).into_iter().map(Some).collect();
+        self.unseen.iter().for_each(|tag| replicas[*tag] = None);
+        Taken { chunks: sums.chunks, replicas }
     }
 
     /// The shard manifest over the filled slot, and what goes with it.
@@ -274,9 +284,10 @@ impl Snapshot {
             tensors_json: &self.layout.tensors_json,
             tree_json: &tree_json,
             replicated: replicated.as_ref(),
+            has_boxes: self.layout.has_boxes,
             meta,
         })?;
-        let words = replicated.as_ref().map_or_else(|| Some(String::new()), words);
+        let words = replicated.as_ref().map_or_else(|| NOTHING.into(), words);
         Ok(Described { manifest, chunks: payload.chunks, words })
     }
 }

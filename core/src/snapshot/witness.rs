@@ -98,7 +98,7 @@ unsafe fn checksum(memory: &Memory, at: usize, len: usize) -> u32 {
             }
             hasher.finalize()
         }
-        Memory::InPlace | Memory::Skip => unreachable!("refused by `new`"),
+        Memory::InPlace | Memory::Skip | Memory::Excerpts(_) => unreachable!("refused by `new`"),
     }
 }
 

@@ -3,6 +3,7 @@
 //!
 //! Nothing here knows torch, JAX or Python. Nothing here copies a byte of a tensor.
 
+pub mod boxes;
 pub mod dtype;
 pub mod path;
 pub mod replicas;
@@ -21,7 +22,7 @@ use crate::{
 /// What a tensor is: everything that stays the same from save to save.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct TensorSpec {
-    /// The escaped path (`state::path`); boxes of one tensor are `path#n`.
+    /// The escaped path (`state::path`); of a box, `boxes::box_name`.
     pub name: Arc<str>,
     /// Element type.
     pub dtype: Dtype,
@@ -29,6 +30,9 @@ pub struct TensorSpec {
     pub shape: Vec<u64>,
     /// (shape of the global tensor, where this box begins in it), where this is a part of one.
     pub part_of: Option<(Vec<u64>, Vec<u64>)>,
+    /// The ranks that hold the same bytes, this one among them, rising: where the tensor itself says so.
+    /// Empty: what the user says counts.
+    pub held_by: Vec<u32>,
 }
 
 impl TensorSpec {

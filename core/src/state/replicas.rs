@@ -1,5 +1,5 @@
-//! Tensors that several ranks hold alike: which ones the user says they are, and which rank stores
-//! each.
+//! Tensors that several ranks hold alike: which ones the user says they are, or they themselves, and which
+//! rank stores each.
 //!
 //! It owns the choice, which is pure. It does not own finding out whether what the user said is true
 //! (`manifest::replicated`).
@@ -16,10 +16,7 @@ use std::{
 };
 
 use super::TensorSpec;
-use crate::{
-    error::{Error, Result},
-    glob::covers,
-};
+use crate::{error::Result, glob::covers};
 
 /// What the user says of the tensors whose path matches, the same on all ranks.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,31 +46,32 @@ impl Rule {
     }
 }
 
-/// For each tensor its share; `None`: `rank`'s own. The first rule that matches counts.
+/// For each tensor its share; `None`: `rank`'s own. What the tensor says of itself counts, then the first
+/// rule that matches; a part of a tensor is nobody else's unless it says so.
 ///
 /// Largest first, each to the rank that has the fewest bytes so far ("longest processing time
 /// first": R. L. Graham, Bounds on multiprocessing timing anomalies, 1969).
 ///
 /// # Errors
-/// A tensor's size overflows, or it is a part of one that is cut.
+/// A tensor's size overflows.
 pub fn share<'a>(
     rules: &'a [Rule],
-    specs: &[Arc<TensorSpec>],
+    specs: &'a [Arc<TensorSpec>],
     rank: u32,
 ) -> Result<Vec<Option<Share<'a>>>> {
     let mut shares = vec![None; specs.len()];
     let mut groups: BTreeMap<&[u32], Tensors<'_>> = BTreeMap::new();
     for (index, spec) in specs.iter().enumerate() {
-        let rule = rules.iter().find(|rule| covers(&rule.pattern, &spec.name));
-        if let Some(rule) = rule.filter(|rule| rule.shares(rank)) {
-            if spec.part_of.is_some() {
-                return Err(Error::invalid(format!(
-                    "{} is a part of a tensor: only whole ones can be declared replicated",
-                    spec.name
-                )));
+        let ranks = match (&*spec.held_by, &spec.part_of) {
+            ([], None) => {
+                let rule = rules.iter().find(|rule| covers(&rule.pattern, &spec.name));
+                rule.filter(|rule| rule.shares(rank)).map(|rule| &*rule.ranks)
             }
+            (ranks, _) => Some(ranks).filter(|ranks| ranks.len() > 1 && ranks.contains(&rank)),
+        };
+        if let Some(ranks) = ranks {
             let row = (Reverse(spec.bytes()?), &*spec.name, index);
-            groups.entry(&rule.ranks).or_default().push(row);
+            groups.entry(ranks).or_default().push(row);
         }
     }
     for (ranks, mut tensors) in groups {
@@ -104,7 +102,7 @@ mod tests {
 
     fn spec(name: &str, bytes: u64) -> Arc<TensorSpec> {
         let (name, shape) = (name.into(), vec![bytes]);
-        Arc::new(TensorSpec { name, dtype: Dtype::U8, shape, part_of: None })
+        Arc::new(TensorSpec { name, dtype: Dtype::U8, shape, part_of: None, held_by: Vec::new() })
     }
 
     fn rule(pattern: &str, ranks: &[u32]) -> Rule {

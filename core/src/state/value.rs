@@ -32,7 +32,7 @@ use std::{convert::Infallible, sync::Arc};
 
 pub use self::decode::{DecodeError, DecodeProblem};
 pub use self::encode::{EncodeError, EncodeProblem};
-use super::path::Key;
+use super::{dtype::Dtype, path::Key};
 
 /// Levels of a value; a leaf is one level.
 ///
@@ -147,12 +147,24 @@ pub enum Value {
 /// Where a tensor of the tree is found.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct TensorRef {
-    /// Key of the manifest's tensor table. Two places may name one tensor (tied weights).
+    /// Key of the manifest's tensor table. Two places may name one tensor (tied weights). Where it is cut,
+    /// `path#`, all the boxes that the ranks hold of it (`state::boxes`).
     pub name: Arc<str>,
     /// What to make of it.
     pub lib: Lib,
     /// It was a `Parameter`.
     pub param: bool,
+    /// What the whole is, where it is cut.
+    pub whole: Option<Arc<Whole>>,
+}
+
+/// The tensor that boxes are cut from.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Whole {
+    /// Element type.
+    pub dtype: Dtype,
+    /// In elements.
+    pub shape: Vec<u64>,
 }
 
 /// The library whose tensor it was.

@@ -22,8 +22,9 @@ use crate::{
     observe::{Event, Observer, Severity},
     record,
     restore::{
+        asks::Care,
         decide::Wish,
-        read::{Care, Restorable},
+        read::Restorable,
         survey::{BadCopy, ShardCopy},
     },
     state::replicas::Rule,
@@ -307,20 +308,14 @@ pub(crate) fn restorable(
         return Err(Error::Bug(format!("{key}, {rank}: a shard without a copy")));
     }
     let others = said.others.iter().map(|other| restorable(other, tiers, observer, care));
+    let bad = said.bad.iter().map(bad).collect::<Result<_>>()?;
+    let found = Restorable::of(key, rank, tiers.to_vec(), (copies, bad), observer.clone());
     Ok(Restorable {
-        rank,
-        tiers: tiers.to_vec(),
-        copies,
-        bad: said.bad.iter().map(bad).collect::<Result<_>>()?,
-        slot: None,
-        observer: observer.clone(),
         mends: said.mends,
         marks: said.marks,
         care: Some(care.clone()),
-        over: None,
-        further: None,
         others: others.collect::<Result<_>>()?,
-        key,
+        ..found
     })
 }
 

@@ -198,11 +198,17 @@ impl Model {
         let mut tensors = Vec::new();
         for (i, tensor) in self.tensors.iter().enumerate() {
             let name: Arc<str> = format!("t{i}").into();
-            let leaf = TensorRef { name: name.clone(), lib: Lib::Numpy, param: false };
+            let leaf = TensorRef { name: name.clone(), lib: Lib::Numpy, param: false, whole: None };
             entries.push((Value::Str(name.to_string()), Value::Tensor(leaf)));
             let shape = vec![tensor.len() as u64];
             tensors.push(Tensor {
-                spec: Arc::new(TensorSpec { name, dtype: Dtype::U8, shape, part_of: None }),
+                spec: Arc::new(TensorSpec {
+                    name,
+                    dtype: Dtype::U8,
+                    shape,
+                    part_of: None,
+                    held_by: Vec::new(),
+                }),
                 memory: Memory::Contiguous(Address::read_only(tensor.as_ptr())),
                 late: false,
             });

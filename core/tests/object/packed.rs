@@ -41,7 +41,7 @@ fn weights(count: usize, seed: u64) -> Vec<f32> {
 
 fn spec(name: &str, dtype: Dtype, count: usize) -> Arc<TensorSpec> {
     let shape = vec![count as u64];
-    Arc::new(TensorSpec { name: name.into(), dtype, shape, part_of: None })
+    Arc::new(TensorSpec { name: name.into(), dtype, shape, part_of: None, held_by: Vec::new() })
 }
 
 /// Weights, and noise that nothing makes smaller.
@@ -68,7 +68,7 @@ impl Model {
             tensor(spec("n", Dtype::U8, self.noise.len()), self.noise.as_ptr()),
         ];
         let leaf = |name: &str| {
-            let leaf = TensorRef { name: name.into(), lib: Lib::Numpy, param: false };
+            let leaf = TensorRef { name: name.into(), lib: Lib::Numpy, param: false, whole: None };
             (Value::Str(name.into()), Value::Tensor(leaf))
         };
         let request = SaveRequest {

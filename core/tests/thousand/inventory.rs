@@ -90,6 +90,7 @@ impl Far {
         let tensors: Vec<String> = (0..if rank == 0 { 1 } else { 360 }).map(tensor).collect();
         let tensors = format!("[{}]", tensors.join(","));
         let parts = Parts {
+            has_boxes: false,
             identity: &identity,
             payload: &payload,
             tensors_json: tensors.as_bytes(),

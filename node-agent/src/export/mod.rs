@@ -10,7 +10,6 @@
 //! - Ranks that hold one name with different bytes are never merged.
 
 mod assemble;
-mod boxes;
 mod names;
 mod pickle;
 mod plan;

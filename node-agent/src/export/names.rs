@@ -18,11 +18,6 @@ pub(super) fn name_in_file(path: &str, prefix: Option<&str>) -> Option<String> {
     }
 }
 
-/// The path of the tensor that a box is a part of: `model/w#1` is a part of `model/w`.
-pub(super) fn whole(name: &str) -> &str {
-    name.split_once('#').map_or(name, |(path, _)| path)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -6,14 +6,15 @@ use tierkeep::{
     glob,
     manifest::TensorEntry,
     restore::read::Restorable,
-    state::{dtype::Dtype, path::join, value::Value},
+    state::{
+        boxes::{Region, Runs, path_of},
+        dtype::Dtype,
+        path::join,
+        value::Value,
+    },
 };
 
-use super::{
-    boxes::{Runs, overlap},
-    conflict,
-    names::{name_in_file, whole},
-};
+use super::{conflict, names::name_in_file};
 use crate::fail::{FAILED, Failure};
 
 /// Which tensors.
@@ -57,7 +58,7 @@ pub(super) fn plan(sources: &[Restorable], wanted: &Wanted<'_>) -> Result<Vec<Ou
         let left = own.map(|own| own.left_to(source.rank));
         let ours = |e: &&TensorEntry| left.as_ref().is_none_or(|l| l.contains(e.name.as_str()));
         for entry in source.manifest().tensors.iter().filter(ours) {
-            boxes.entry(whole(&entry.name)).or_default().push((index, entry));
+            boxes.entry(path_of(&entry.name).0).or_default().push((index, entry));
         }
     }
     let mut outputs: BTreeMap<String, Output> = BTreeMap::new();
@@ -94,7 +95,7 @@ fn names<'a>(
         let tensors =
             tree.tensors().map_err(|e| damaged(format!("the tree of {}: {e}", source.rank)))?;
         for (keys, tensor) in tensors {
-            let (name, path) = (join(&keys), whole(&tensor.name));
+            let (name, path) = (join(&keys), path_of(&tensor.name).0);
             match names.entry(name) {
                 Entry::Vacant(free) => drop(free.insert(path.to_owned())),
                 Entry::Occupied(taken) if taken.get() == path => {}
@@ -125,17 +126,16 @@ fn output(
     parts: &[(usize, &TensorEntry)],
 ) -> Result<Output, Failure> {
     let (first_source, first) = parts[0];
-    let global = |entry: &TensorEntry| entry.global_shape.clone().unwrap_or(entry.shape.clone());
-    let shape = global(first);
+    let shape = first.global().to_vec();
     if let Some((source, other)) =
-        parts.iter().find(|(_, e)| e.dtype != first.dtype || global(e) != shape)
+        parts.iter().find(|(_, e)| e.dtype != first.dtype || e.global() != shape)
     {
         return Err(conflict(format!(
             "{path} is {} {shape:?} on {} and {} {:?} on {}",
             first.dtype,
             sources[first_source].rank,
             other.dtype,
-            global(other),
+            other.global(),
             sources[*source].rank
         )));
     }
@@ -145,22 +145,20 @@ fn output(
         return Err(damaged(format!("{path} is {} {shape:?}", first.dtype)));
     };
     let mut output = Output { name, dtype, shape, bytes, pieces: vec![], path: path.into() };
-    let mut seen: BTreeMap<(Vec<u64>, Vec<u64>), usize> = BTreeMap::new();
+    let mut seen: BTreeMap<Region, usize> = BTreeMap::new();
     for (source, entry) in parts.iter().filter(|(_, e)| e.at[0] < e.at[1]) {
-        let offset = entry.offset.clone().unwrap_or(vec![0; entry.shape.len()]);
-        let runs =
-            Runs::new(dtype.bits(), &output.shape, &offset, &entry.shape).ok_or_else(|| {
-                let why =
-                    format!("{path}: the box at {offset:?} does not begin and end with a byte");
-                Failure::own(FAILED, why, "leave it out with --include")
-            })?;
-        let same_as = seen.get(&(offset.clone(), entry.shape.clone())).copied();
-        seen.entry((offset, entry.shape.clone())).or_insert(*source);
+        let region = entry.region();
+        let runs = Runs::new(dtype.bits(), &output.shape, &region).ok_or_else(|| {
+            let why = format!("{path}: the box {region} does not begin and end with a byte");
+            Failure::own(FAILED, why, "leave it out with --include")
+        })?;
+        let same_as = seen.get(&region).copied();
+        seen.entry(region).or_insert(*source);
         output.pieces.push(Piece { source: *source, at: entry.at, runs, same_as });
     }
     let covered = output.pieces.iter().filter(|p| p.same_as.is_none());
     let covered = covered.fold(0_u64, |sum, p| sum.saturating_add(p.at[1] - p.at[0]));
-    let boxes: Vec<(&[u64], &[u64])> = seen.keys().map(|(o, s)| (&**o, &**s)).collect();
+    let boxes: Vec<&Region> = seen.keys().collect();
     if any_overlap(&boxes) {
         return Err(conflict(format!("{path} has boxes that overlap without being the same")));
     }
@@ -177,10 +175,11 @@ fn output(
 }
 
 /// Boxes rise by their first offset: only those that reach the next one's are compared.
-fn any_overlap(boxes: &[(&[u64], &[u64])]) -> bool {
+fn any_overlap(boxes: &[&Region]) -> bool {
     (0..boxes.len()).any(|i| {
-        let end = boxes[i].0.first().map_or(u64::MAX, |o| o.saturating_add(boxes[i].1[0]));
-        let near = boxes[i + 1..].iter().take_while(|b| b.0.first().is_none_or(|o| *o < end));
-        near.into_iter().any(|b| overlap(boxes[i], *b))
+        let Region { offset, shape } = boxes[i];
+        let end = offset.first().map_or(u64::MAX, |o| o.saturating_add(shape[0]));
+        let near = boxes[i + 1..].iter().take_while(|b| b.offset.first().is_none_or(|o| *o < end));
+        near.into_iter().any(|near| boxes[i].common(near).is_some())
     })
 }

@@ -17,7 +17,13 @@ pub(super) fn write(
 ) -> Result<(), Failure> {
     let spec = |o: &Output| {
         let name = o.name.as_str().into();
-        Arc::new(TensorSpec { name, dtype: o.dtype, shape: o.shape.clone(), part_of: None })
+        Arc::new(TensorSpec {
+            name,
+            dtype: o.dtype,
+            shape: o.shape.clone(),
+            part_of: None,
+            held_by: Vec::new(),
+        })
     };
     for o in outputs.iter().filter(|o| o.dtype.stored().0 != o.dtype) {
         let stored = o.dtype.stored().0;

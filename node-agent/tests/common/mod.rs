@@ -7,6 +7,7 @@ use std::{
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
     process::{Command, Output},
+    sync::Arc,
     time::Duration,
 };
 
@@ -19,10 +20,11 @@ use tierkeep::{
     snapshot::strided::Address,
     state::{
         Memory, State, Tensor, TensorSpec,
+        boxes::{box_name, name_of_all, path_of},
         dtype::Dtype,
         path::{Key, split},
         replicas::Rule,
-        value::{Lib, TensorRef, Value},
+        value::{Lib, TensorRef, Value, Whole},
     },
 };
 
@@ -33,13 +35,19 @@ pub struct Stored {
 }
 
 pub fn whole(name: &str, dtype: Dtype, shape: &[u64], fill: impl Fn(usize) -> u8) -> Stored {
-    let spec = TensorSpec { name: name.into(), dtype, shape: shape.into(), part_of: None };
+    let spec = TensorSpec {
+        name: name.into(),
+        dtype,
+        shape: shape.into(),
+        part_of: None,
+        held_by: Vec::new(),
+    };
     let len = usize::try_from(spec.bytes().unwrap()).unwrap();
     Stored { spec, bytes: (0..len).map(fill).collect() }
 }
 
-pub fn part(name: &str, global: &[u64], offset: &[u64], shape: &[u64]) -> Stored {
-    let mut stored = whole(name, Dtype::U8, shape, |_| 0);
+pub fn part(path: &str, global: &[u64], offset: &[u64], shape: &[u64]) -> Stored {
+    let mut stored = whole(&box_name(path, offset), Dtype::U8, shape, |_| 0);
     stored.spec.part_of = Some((global.into(), offset.into()));
     // Each byte says where in the global tensor it is (two dimensions).
     for (i, byte) in stored.bytes.iter_mut().enumerate() {
@@ -175,14 +183,29 @@ pub fn find(root: &Path, parts: &[&str]) -> PathBuf {
 }
 
 pub fn save(ckpt: &Checkpointer, step: u64, stored: &[Stored]) -> tierkeep::save::Save {
-    let leaf = |s: &Stored| {
-        Value::Tensor(TensorRef { name: s.spec.name.clone(), lib: Lib::Torch, param: false })
-    };
+    let leaf =
+        |s: &Stored| {
+            Value::Tensor(TensorRef {
+                name: match &s.spec.part_of {
+                    None => s.spec.name.clone(),
+                    Some(_) => name_of_all(path_of(&s.spec.name).0).into(),
+                },
+                lib: Lib::Torch,
+                param: false,
+                whole: s.spec.part_of.as_ref().map(|(global, _)| {
+                    Arc::new(Whole { dtype: s.spec.dtype, shape: global.clone() })
+                }),
+            })
+        };
     // A tree whose paths are the tensors' names.
     let mut model = Vec::new();
     let mut top = Vec::new();
+    let mut met = std::collections::HashSet::new();
     for s in stored {
-        let path = s.spec.name.split('#').next().unwrap();
+        let (path, _) = path_of(&s.spec.name);
+        if !met.insert(path) {
+            continue; // Another box of it.
+        }
         match split(path).unwrap().as_slice() {
             [Key::Str(a), Key::Str(b)] if a == "model" => {
                 model.push((Value::Str(b.clone()), leaf(s)));

@@ -160,12 +160,13 @@ pub(crate) fn bytes(seed: u8) -> Vec<u8> {
 
 pub(crate) fn save(ckpt: &Checkpointer, step: u64, data: &[u8]) -> Save {
     let name: Arc<str> = "w".into();
-    let leaf = TensorRef { name: name.clone(), lib: Lib::Numpy, param: false };
+    let leaf = TensorRef { name: name.clone(), lib: Lib::Numpy, param: false, whole: None };
     let spec = Arc::new(TensorSpec {
         name,
         dtype: Dtype::U8,
         shape: vec![data.len() as u64],
         part_of: None,
+        held_by: Vec::new(),
     });
     let memory = Memory::Contiguous(Address::read_only(data.as_ptr()));
     let state = State {

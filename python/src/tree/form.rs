@@ -22,6 +22,9 @@ pub(crate) struct Form {
     pub(crate) memory: Memory,
     /// First byte of element 0.
     pub(crate) start: usize,
+    /// Bytes from one element to the next, in each dimension of `shape`; empty where it has none of its own
+    /// (float4).
+    pub(crate) strides: Vec<isize>,
     /// The first byte of any element, and the one after the last.
     pub(crate) span: (usize, usize),
     pub(crate) bytes: u64,
@@ -83,13 +86,6 @@ fn refusal(tensor: &Bound<'_, PyAny>, torch: &Torch) -> PyResult<Option<String>>
     let ty = tensor.get_type();
     if !ty.is(torch.tensor.bind(py)) && !ty.is(torch.parameter.bind(py)) {
         let name = ty.fully_qualified_name()?.to_string();
-        if name.contains("DTensor") {
-            return Ok(Some(
-                "a DTensor: sharded tensors come with a later version; store its local tensor, \
-                 `tensor.to_local()`"
-                    .into(),
-            ));
-        }
         if !ty.getattr("__torch_dispatch__")?.is(&torch.no_dispatch) {
             return Ok(Some(format!(
                 "{name} keeps its bytes in its own way: store the plain tensors that it is made of"
@@ -215,7 +211,8 @@ fn form_of(
         }
     };
     let span = span(start, item, dims, strides);
-    Ok(Form { dtype, shape, memory, start, span, bytes, device: None, read_only: false })
+    let strides = if dims.len() == shape.len() { strides.to_vec() } else { Vec::new() };
+    Ok(Form { dtype, shape, memory, start, strides, span, bytes, device: None, read_only: false })
 }
 
 fn span(start: usize, item: usize, dims: &[usize], strides: &[isize]) -> (usize, usize) {

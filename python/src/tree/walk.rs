@@ -17,6 +17,7 @@ use super::{
     Cache, Walked, Wishes,
     form::{Form, Known, look},
     leaf,
+    sharded::{KnownSharded, is_sharded},
 };
 use crate::{
     address::ByAddress,
@@ -321,6 +322,11 @@ impl<'a, 'py> Walk<'a, 'py> {
         if self.hashed {
             return Err(self.refuse("a tensor cannot be stored in a key of a dict or in a set"));
         }
+        if let Some(torch) = self.torch.filter(|_| !exact)
+            && is_sharded(tensor)?
+        {
+            return self.sharded(tensor, torch);
+        }
         let form = self.form(tensor, exact)?;
         let (lib, param) = match self.torch {
             Some(torch) if exact || tensor.is_instance(torch.tensor.bind(self.py))? => {
@@ -328,14 +334,20 @@ impl<'a, 'py> Walk<'a, 'py> {
             }
             _ => (Lib::Numpy, false),
         };
-        let name = match self.tied(&form) {
+        // A box that has the same bytes goes by a name that is no plain tensor's.
+        let tied = self.tied(&form).filter(|index| self.tensors[*index].spec.part_of.is_none());
+        let name = match tied {
             Some(index) => self.tensors[index].spec.name.clone(),
-            None => self.add(tensor, form)?,
+            None => {
+                let spec = self.spec(tensor, &form);
+                self.add(tensor, tensor, form, spec.clone());
+                spec.name.clone()
+            }
         };
-        Ok(Value::Tensor(TensorRef { name, lib, param }))
+        Ok(Value::Tensor(TensorRef { name, lib, param, whole: None }))
     }
 
-    fn form(&mut self, tensor: &Bound<'py, PyAny>, exact: bool) -> PyResult<Arc<Form>> {
+    pub(super) fn form(&mut self, tensor: &Bound<'py, PyAny>, exact: bool) -> PyResult<Arc<Form>> {
         let identity = tensor.as_ptr() as usize;
         // Only an exact tensor of torch is sure to be no more than what is known of it.
         let torch = self.torch.filter(|_| exact);
@@ -357,7 +369,25 @@ impl<'a, 'py> Walk<'a, 'py> {
         Ok(form)
     }
 
-    fn tied(&self, form: &Form) -> Option<usize> {
+    /// The tensor with this number has this name.
+    pub(super) fn name_of(&self, index: usize) -> &str {
+        &self.tensors[index].spec.name
+    }
+
+    /// The name of a tensor at the current place.
+    pub(super) fn place_name(&self) -> String {
+        named(&self.path)
+    }
+
+    pub(super) fn sharded_known(&self, tensor: &Bound<'py, PyAny>) -> Option<&KnownSharded> {
+        self.cache.sharded.get(&(tensor.as_ptr() as usize))
+    }
+
+    pub(super) fn remember_sharded(&mut self, tensor: &Bound<'py, PyAny>, known: KnownSharded) {
+        self.cache.sharded.insert(tensor.as_ptr() as usize, known);
+    }
+
+    pub(super) fn tied(&self, form: &Form) -> Option<usize> {
         if form.bytes == 0 {
             return None;
         }
@@ -371,12 +401,16 @@ impl<'a, 'py> Walk<'a, 'py> {
         None
     }
 
-    /// Adds a tensor at the current place; returns its name.
-    fn add(&mut self, tensor: &Bound<'py, PyAny>, form: Arc<Form>) -> PyResult<Arc<str>> {
-        let spec = self.spec(tensor, &form);
-        let name = spec.name.clone();
+    /// Adds a tensor, of which an optimizer may own `object`: itself, or what it is a part of.
+    pub(super) fn add(
+        &mut self,
+        object: &Bound<'py, PyAny>,
+        tensor: &Bound<'py, PyAny>,
+        form: Arc<Form>,
+        spec: Arc<TensorSpec>,
+    ) {
         let index = self.tensors.len();
-        let owned = self.wishes.owned.is_some_and(|owned| owned.contains(tensor));
+        let owned = self.wishes.owned.is_some_and(|owned| owned.contains(object));
         let on_device = form.device.is_some();
         let late = owned && form.bytes >= LATE_BYTES_MIN;
         if on_device {
@@ -384,8 +418,8 @@ impl<'a, 'py> Walk<'a, 'py> {
             self.on_device.push(OnDevice { index, tensor: tensor.clone().unbind(), late });
         } else if late {
             // The tensor object may be given other memory; this holds the memory that it has now.
-            let storage = tensor.call_method0(intern!(self.py, "untyped_storage"))?;
-            self.keep.push(storage.unbind());
+            let storage = tensor.call_method0(intern!(self.py, "untyped_storage"));
+            self.keep.push(storage.unwrap_or_else(|_| tensor.clone()).unbind());
         } else {
             self.hold.push(tensor.clone().unbind());
         }
@@ -393,7 +427,6 @@ impl<'a, 'py> Walk<'a, 'py> {
         self.tensors.push(Tensor { spec, memory, late });
         self.before.push(self.by_start.insert(form.start, index));
         self.forms.push(form);
-        Ok(name)
     }
 
     /// That of the last walk, where it found the tensor in the same place.
@@ -405,18 +438,23 @@ impl<'a, 'py> Walk<'a, 'py> {
         {
             return spec.clone();
         }
-        let name = if self.path.is_empty() { path::join(&[]) } else { self.path.clone() };
         let spec = Arc::new(TensorSpec {
-            name: name.into(),
+            name: named(&self.path).into(),
             dtype: form.dtype,
             shape: form.shape.clone(),
             part_of: None,
+            held_by: Vec::new(),
         });
         if let Some(known) = &mut known {
             known.spec = Some(spec.clone());
         }
         spec
     }
+}
+
+/// The name of the tensor at an escaped path; the root has one too.
+fn named(place: &str) -> String {
+    if place.is_empty() { path::join(&[]) } else { place.to_owned() }
 }
 
 /// Whether a str is its own component of a path. Not all that are: the ones that are quickly told.

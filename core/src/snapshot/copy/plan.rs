@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::excerpt::Excerpt;
 use crate::{
     error::{Error, Result},
     snapshot::strided::{Address, Strided},
@@ -16,6 +17,8 @@ pub enum Memory {
     Strided(Strided),
     /// Already in the slot, brought by a device's DMA or an earlier phase: checksummed only.
     InPlace,
+    /// Boxes of a tensor, none of which shares an element with another. Only to restore.
+    Excerpts(Vec<Excerpt>),
     /// Nobody wants these bytes back. Only to restore; checksummed where their chunk is read at
     /// all.
     Skip,
@@ -42,8 +45,17 @@ impl Piece {
         self.offset + self.len
     }
 
-    fn wanted(&self) -> bool {
-        !matches!(self.memory, Memory::Skip)
+    /// Bytes of it that lie in `range` of the payload are wanted.
+    fn wants(&self, range: &Range<usize>) -> bool {
+        match &self.memory {
+            Memory::Skip => false,
+            Memory::Excerpts(excerpts) => {
+                let at = range.start.max(self.offset) - self.offset;
+                let end = range.end.min(self.end()).saturating_sub(self.offset);
+                excerpts.iter().any(|excerpt| excerpt.wants(at, end))
+            }
+            Memory::Bytes(_) | Memory::Strided(_) | Memory::InPlace => true,
+        }
     }
 }
 
@@ -101,7 +113,11 @@ impl Plan {
                     piece.memory = Memory::Bytes(start);
                 }
             }
-            plan.skips |= piece.len > 0 && !piece.wanted();
+            if let Memory::Excerpts(excerpts) = &piece.memory {
+                plan.overlaps |= excerpts.iter().any(Excerpt::overlaps);
+            }
+            let skips = matches!(piece.memory, Memory::Skip | Memory::Excerpts(_));
+            plan.skips |= piece.len > 0 && skips;
             if piece.len > 0 {
                 plan.now_bytes += if piece.now { piece.len } else { 0 };
                 plan.pieces.push(piece);
@@ -156,7 +172,8 @@ impl Plan {
     /// If there is no such chunk.
     #[must_use]
     pub fn wants(&self, chunk: usize) -> bool {
-        self.pieces_in(&self.chunk(chunk)).any(Piece::wanted)
+        let range = self.chunk(chunk);
+        self.pieces_in(&range).any(|piece| piece.wants(&range))
     }
 
     pub(super) fn pieces_in(&self, range: &Range<usize>) -> impl Iterator<Item = &Piece> {

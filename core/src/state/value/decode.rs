@@ -17,12 +17,15 @@
 //! | `torch.dtype`, `torch.device`, `path` | `"text"` |
 //! | `torch.Size` | `[int, ...]` |
 //! | `object` | value |
-//! | `tensor` | `{"lib": "torch", "name": "...", "param": true or absent}` |
+//! | `tensor` | `{"lib": "torch", "name": "...", "param": true or absent}`; cut: also `"dtype"`, `"shape"` |
+
+use std::sync::Arc;
 
 use serde::de::{Deserialize, Deserializer, Error as _};
 use serde_json::Value as Json;
 
-use super::{Lib, TensorRef, VALUE_DEPTH_MAX, Value, is_hex_digit};
+use super::{Lib, TensorRef, VALUE_DEPTH_MAX, Value, Whole, is_hex_digit};
+use crate::state::dtype::Dtype;
 
 /// JSON that is not an encoded value.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -213,7 +216,8 @@ impl Level {
 }
 
 fn tensor(json: &Json) -> Result<TensorRef> {
-    let shape = || not("a tensor: lib, name and, where it is true, param");
+    let shape =
+        || not("a tensor: lib, name, param where it is true, dtype and shape where it is cut");
     let object = json.as_object().ok_or_else(shape)?;
     let (Some(lib), Some(name)) = (object.get("lib"), object.get("name")) else {
         return Err(shape());
@@ -223,11 +227,29 @@ fn tensor(json: &Json) -> Result<TensorRef> {
         Some(Json::Bool(true)) => true,
         Some(_) => return Err(shape()),
     };
-    if object.len() != 2 + usize::from(param) {
+    let whole = match (object.get("dtype"), object.get("shape")) {
+        (None, None) => None,
+        (Some(dtype), Some(dims)) => Some(Arc::new(whole(dtype, dims)?)),
+        _ => return Err(shape()),
+    };
+    if object.len() != 2 + usize::from(param) + 2 * usize::from(whole.is_some()) {
         return Err(shape());
     }
     let lib = Lib::parse(text(lib)?).ok_or_else(|| not("torch, numpy or jax"));
-    Ok(TensorRef { name: text(name)?.into(), lib: under(lib, || "[\"lib\"]".into())?, param })
+    let lib = under(lib, || "[\"lib\"]".into())?;
+    Ok(TensorRef { name: text(name)?.into(), lib, param, whole })
+}
+
+fn whole(dtype: &Json, dims: &Json) -> Result<Whole> {
+    let known = text(dtype).and_then(|name| Dtype::parse(name).ok_or_else(|| not("a dtype")));
+    let dtype = under(known, || "[\"dtype\"]".into())?;
+    let dim = |dim: &Json| dim.as_u64().ok_or_else(|| not("a size"));
+    let shape = array(dims).and_then(|dims| dims.iter().map(dim).collect());
+    let shape: Vec<u64> = under(shape, || "[\"shape\"]".into())?;
+    if dtype.bytes_of(&shape).is_none() {
+        return Err(not("a shape below 2^64 bytes"));
+    }
+    Ok(Whole { dtype, shape })
 }
 
 fn array(json: &Json) -> Result<&Vec<Json>> {

@@ -150,11 +150,18 @@ where
 
 impl Serialize for TensorRef {
     fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
-        let mut object = s.serialize_map(Some(2 + usize::from(self.param)))?;
+        let more = usize::from(self.param) + 2 * usize::from(self.whole.is_some());
+        let mut object = s.serialize_map(Some(2 + more))?;
+        if let Some(whole) = &self.whole {
+            object.serialize_entry("dtype", whole.dtype.name())?;
+        }
         object.serialize_entry("lib", self.lib.name())?;
         object.serialize_entry("name", &*self.name)?;
         if self.param {
             object.serialize_entry("param", &true)?;
+        }
+        if let Some(whole) = &self.whole {
+            object.serialize_entry("shape", &whole.shape)?;
         }
         object.end()
     }

@@ -13,7 +13,7 @@ fn encode(value: &Value) -> Json {
 }
 
 fn tensor(name: &str) -> Value {
-    Value::Tensor(TensorRef { name: name.into(), lib: Lib::Torch, param: false })
+    Value::Tensor(TensorRef { name: name.into(), lib: Lib::Torch, param: false, whole: None })
 }
 
 fn str(text: &str) -> Value {
@@ -40,13 +40,14 @@ fn leaf() -> impl Strategy<Value = Value> {
         let wide = units.into_iter().map(|unit| unit | 0x800);
         Value::str(wide.chain([0xD800]).flat_map(encode).collect())
     });
-    let tensors = (any::<String>(), 0_usize..3, any::<bool>()).prop_map(|(name, lib, param)| {
-        Value::Tensor(TensorRef {
-            name: name.into(),
-            lib: [Lib::Torch, Lib::Numpy, Lib::Jax][lib],
-            param,
-        })
-    });
+    let shapes = prop::option::of(prop::collection::vec(0_u64..1 << 20, 0..3));
+    let tensors = (any::<String>(), 0_usize..3, any::<bool>(), shapes).prop_map(
+        |(name, lib, param, shape)| {
+            let whole = shape.map(|shape| Arc::new(Whole { dtype: Dtype::BF16, shape }));
+            let lib = [Lib::Torch, Lib::Numpy, Lib::Jax][lib];
+            Value::Tensor(TensorRef { name: name.into(), lib, param, whole })
+        },
+    );
     prop_oneof![
         Just(Value::None),
         any::<bool>().prop_map(Value::Bool),
@@ -397,8 +398,17 @@ fn json_is_as_a_person_reads_it() {
         (Value::Object(Box::new(Value::Int(1))), r#"{"object":1}"#),
         (tensor("a/b"), r#"{"tensor":{"lib":"torch","name":"a/b"}}"#),
         (
-            Value::Tensor(TensorRef { name: "w".into(), lib: Lib::Jax, param: true }),
+            Value::Tensor(TensorRef { name: "w".into(), lib: Lib::Jax, param: true, whole: None }),
             r#"{"tensor":{"lib":"jax","name":"w","param":true}}"#,
+        ),
+        (
+            Value::Tensor(TensorRef {
+                name: "w#".into(),
+                lib: Lib::Torch,
+                param: false,
+                whole: Some(Arc::new(Whole { dtype: Dtype::BF16, shape: vec![8, 4] })),
+            }),
+            r#"{"tensor":{"dtype":"BF16","lib":"torch","name":"w#","shape":[8,4]}}"#,
         ),
         (Value::Pickle(vec![128, 4]), r#"{"pickle":"8004"}"#),
     ] {
@@ -439,7 +449,10 @@ fn errors_say_where_and_what() {
         ),
         (
             json!({"tensor": {"lib": "torch", "name": "a", "x": 1}}),
-            r#"at .["tensor"]: not a tensor: lib, name and, where it is true, param"#,
+            concat!(
+                r#"at .["tensor"]: not a tensor: lib, name, param where it is true, "#,
+                "dtype and shape where it is cut"
+            ),
         ),
         (
             json!({"tensor": {"lib": "tf", "name": "a"}}),

@@ -1,0 +1,76 @@
+//! Memory of ranks that this job has no more: a run that goes on with fewer ranks, or with other ones that
+//! save.
+//!
+//! # Invariants
+//!
+//! - Nothing is taken before a checkpoint of this attempt is sealed on disk, nor from a rank that lives.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use super::Cascade;
+use crate::{
+    config::Config,
+    error::{Error, Result},
+    names::{Rank, parse_payload_name},
+    observe::locked,
+    ownership::{Ownership, rank_lock},
+    restore::survey::survey,
+    snapshot::arena::SLOTS,
+    tier::Tier,
+};
+
+impl Cascade {
+    /// The leader, in the process of its trainer: gives back the memory of such ranks on this node. (An agent
+    /// does so for every rank whose trainer is gone.)
+    pub(super) fn clear_strangers(&self) -> Result<()> {
+        if !self.parts.is_embedded || locked(&self.work).sealed.is_none() {
+            return Ok(());
+        }
+        let (ram, config) = (&*self.parts.ram, &self.parts.config);
+        for rank in strangers(ram, config)? {
+            let what = format!("{rank} of {}", config.destination.display());
+            let lock = rank_lock(&config.home(), rank);
+            match Ownership::take(&lock, &what, Duration::ZERO, &*self.parts.clock) {
+                Ok(_lock) => clear(ram, rank)?,
+                Err(Error::Fenced { .. }) => {} // It lives: of an older start, which will end.
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Ranks that have files in this node's RAM, and save no more.
+fn strangers(ram: &dyn Tier, config: &Config) -> Result<BTreeSet<Rank>> {
+    let mut ranks = BTreeSet::new();
+    for found in survey(&[ram])? {
+        for listing in &found.listings {
+            ranks.extend(listing.manifests.iter().chain(listing.payloads.keys()).copied());
+        }
+    }
+    for entry in ram.list(SLOTS)? {
+        let number = entry.name.strip_prefix("rank-").and_then(|rest| rest.get(..6));
+        ranks.extend(number.and_then(|digits| digits.parse().ok()).map(Rank));
+    }
+    ranks.retain(|rank| !config.savers.contains(&rank.0));
+    Ok(ranks)
+}
+
+/// Deletes what a rank has in RAM, each manifest before its payload.
+fn clear(ram: &dyn Tier, rank: Rank) -> Result<()> {
+    for found in survey(&[ram])? {
+        let files = ram.list(&found.key.dir())?;
+        let ours = |name: &str| parse_payload_name(name) == Some(rank);
+        ram.delete(&found.key.manifest(rank))?;
+        for file in files.iter().filter(|file| ours(&file.name)) {
+            ram.delete(&found.key.file(&file.name))?;
+        }
+        // Only where nothing else lies there.
+        for dir in [found.key.dir(), crate::names::step_dir(found.key.step)] {
+            let _ = ram.delete(&dir);
+        }
+    }
+    let prefix = format!("rank-{:06}-", rank.0);
+    let mut slots = ram.list(SLOTS)?.into_iter().filter(|slot| slot.name.starts_with(&prefix));
+    slots.try_for_each(|slot| ram.delete(&format!("{SLOTS}/{}", slot.name)))
+}

@@ -1,0 +1,68 @@
+"""What a rank looks for and did not save itself: places in the trees of other ranks.
+
+A pipeline's stages have other parts of one state, and a job of other ranks cuts it elsewhere. A
+rank's own tree comes first; where it has no such place, the other ranks' do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from tierkeep import _rename, _saved
+from tierkeep._tierkeep import Found
+
+#: Names to (dtype as in safetensors, shape).
+Table = Mapping[str, tuple[str, tuple[int, ...]]]
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Foreign:
+    """A place that only other ranks have, as the first of them has it."""
+
+    tree: Any
+    #: As the other ones have it.
+    others: list[Any]
+
+
+def merged(found: Found) -> tuple[Any, dict[int, Table]]:
+    """The rank's tree with the places that only others have, and the tables of their tensors."""
+    tree = found.tree
+    tables: dict[int, Table] = {}
+    for other in found.others():
+        tables[other.rank] = other.tensors
+        elsewhere = other.elsewhere
+        theirs = other.tree
+        for _, tensor in _rename.tensors(theirs):
+            # What is cut lies with all ranks.
+            if not tensor.name.endswith("#"):
+                tensor.rank = elsewhere.get(tensor.name, other.rank)
+        _add(tree, theirs)
+    return tree, tables
+
+
+def _add(ours: Any, theirs: Any) -> None:
+    """Adds to `ours` what only `theirs` has."""
+    ours, theirs = _bare(ours), _bare(theirs)
+    if isinstance(ours, Foreign):
+        ours.others.append(theirs)
+        _add(ours.tree, theirs)
+    elif isinstance(ours, _saved.Mapping) and isinstance(theirs, _saved.Mapping):
+        there = {key: value for key, value in ours.entries if isinstance(key, str | int)}
+        for key, value in theirs.entries:
+            if key in there:
+                _add(there[key], value)
+            elif isinstance(key, str | int):
+                ours.entries.append((key, Foreign(value, [])))
+    elif isinstance(ours, _saved.NamedTuple | _saved.Dataclass) and type(ours) is type(theirs):
+        for name, value in theirs.fields.items():
+            if name in ours.fields:
+                _add(ours.fields[name], value)
+    elif type(ours) in (list, tuple) and type(ours) is type(theirs):
+        for mine, other in zip(ours, theirs, strict=False):
+            _add(mine, other)
+
+
+def _bare(tree: Any) -> Any:
+    return tree.tree if isinstance(tree, _saved.Object) else tree
