@@ -254,14 +254,13 @@ fn a_payload_that_is_gone_short_or_a_directory_costs_that_step_alone() {
 }
 
 #[test]
-fn another_world_size_is_refused_by_name() {
+fn another_world_size_goes_on_and_is_told() {
     let places = two_steps();
     let ckpt = Checkpointer::open(places.config_of(0, 2)).unwrap();
-    let error = resume(&ckpt, &SMALL).unwrap_err();
-    assert!(
-        error.to_string().contains("saved by 1 ranks (rank 0), this job saves from 2"),
-        "{error}"
-    );
+    assert_eq!(resume(&ckpt, &SMALL).unwrap(), 2);
+    let told = common::events(&ckpt);
+    let text = "was saved by 1 ranks (rank 0), this job saves from 2 (ranks 0, 1)";
+    assert!(told.iter().any(|e| e.starts_with("other_ranks: ") && e.contains(text)), "{told:?}");
 }
 
 #[test]

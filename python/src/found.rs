@@ -17,7 +17,7 @@ use tierkeep::{
     snapshot::{copy::Memory as CopyMemory, strided::Address},
     state::{
         Memory,
-        boxes::{Region, path_of},
+        boxes::{Region, name_of_all, path_of},
         value::Value,
     },
 };
@@ -123,6 +123,17 @@ impl Found {
             }
         }
         Ok(table)
+    }
+
+    /// The boxes in it: (the name of all of the tensor's, `path#`; offset; shape).
+    #[getter]
+    fn boxes(&self) -> Vec<(String, Vec<u64>, Vec<u64>)> {
+        let boxes = self.core.tensors().filter(|tensor| path_of(&tensor.name).1);
+        let row = |tensor: &TensorEntry| {
+            let Region { offset, shape } = tensor.region();
+            (name_of_all(path_of(&tensor.name).0), offset, shape)
+        };
+        boxes.map(row).collect()
     }
 
     /// Its tensors that other ranks store: a dict from name to rank.

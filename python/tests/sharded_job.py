@@ -1,7 +1,7 @@
 """One process of jobs, one after the other, whose model is cut in one way or another: each restores
 what is there, compares it with what was saved, trains, and saves.
 
-    python sharded_job.py RUN '[["fsdp", 3], ["plain", 1]]'
+    python sharded_job.py RUN '[["fsdp", 3], ["plain", 1]]' checkpointer|dcp
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -26,6 +33,8 @@ from torch.distributed.tensor.parallel import (
 )
 
 import tierkeep
+import tierkeep.torch
+from tierkeep.torch import _runs
 
 #: Sizes that no number of ranks here divides evenly.
 WIDTH, HIDDEN = 7, 10
@@ -103,26 +112,55 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
     return [] if a == b else [f"{path}: {a} and {b}"]
 
 
-def live(run: Path, kind: str) -> tuple[int, list[str]]:
-    """Restores, looks, trains, saves: the step that was restored, and what is not as it was."""
-    model, how = built(kind)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    state = {"model": model, "optim": optimizer}
-    expected = run.parent / "expected.pt"
+class Job:
+    """Restores, looks, trains, saves."""
 
-    def now() -> Any:
-        return {"model": whole(model.state_dict()), "optim": whole(optimizer.state_dict())}
+    def __init__(self, run: Path, kind: str) -> None:
+        self.model, self.how = built(kind)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        self.run, self.expected = run, run.parent / "expected.pt"
 
-    with tierkeep.Checkpointer(run, **how) as ckpt:
-        found = ckpt.restore(state)
-        step = found.step if found else 0
-        told = differences(torch.load(expected, weights_only=False), now()) if found else []
-        train(model, optimizer)
-        after = now()
-        ckpt.save(step + 1, state).wait("disk", 60)
-    if dist.get_rank() == 0:
-        torch.save(after, expected)
-    return step, told
+    def now(self) -> Any:
+        model, optimizer = self.model.state_dict(), self.optimizer.state_dict()
+        return {"model": whole(model), "optim": whole(optimizer)}
+
+    def look(self) -> list[str]:
+        """What is not as it was when it was saved."""
+        return differences(torch.load(self.expected, weights_only=False), self.now())
+
+    def go_on(self) -> None:
+        train(self.model, self.optimizer)
+        after = self.now()
+        if dist.get_rank() == 0:
+            torch.save(after, self.expected)
+
+    def with_checkpointer(self) -> tuple[int, list[str]]:
+        state = {"model": self.model, "optim": self.optimizer}
+        with tierkeep.Checkpointer(self.run, **self.how) as ckpt:
+            found = ckpt.restore(state)
+            step = found.step if found else 0
+            told = self.look() if found else []
+            self.go_on()
+            ckpt.save(step + 1, state).wait("disk", 60)
+        return step, told
+
+    def with_dcp(self) -> tuple[int, list[str]]:
+        def state() -> dict[str, Any]:
+            optimizer = get_optimizer_state_dict(self.model, self.optimizer)
+            return {"model": get_model_state_dict(self.model), "optim": optimizer}
+
+        told, step = [], 0
+        if self.run.exists():
+            step = max(int(path.name) for path in self.run.glob("0*"))
+            reader, found = tierkeep.torch.StorageReader(self.run), state()
+            dcp.load(found, storage_reader=reader)
+            set_model_state_dict(self.model, found["model"])
+            set_optimizer_state_dict(self.model, self.optimizer, found["optim"])
+            told = self.look()
+        self.go_on()
+        dcp.save(state(), storage_writer=tierkeep.torch.StorageWriter(self.run))
+        _runs.close_all()
+        return step, told
 
 
 def main() -> None:
@@ -133,7 +171,8 @@ def main() -> None:
         if rank < world:
             own = dist.PrefixStore(str(turn), store)
             dist.init_process_group("gloo", store=own, rank=rank, world_size=world)
-            step, told = live(run, kind)
+            job = Job(run, kind)
+            step, told = job.with_dcp() if sys.argv[3] == "dcp" else job.with_checkpointer()
             print(json.dumps({"turn": turn, "step": step, "differences": told}))
             dist.destroy_process_group()
         store.add(f"over {turn}", 1)

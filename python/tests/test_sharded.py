@@ -37,7 +37,7 @@ def test_it_comes_back_bit_for_bit_on_any_other_mesh(run: Path) -> None:
     jobs = [job for a, b in itertools.combinations(JOBS, 2) for job in (a, b)]
     jobs.append(jobs[0])
     assert set(itertools.pairwise(jobs)) >= set(itertools.permutations(JOBS, 2))
-    results = [ended(rank) for rank in start(5, JOB, run, json.dumps(jobs))]
+    results = [ended(rank) for rank in start(5, JOB, run, json.dumps(jobs), "checkpointer")]
     assert all(code == 0 for code, _, _ in results), results
     told = [json.loads(line) for _, out, _ in results for line in out.splitlines()]
     assert [line for line in told if line["differences"]] == []
@@ -107,7 +107,9 @@ def test_parts_on_ranks_that_do_not_save_are_refused(run: Path) -> None:
 def test_a_laptop_reads_whole_tensors_of_what_was_cut(run: Path, tmp_path: Path) -> None:
     """With `load`, with the command, and by a plain reader of safetensors."""
     jobs = [["fsdp-tp", 4]]
-    assert all(code == 0 for code, *_ in map(ended, start(4, JOB, run, json.dumps(jobs))))
+    assert all(
+        code == 0 for code, *_ in map(ended, start(4, JOB, run, json.dumps(jobs), "checkpointer"))
+    )
     expected = torch.load(run.parent / "expected.pt", weights_only=False)
     loaded = tierkeep.load(run, rank=0)
     assert loaded["model"].keys() == expected["model"].keys()

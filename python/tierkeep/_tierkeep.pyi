@@ -157,6 +157,10 @@ class Found:
         """
 
     @property
+    def boxes(self) -> list[tuple[str, list[int], list[int]]]:
+        """The boxes in it: (the name of all of the tensor's, `path#`; offset; shape)."""
+
+    @property
     def elsewhere(self) -> dict[str, int]:
         """Names of tensors that other ranks store, to the rank."""
 

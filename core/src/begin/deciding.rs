@@ -346,5 +346,5 @@ fn tell_world(place: &Place, decided: &Decision) {
         ours.len(),
         ranks(ours)
     );
-    place.observer.info("other_ranks", Some(parent.step), text);
+    place.observer.warn("other_ranks", Some(parent.step), text);
 }

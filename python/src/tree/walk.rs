@@ -156,6 +156,11 @@ impl<'a, 'py> Walk<'a, 'py> {
         if self.is_tensor(object)? {
             return self.tensor(object, false);
         }
+        if let Some(torch) = self.torch
+            && is_sharded(object)?
+        {
+            return self.sharded(object, torch);
+        }
         if object.cast_exact::<PySet>().is_ok() {
             return self.inside(object, |walk| walk.hashed_items(object).map(Value::Set));
         }

@@ -1,0 +1,177 @@
+"""What torch's planners write and read, as a tree of tierkeep's and back.
+
+A planner flattens a state: `model.layers.0.weight` is the path `("model", "layers.0.weight")`,
+which it keeps as its data. The tree is the nested one, so that a run that torch wrote is read by a
+`Checkpointer`, by `tierkeep.load` and by JAX, and what a `Checkpointer` wrote by torch's loaders.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
+
+from tierkeep import _merge, _saved, _types
+from tierkeep._build import Make
+from tierkeep._sharded import Box, Pieces
+from tierkeep._tierkeep import Found
+
+Path = tuple[str | int, ...]
+
+
+class Pickled(NamedTuple):
+    """A value that a planner of torch's has turned into bytes: `torch.save` wrote them."""
+
+    data: bytes
+
+
+# -- out -------------------------------------------------------------------------------------
+
+
+def tree(plan: SavePlan, planner: SavePlanner) -> dict[str, Any]:
+    """The state that the items of a plan are."""
+    paths: Mapping[str, Path] = plan.planner_data if isinstance(plan.planner_data, dict) else {}
+    pieces: dict[str, list[Box]] = {}
+    forms: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    root: dict[str, Any] = {}
+    for item in plan.items:
+        fqn = item.index.fqn
+        if item.type == WriteItemType.BYTE_IO:
+            data: io.BytesIO = planner.resolve_data(item)  # type: ignore[assignment]
+            _put(root, paths.get(fqn, (fqn,)), Pickled(data.getvalue()))
+            continue
+        assert item.tensor_data is not None
+        local = planner.resolve_data(item)
+        assert isinstance(local, torch.Tensor)
+        box = Box(tuple(item.tensor_data.chunk.offsets), local.detach(), ())
+        pieces.setdefault(fqn, []).append(box)
+        forms[fqn] = (tuple(item.tensor_data.size), local.dtype)
+    for fqn, boxes in pieces.items():
+        shape, dtype = forms[fqn]
+        with_elements = [box for box in boxes if box.local.numel() > 0]
+        _put(root, paths.get(fqn, (fqn,)), Pieces(shape, dtype, with_elements))
+    return root
+
+
+def _put(root: Any, path: Path, value: Any) -> None:
+    """Makes the containers on the way: lists for positions, dicts for keys."""
+    at = root
+    for key, below in zip(path, (*path[1:], None), strict=True):
+        made: Any = value if below is None else [] if isinstance(below, int) else {}
+        if isinstance(at, list):
+            assert isinstance(key, int)
+            at.extend([None] * (key + 1 - len(at)))
+            if at[key] is None or below is None:
+                at[key] = made
+        elif key not in at or below is None:
+            at[key] = made
+        at = at[key]
+
+
+# -- in --------------------------------------------------------------------------------------
+
+
+class Leaf(NamedTuple):
+    """A place of a checkpoint that torch's loaders can ask for."""
+
+    path: Path
+    #: The mark of a tensor, or a value.
+    saved: Any
+    #: The shard whose tree it is in.
+    found: Found
+
+
+def leaves(shards: list[Found]) -> dict[str, Leaf]:
+    """Every place by the name that torch gives it, as the first rank has it."""
+    all_of_it: dict[str, Leaf] = {}
+    for found in shards:
+        elsewhere = found.elsewhere
+        for path, saved in _walk(found.tree, ()):
+            if isinstance(saved, _saved.Tensor) and not saved.name.endswith("#"):
+                saved.rank = elsewhere.get(saved.name, found.rank)
+            fqn = ".".join(map(str, path))
+            known = all_of_it.get(fqn)
+            # None fills the gaps of a list of which the rank has other items.
+            if known is None or known.saved is None:
+                all_of_it[fqn] = Leaf(path, saved, found)
+    return all_of_it
+
+
+def _walk(saved: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+    """As torch's planners flatten a state: a list without tensors and dicts is one value."""
+    if isinstance(saved, _saved.Object):
+        yield from _walk(saved.tree, path)
+    elif isinstance(saved, _saved.Mapping):
+        for key, value in saved.entries:
+            # Keys that are marks have no name there.
+            if isinstance(key, str | int | float | bool):
+                yield from _walk(value, (*path, str(key)))
+    elif type(saved) is list and not _is_whole(saved):
+        for index, value in enumerate(saved):
+            yield from _walk(value, (*path, index))
+    else:
+        yield path, saved
+
+
+def _is_whole(items: list[Any]) -> bool:
+    def holds(value: Any) -> bool:
+        value = value.tree if isinstance(value, _saved.Object) else value
+        return isinstance(value, _saved.Tensor | _saved.Mapping) or (
+            type(value) is list and not _is_whole(value)
+        )
+
+    return not any(holds(value) or is_pickled(value) for value in items)
+
+
+def metadata(places: dict[str, Leaf], shards: list[Found]) -> Metadata:
+    """What torch's loaders plan by: every tensor with its chunks, and every other value."""
+    boxes: dict[str, dict[tuple[tuple[int, ...], tuple[int, ...]], None]] = {}
+    wholes: dict[str, tuple[str, tuple[int, ...]]] = {}
+    tables: dict[int, _merge.Table] = {}
+    for found in shards:
+        tables[found.rank] = found.tensors
+        for name, offset, shape in found.boxes:
+            boxes.setdefault(name, {})[tuple(offset), tuple(shape)] = None
+        wholes.update((n, form) for n, form in found.tensors.items() if n.endswith("#"))
+    described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    for fqn, leaf in places.items():
+        saved = leaf.saved
+        if not isinstance(saved, _saved.Tensor):
+            described[fqn] = BytesStorageMetadata()
+            continue
+        rank = leaf.found.rank if saved.rank is None else saved.rank
+        dtype, size = wholes[saved.name] if saved.name in wholes else tables[rank][saved.name]
+        chunks = [
+            ChunkStorageMetadata(torch.Size(offset), torch.Size(shape))
+            for offset, shape in boxes.get(saved.name, {(((0,) * len(size)), size): None})
+        ]
+        properties = TensorProperties(dtype=getattr(torch, _types.TORCH_DTYPES[dtype]))
+        described[fqn] = TensorStorageMetadata(properties, torch.Size(size), chunks)
+    planner_data = {fqn: leaf.path for fqn, leaf in places.items()}
+    return Metadata(state_dict_metadata=described, planner_data=planner_data, storage_data={})
+
+
+def to_bytes(saved: Any, make: Make) -> io.BytesIO:
+    """A value as a planner wants it."""
+    if is_pickled(saved):
+        return io.BytesIO(saved.fields["data"])
+    stream = io.BytesIO()
+    torch.save(make(), stream)
+    stream.seek(0)
+    return stream
+
+
+def is_pickled(saved: Any) -> bool:
+    """Whether it is a value that a planner of torch's turned into bytes."""
+    name = f"{Pickled.__module__}:{Pickled.__qualname__}"
+    return isinstance(saved, _saved.NamedTuple) and saved.type_name == name

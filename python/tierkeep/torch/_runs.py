@@ -1,0 +1,123 @@
+"""Which run and step a path of torch's means, and the handles of this process on runs.
+
+torch's tools name each checkpoint (`/ckpt/gpt/step-100`) and make a new writer for each; a run has
+one handle, which stays open from save to save.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from typing import Any, NamedTuple
+
+from tierkeep._checkpointer import Checkpointer
+from tierkeep.errors import InvalidError
+
+logger = logging.getLogger("tierkeep")
+
+_STEP = re.compile(
+    r"(?:(?:step|global_step|checkpoint|ckpt|epoch|iter|iteration)[-_.=]?)?([0-9]{1,18})"
+)
+
+
+class Place(NamedTuple):
+    """A checkpoint by its name."""
+
+    #: The run's directory, or its place in a bucket.
+    run: str
+    #: `None`: the newest to read, the next one to write.
+    step: int | None
+
+
+def place(checkpoint_id: str | os.PathLike[str]) -> Place:
+    """`<run>/step-100` (or `checkpoint-100`, `epoch_3`, `100`) is a step of `<run>`; any other path
+    is a run.
+    """
+    path = os.fsdecode(checkpoint_id).removeprefix("tierkeep://").rstrip("/")
+    if not path:
+        raise InvalidError(f"{checkpoint_id!r} names no checkpoint: <run>/step-<number>")
+    run, _, last = path.rpartition("/")
+    numbered = _STEP.fullmatch(last)
+    if numbered is None or not run:
+        return Place(path, None)
+    return Place(run, int(numbered[1]))
+
+
+class _Open(NamedTuple):
+    ckpt: Checkpointer
+    #: (rank, world size, options): a handle of others is another one.
+    who: tuple[int, int, tuple[tuple[str, str], ...]]
+    pid: int
+
+
+_open: dict[str, _Open] = {}
+
+#: What was loaded last of each run, by this process: the step that it goes on from.
+loaded: dict[str, int] = {}
+
+
+def handle(
+    run: str, rank: int, world: int, attempt_id: str | None, options: dict[str, Any]
+) -> Checkpointer:
+    """The handle of this process on `run`, opened at the first call."""
+    key = run if "://" in run else os.path.realpath(run)
+    who = (rank, world, tuple(sorted((name, repr(value)) for name, value in options.items())))
+    known = _open.get(key)
+    if known is not None and known.pid == os.getpid():
+        if known.who == who and not known.ckpt._closed:
+            return known.ckpt
+        known.ckpt.close()
+    ckpt = Checkpointer(run, rank=rank, world_size=world, attempt_id=attempt_id, **options)
+    _open[key] = _Open(ckpt, who, os.getpid())
+    return ckpt
+
+
+def begin(ckpt: Checkpointer, run: str, step: int) -> None:
+    """Begins the attempt that saves `step`, where none goes on: from what this process loaded, else
+    from the newest checkpoint before it. torch's tools do not say where a job goes on. What is
+    newer is abandoned, and stays until `tierkeep gc --abandoned`.
+    """
+    if ckpt._begun:
+        return
+    newest = ckpt.latest_step()
+    before = loaded.get(run, newest)
+    if newest is None:
+        ckpt._fresh = True  # Nothing that can be restored is there.
+    elif before is not None and before < step:
+        if before != newest:
+            logger.warning("%s goes on from step %s: newer ones are abandoned", run, before)
+        ckpt._find(None if before == newest else before, None, before != newest, False, False)
+        return
+    else:
+        logger.warning("%s begins anew at step %s: step %s is abandoned", run, step, newest)
+        ckpt._fresh = True
+    ckpt._begin_if_new()
+
+
+def newest_saved(ckpt: Checkpointer) -> int:
+    """The newest step that this process has saved of the run, or goes on from; 0: none."""
+    return ckpt._newest
+
+
+def next_step(ckpt: Checkpointer, told: int | None = None) -> int:
+    """The step after the newest, where a path names none. `told` is what the coordinator said,
+    perhaps at an earlier save (torch keeps plans).
+    """
+    if told is not None and told > ckpt._newest:
+        return told
+    newest = 0 if ckpt._begun else ckpt.latest_step()
+    return max(newest or 0, ckpt._newest) + 1
+
+
+def has(ckpt: Checkpointer, step: int) -> bool:
+    """Whether the run has a checkpoint of that step where it goes on."""
+    return any(info.step == step and info.complete for info in ckpt.steps() if info.in_lineage)
+
+
+def close_all() -> None:
+    """Closes the handles of this process."""
+    for key, known in list(_open.items()):
+        del _open[key]
+        if known.pid == os.getpid():
+            known.ckpt.close()
