@@ -242,7 +242,9 @@ impl Keeper {
         if place.config.saves() {
             place.arena.trim(keep.as_ref())?;
         } else {
-            place.arena.give_back()?; // Of an attempt in which this rank did save.
+            // Of an attempt in which this rank did save: what is resumed from may be nowhere else.
+            let durable = started.stands.on_disk || started.stands.whole_in_bucket;
+            place.arena.give_back_but(keep.as_ref().filter(|_| !durable))?;
         }
         forget();
         let restorable = started.restorable.map(|mut found| {

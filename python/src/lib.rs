@@ -30,7 +30,7 @@ mod _tierkeep {
         reader::Reader,
         save::{Progress, Save},
         tree::{describe, encode_tree, join_path, split_path},
-        types::{numpy_dtypes, torch_dtypes},
+        types::{ml_dtypes, numpy_dtypes, torch_dtypes},
         untree::decode_tree,
     };
 }

@@ -15,6 +15,7 @@
 
 mod form;
 mod instance;
+mod jax;
 mod leaf;
 mod sharded;
 mod walk;

@@ -53,6 +53,12 @@ pub(crate) struct Types {
     pub(crate) pure_path: Py<PyType>,
     torch: PyOnceLock<Torch>,
     numpy: PyOnceLock<Numpy>,
+    jax: PyOnceLock<Jax>,
+}
+
+/// What the walk needs of JAX.
+pub(crate) struct Jax {
+    pub(crate) array: Py<PyAny>,
 }
 
 /// What the walk needs of torch.
@@ -97,6 +103,7 @@ pub(crate) fn types(py: Python<'_>) -> PyResult<&Types> {
             pure_path: class("pathlib", "PurePath")?,
             torch: PyOnceLock::new(),
             numpy: PyOnceLock::new(),
+            jax: PyOnceLock::new(),
         })
     })
 }
@@ -139,6 +146,19 @@ impl Types {
     }
 }
 
+impl Types {
+    /// JAX, if the script has imported it.
+    pub(crate) fn jax(&self, py: Python<'_>) -> PyResult<Option<&Jax>> {
+        if let Some(jax) = self.jax.get(py) {
+            return Ok(Some(jax));
+        }
+        let Some(module) = imported(py, "jax")? else { return Ok(None) };
+        // It may be being imported at this moment, by another thread.
+        let Ok(array) = module.getattr("Array") else { return Ok(None) };
+        Ok(Some(self.jax.get_or_init(py, || Jax { array: array.unbind() })))
+    }
+}
+
 impl Torch {
     fn of(module: &Bound<'_, PyAny>) -> PyResult<Self> {
         let nn = module.getattr("nn")?;
@@ -177,6 +197,31 @@ impl Torch {
     pub(crate) fn dtype_of(&self, dtype: &Bound<'_, PyAny>) -> Option<Dtype> {
         self.dtypes.iter().find(|(known, _)| known.is(dtype)).map(|(_, dtype)| *dtype)
     }
+}
+
+/// Element types that the package `ml_dtypes` adds to numpy (JAX has them), by its names.
+const ML_DTYPES: [(Dtype, &str); 6] = [
+    (Dtype::BF16, "bfloat16"),
+    (Dtype::F8_E4M3, "float8_e4m3fn"),
+    (Dtype::F8_E5M2, "float8_e5m2"),
+    (Dtype::F8_E8M0, "float8_e8m0fnu"),
+    (Dtype::F8_E4M3FNUZ, "float8_e4m3fnuz"),
+    (Dtype::F8_E5M2FNUZ, "float8_e5m2fnuz"),
+];
+
+/// The element type of one of these.
+pub(crate) fn ml_dtype(name: &str) -> Option<Dtype> {
+    ML_DTYPES.iter().find(|(_, known)| *known == name).map(|(dtype, _)| *dtype)
+}
+
+/// Element types by their names in manifests, as attributes of `ml_dtypes`.
+#[pyfunction]
+pub(crate) fn ml_dtypes(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+    let names = PyDict::new(py);
+    for (dtype, name) in &ML_DTYPES {
+        names.set_item(dtype.name(), name)?;
+    }
+    Ok(names)
 }
 
 /// The element type of a numpy dtype in the machine's byte order.

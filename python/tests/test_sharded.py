@@ -45,6 +45,56 @@ def test_it_comes_back_bit_for_bit_on_any_other_mesh(run: Path) -> None:
     assert all(line["step"] == line["turn"] for line in told)
 
 
+SILENT = """
+    import os, sys
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import ProcessGroup
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    import tierkeep
+    from tierkeep.torch import training_state
+
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts"))
+    torch.manual_seed(0)
+    model = fully_shard(torch.nn.Linear(64, 64), mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2, 64)).sum().backward()
+    optimizer.step()
+    calls = []
+
+    def counted(name):
+        was = getattr(ProcessGroup, name)
+        def call(*a, **k):
+            calls.append(name)
+            return was(*a, **k)
+        return call
+
+    state = training_state(model, optimizer)
+    with tierkeep.Checkpointer(sys.argv[1]) as ckpt:
+        assert ckpt.restore(state) is None
+        kinds = ("all", "broadcast", "gather", "reduce", "scatter", "barrier", "send", "recv",
+                 "_all", "_reduce", "monitored")
+        for name in dir(ProcessGroup):
+            if name.startswith(kinds):
+                setattr(ProcessGroup, name, counted(name))
+        dist.barrier()
+        assert calls, "the calls are not counted"
+        calls.clear()
+        for step in range(1, 6):
+            ckpt.save(step, state).wait("disk", 60)
+        assert ckpt.stop_requested() is False
+    assert calls == [], calls
+"""
+
+
+def test_a_save_has_no_collective(run: Path) -> None:
+    results = [ended(rank) for rank in start(4, SILENT, run)]
+    assert all(code == 0 for code, *_ in results), results
+    assert sorted(path.name for path in run.glob("0*"))[-1] == f"{5:020}"
+
+
 def alone() -> Any:
     """A mesh of this process alone."""
     if not dist.is_initialized():

@@ -11,7 +11,7 @@ import fnmatch
 from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from tierkeep import _merge, _saved, _types
+from tierkeep import _jax, _merge, _saved, _types
 from tierkeep._tierkeep import join_path
 from tierkeep._types import MISSING
 from tierkeep.errors import InvalidError, TierkeepError, UnavailableError
@@ -106,6 +106,8 @@ class Builder:
         self.targets: dict[Key, Any] = {}
         #: What has been made of each tensor, by what is read, library and being a parameter.
         self.made: dict[tuple[Key, str, bool], Any] = {}
+        #: Arrays of JAX that were made of them.
+        self.arrays: dict[Key, Any] = {}
 
     def read(self, threads: int | None) -> tuple[str, list[str]]:
         """Reads the bytes. Returns the tier and what was damaged on the way."""
@@ -116,8 +118,7 @@ class Builder:
         if isinstance(saved, _saved.Object):
             return self.make(saved.tree, keys)
         if isinstance(saved, _saved.Tensor):
-            tensor = self.fresh(saved, keys)
-            return lambda: tensor
+            return self.make_tensor(saved, keys)
         if type(saved) is list:
             items = self.make_all(saved, keys)
             return lambda: [make() for make in items]
@@ -201,6 +202,21 @@ class Builder:
             raise
         return saved
 
+    def make_tensor(self, saved: _saved.Tensor, keys: Keys) -> Make:
+        """A new tensor; arrays of JAX as such where the script has imported it, else as numpy's."""
+        memory = self.fresh(saved, keys)
+        if saved.lib != "jax" or _jax.if_imported() is None:
+            return lambda: memory
+        arrays = self.arrays
+        key = key_of(saved, self.entry(saved, keys)[1])
+
+        def make() -> Any:
+            if key not in arrays:
+                arrays[key] = _jax.array(memory)
+            return arrays[key]
+
+        return make
+
     def fresh(self, saved: _saved.Tensor, keys: Keys) -> Any:
         """New memory for a tensor; the same for all its names."""
         name = key_of(saved, self.entry(saved, keys)[1])
@@ -267,6 +283,10 @@ def empty(lib: str, dtype: str, shape: Sequence[int], keys: Keys) -> Any:
         raise UnavailableError(f"{place(keys)}: tensors need torch or numpy, neither is installed")
     if dtype in _types.NUMPY_DTYPES:
         return numpy.empty(tuple(shape), dtype=_types.NUMPY_DTYPES[dtype])
+    more = _types.library("ml_dtypes") if dtype in _types.ML_DTYPES else None
+    if more is not None:
+        return numpy.empty(tuple(shape), dtype=getattr(more, _types.ML_DTYPES[dtype]))
     raise UnavailableError(
-        f"{place(keys)}: numpy has no {dtype}, and torch is not installed (include= leaves it out)"
+        f"{place(keys)}: numpy has no {dtype}, and neither torch nor ml_dtypes is installed "
+        "(include= leaves it out)"
     )

@@ -52,8 +52,8 @@ class Checkpointer:
                 ckpt.step(step + 1, state)                  # saves if due; `save` saves now
 
     A `step` is a number of completed training steps. The state is any tree of tensors (torch,
-    numpy), plain values, and objects with `state_dict` and `load_state_dict` at any depth, which
-    is the recommended form. A save copies it to RAM (files in /dev/shm, which survive the process),
+    JAX, numpy), plain values, and objects with `state_dict` and `load_state_dict` at any depth, the
+    recommended form. A save copies it to RAM (files in /dev/shm, which survive the process),
     and from there to disk and to a bucket while training goes on; where the node has an agent, also
     after this process died.
 
@@ -69,8 +69,8 @@ class Checkpointer:
         storage_options: for the bucket, under the names that Rust's `object_store` uses, as in
             `{"aws_endpoint": "http://host:9000"}`; beside what AWS_*, GOOGLE_* or AZURE_* say.
         every: `step` saves steps that are divisible by it; default: 1.
-        rank, world_size: this process among those of the job. Default: torch.distributed if it is
-            initialised, then torchrun's environment, then Slurm's under srun, else alone.
+        rank, world_size: this process among those of the job. Default: torch.distributed or
+            jax.distributed if initialised, torchrun's environment, Slurm's under srun, else alone.
         ranks: those that save, the same list on all; default: every one. Where all ranks have the
             same state, as with DDP, `[0]`. On the others `save` copies nothing and what it returns
             follows the checkpoint of those that save; they restore the state of the nearest of

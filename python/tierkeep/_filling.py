@@ -6,7 +6,7 @@ import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from tierkeep import _cuda, _merge, _saved, _sharded, _torch, _types
+from tierkeep import _cuda, _jax, _merge, _saved, _sharded, _torch, _types
 from tierkeep._build import Builder, Include, Key, Keys, Make, Part, Source, empty, key_of, place
 from tierkeep._tierkeep import describe
 from tierkeep.errors import MismatchError
@@ -14,8 +14,10 @@ from tierkeep.errors import MismatchError
 
 def is_tensor(live: Any) -> bool:
     torch, numpy = _types.torch_if_imported(), sys.modules.get("numpy")
-    return (torch is not None and isinstance(live, torch.Tensor)) or (
-        numpy is not None and type(live) is numpy.ndarray
+    return (
+        (torch is not None and isinstance(live, torch.Tensor))
+        or (numpy is not None and type(live) is numpy.ndarray)
+        or _jax.is_array(live)
     )
 
 
@@ -23,6 +25,8 @@ def facts_of(live: Any) -> dict[str, Any]:
     """As `describe`; of a tensor that the ranks have boxes of, `dtype` and `shape` of the whole,
     and as `sharded` what this rank has.
     """
+    if _jax.is_array(live):
+        return {"dtype": _jax.dtype_name(live), "shape": tuple(live.shape), "device": "cpu"}
     sharded = _sharded.look(live)
     if sharded is None:
         facts: dict[str, Any] = describe(live)
@@ -115,6 +119,22 @@ class Filling(Builder):
         for box in sharded.boxes:
             key = Part(saved.name, sharded.shape, box.offset, saved.rank)
             self._read_into(key, box.local, describe(box.local), keys)
+
+    def into_array(self, saved: _saved.Tensor, live: Any, keys: Keys) -> Make:
+        """The same for an array of JAX, or the abstract form of one: a new one is made."""
+        if _jax.is_key(live):
+            self._differ(keys, "typed random keys: give their data, `jax.random.key_data(key)`")
+        elif self._fits(saved, live, keys) is not None:
+            boxes, make = _jax.targets(live)
+            shape = tuple(live.shape)
+            for offset, memory in boxes.items():
+                whole = tuple(memory.shape) == shape
+                key = key_of(saved, shape)
+                if not whole:
+                    key = Part(saved.name, shape, offset, saved.rank)
+                self._read_into(key, memory, describe(memory), keys)
+            return make
+        return lambda: live
 
     def _read_into(self, key: Key, live: Any, facts: dict[str, Any], keys: Keys) -> None:
         """`live` is a plain tensor or array."""

@@ -1,5 +1,5 @@
-"""Which rank this process is: arguments, then an initialised torch.distributed, then torchrun's
-environment, then Slurm's, and that only under srun.
+"""Which rank this process is: arguments, then an initialised torch.distributed or jax.distributed,
+then torchrun's environment, then Slurm's, and that only under srun.
 """
 
 from __future__ import annotations
@@ -13,7 +13,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from tierkeep import _jax
 from tierkeep.errors import InvalidError
+
+#: Handles that were made in this process: each asks once, in the same order on all.
+_asked = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +29,7 @@ class Ranks:
 
 
 def detect(rank: int | None, world_size: int | None) -> Ranks:
-    found = _given(rank, world_size) or _torch() or _torchrun() or _srun()
+    found = _given(rank, world_size) or _torch() or _of_jax() or _torchrun() or _srun()
     found = found or Ranks(0, 1, "alone")
     if not 0 <= found.rank < found.world_size:
         raise InvalidError(
@@ -60,6 +64,11 @@ def _torch() -> Ranks | None:
     if group is None:
         return None
     return Ranks(group.get_rank(), group.get_world_size(), "torch.distributed")
+
+
+def _of_jax() -> Ranks | None:
+    processes = _jax.processes()
+    return None if processes is None else Ranks(*processes, "jax.distributed")
 
 
 def _torchrun() -> Ranks | None:
@@ -102,10 +111,14 @@ def savers(ranks: Iterable[int] | None, found: Ranks) -> list[int]:
 
 
 def shared_attempt_id(ranks: Ranks) -> str | None:
-    """An id of this start of the job that all ranks get, where a process group can carry it.
+    """An id of this start of the job that all ranks get, where a process group can carry it, or the
+    store of JAX's coordinator.
 
     The one collective of a Checkpointer's life, at its construction.
     """
+    if ranks.world_size > 1 and ranks.source == "jax.distributed":
+        name = f"tierkeep/{next(_asked)}"
+        return _jax.shared(name, uuid.uuid4().hex if ranks.rank == 0 else None)
     if ranks.world_size == 1 or ranks.source != "torch.distributed":
         return None
     group = distributed()

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from tierkeep import _merge, _rename, _saved, _torch, _types
+from tierkeep import _jax, _merge, _rename, _saved, _torch, _types
 from tierkeep._build import Include, Keys, Make, key_of, place
 from tierkeep._filling import Filling, Strict, facts_of, is_tensor
 from tierkeep._tierkeep import Found
@@ -45,6 +45,8 @@ class Plan(Filling):
         included = included or self.include(keys)
         if live is not MISSING and is_object(live):
             return self._match_object(saved, live, keys, included)
+        if isinstance(saved, _saved.Object) and (rows := _node(live)) is not None:
+            return self._match_node(saved.tree, live, rows, keys, included)
         if isinstance(saved, _saved.Object):
             # It was saved as an object and is now the dict that the object gave.
             return self.match(saved.tree, live, keys, included)
@@ -69,8 +71,9 @@ class Plan(Filling):
         if not is_tensor(live):
             if live is not MISSING:
                 self._missing(live, keys)
-            tensor = self.fresh(saved, keys)
-            return lambda: tensor
+            return self.make_tensor(saved, keys)
+        if _jax.is_array(live):
+            return self.into_array(saved, live, keys)
         self.into(saved, live, keys)
         return lambda: live
 
@@ -250,6 +253,19 @@ class Plan(Filling):
 
     # -- objects -----------------------------------------------------------------------------
 
+    def _match_node(
+        self, tree: Any, live: Any, rows: list[tuple[Any, Any]], keys: Keys, included: bool
+    ) -> Make:
+        """A node of a tree of JAX: a new one with the saved children."""
+        current = dict(rows)
+        match = self._match_mapping(tree, current, keys, included)
+
+        def make() -> Any:
+            new = match()
+            return _jax.rebuilt(live, [new.get(key, value) for key, value in rows])
+
+        return make
+
     def _match_object(self, saved: Any, live: Any, keys: Keys, included: bool) -> Make:
         tree = saved.tree if isinstance(saved, _saved.Object) else saved
         torch = _types.torch_if_imported()
@@ -259,6 +275,12 @@ class Plan(Filling):
             return lambda: live
         if torch is not None and isinstance(live, torch.optim.Optimizer):
             return self._match_optimizer(tree, live, keys)
+        if isinstance(tree, _saved.Mapping) and hasattr(live, "tierkeep_params"):
+            # Its tensors are as these parameters are; those that it has are overwritten.
+            hints = live.state_dict()
+            self._add_moments(tree, hints, live.tierkeep_params(), keys)
+            make_tree = self._make_with(tree, hints, keys)
+            return lambda: _torch.load(live, make_tree(), place(keys))
         # New memory, on the devices that its tensors are on now: what it keeps of it is its own.
         make_tree = self._make_beside(tree, live.state_dict(), keys)
         return lambda: _torch.load(live, make_tree(), place(keys))
@@ -335,27 +357,30 @@ class Plan(Filling):
         hints = MISSING
         if _torch.loads_by_reference(live):
             hints = _torch.optimizer_state(live)
-            self._add_moments(tree, hints, live, keys)
+            self._add_moments(tree, hints, _torch.params_by_index(live), keys)
         make_tree = self._make_with(tree, hints, keys)
         return lambda: _torch.load_optimizer(live, make_tree(), place(keys))
 
-    def _add_moments(self, tree: _saved.Mapping, hints: Any, live: Any, keys: Keys) -> None:
-        """Memory on its parameters' devices for what a fresh optimizer does not have yet."""
+    def _add_moments(
+        self, tree: _saved.Mapping, hints: Any, params: dict[Any, Any], keys: Keys
+    ) -> None:
+        """Memory where its parameters lie for what a fresh optimizer does not have yet."""
         state = hints.get("state") if isinstance(hints, dict) else None
         saved = dict(self.entries(tree, keys)).get("state")
         if not isinstance(state, dict) or not isinstance(saved, _saved.Mapping):
             return
-        params = _torch.params_elsewhere(live)
         for index, of_param in self.entries(saved, (*keys, "state"), params):
             param = params.get(index)
             if param is None or index in state or not isinstance(of_param, _saved.Mapping):
                 continue
             where = (*keys, "state", index)
-            state[index] = {
-                name: _torch.empty_like_param(param, *self.entry(value, where))
-                for name, value in self.entries(of_param, where)
-                if name != "step" and isinstance(value, _saved.Tensor)
-            }
+            state[index] = {}
+            if _torch.is_plain(param):
+                continue  # New memory as for any other tensor.
+            for name, value in self.entries(of_param, where):
+                if name != "step" and isinstance(value, _saved.Tensor):
+                    like = _torch.empty_like_param(param, *self.entry(value, where))
+                    state[index][name] = like
 
     def _make_with(self, saved: Any, live: Any, keys: Keys) -> Make:
         """New containers; live tensors where they fit, fresh ones elsewhere."""
@@ -373,6 +398,14 @@ class Plan(Filling):
                 self.into(saved, live, keys)
                 return lambda: live
         return self.make(saved, keys)
+
+
+def _node(live: Any) -> list[tuple[Any, Any]] | None:
+    """The children of a node of a tree of JAX, of a class that it does not know by itself."""
+    known = (dict, list, tuple, collections.deque)
+    if live is MISSING or live is None or is_tensor(live) or isinstance(live, known):
+        return None
+    return _jax.children(live)
 
 
 class Wish(NamedTuple):

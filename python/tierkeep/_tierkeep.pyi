@@ -20,6 +20,7 @@ __all__ = [
     "describe",
     "encode_tree",
     "join_path",
+    "ml_dtypes",
     "numpy_dtypes",
     "split_path",
     "torch_dtypes",
@@ -289,6 +290,9 @@ def split_path(path: str) -> list[Any]:
 
 def torch_dtypes() -> dict[str, str]:
     """Element types by their names in manifests, as attributes of torch."""
+
+def ml_dtypes() -> dict[str, str]:
+    """Element types by their names in manifests, as attributes of ml_dtypes."""
 
 def numpy_dtypes() -> dict[str, str]:
     """Element types by their names in manifests, as attributes of numpy."""

@@ -140,13 +140,15 @@ def optimizer_state(optimizer: Any) -> Any:
     return state if isinstance(state, dict) else _types.MISSING
 
 
-def params_elsewhere(optimizer: Any) -> dict[int, Any]:
-    """The parameters that do not lie on the CPU, or of which this rank has boxes, by their index in
-    `state_dict()`.
-    """
+def params_by_index(optimizer: Any) -> dict[int, Any]:
+    """The parameters by their index in `state_dict()`."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    here = [p.device.type == "cpu" and _sharded.look(p) is None for p in params]
-    return {i: p for i, p in enumerate(params) if not here[i]}
+    return dict(enumerate(params))
+
+
+def is_plain(param: Any) -> bool:
+    """Whether it is a whole tensor on the CPU."""
+    return param.device.type == "cpu" and _sharded.look(param) is None
 
 
 def empty_like_param(param: Any, dtype: str, shape: tuple[int, ...]) -> Any:

@@ -25,6 +25,7 @@ from tierkeep.errors import InvalidError, UnavailableError
 
 TORCH_DTYPES: dict[str, str] = _tierkeep.torch_dtypes()
 NUMPY_DTYPES: dict[str, str] = _tierkeep.numpy_dtypes()
+ML_DTYPES: dict[str, str] = _tierkeep.ml_dtypes()
 
 
 class Missing(enum.Enum):
@@ -49,7 +50,7 @@ def torch_if_imported() -> Any:
 
 
 def library(name: str) -> Any:
-    """torch or numpy; imported if need be, `None` if it is not installed.
+    """torch, numpy or ml_dtypes; imported if need be, `None` if it is not installed.
 
     Only for reading: a tensor that was saved as torch's comes back as torch's.
     """

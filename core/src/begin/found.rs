@@ -49,7 +49,7 @@ pub(super) fn find_shard(
 
 /// The ranks that saved a checkpoint: those that save in its attempt, which may be others than now.
 pub(super) fn savers_of(place: &Place, key: &CheckpointKey) -> Result<Vec<u32>> {
-    let attempts = Attempts::load(&[&*place.disk, &*place.ram])?;
+    let attempts = Attempts::load(&[&*place.disk])?;
     let record = attempts.find(&key.attempt).ok_or_else(|| Error::NotFound {
         what: format!("the record of attempt {}, which saved {},", key.attempt.number, key.step),
     })?;

@@ -527,8 +527,17 @@ impl Arena {
     /// # Errors
     /// tmpfs did not answer.
     pub fn give_back(&self) -> Result<()> {
+        self.give_back_but(None)
+    }
+
+    /// The same, but for what holds `keep`.
+    ///
+    /// # Errors
+    /// tmpfs did not answer.
+    pub fn give_back_but(&self, keep: Option<&CheckpointKey>) -> Result<()> {
+        let kept = |used: &Use| matches!(used, Use::Holds(key) if Some(key) == keep);
         let mut held = locked(&self.held);
-        for place in held.iter_mut().filter(|h| h.used != Use::Busy) {
+        for place in held.iter_mut().filter(|h| h.used != Use::Busy && !kept(&h.used)) {
             let empty = Held { slot: None, used: Use::Free, populated: false };
             self.remove(&std::mem::replace(place, empty))?;
         }

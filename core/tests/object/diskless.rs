@@ -117,7 +117,9 @@ fn ranks_without_a_disk_are_not_held_up_by_a_slow_bucket_which_gets_fewer_whole_
     let reader =
         Reader::open_with(Path::new(&place.url), Some(Path::new("/nowhere")), &place.options);
     let reader = reader.expect("open");
-    let infos = reader.steps().expect("steps");
+    let mut infos = reader.steps().expect("steps");
+    // Of more than three the first one goes again, its tombstone last.
+    infos.retain(|info| !matches!(info.reach, tierkeep::restore::survey::Reach::Deleted));
     assert!(infos.iter().all(|info| info.sealed && there.contains(&info.key.step.0)), "{infos:?}");
     for info in &infos {
         for rank in 0..3 {

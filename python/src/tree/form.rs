@@ -10,7 +10,7 @@ use tierkeep::{
 
 use crate::{
     glance::Seen,
-    types::{Torch, numpy_dtype, types},
+    types::{Torch, ml_dtype, numpy_dtype, types},
 };
 
 /// A tensor as the core needs it.
@@ -167,6 +167,11 @@ fn is_lazy(tensor: &Bound<'_, PyAny>, dtype: Dtype) -> PyResult<bool> {
 fn look_numpy(array: &Bound<'_, PyAny>) -> PyResult<Looked> {
     let dtype_object = array.getattr("dtype")?;
     let name = dtype_object.getattr("name")?.to_string();
+    if let Some(dtype) = ml_dtype(&name) {
+        // numpy shows no memory of types that it does not know.
+        let plain = array.call_method1("view", (format!("u{}", dtype.bits() / 8),))?;
+        return Ok(look_numpy(&plain)?.map(|form| Form { dtype, ..form }));
+    }
     let Some(dtype) = numpy_dtype(&name) else {
         return Ok(Err(format!(
             "a numpy array of dtype {dtype_object}: only bool, int, float and complex of the usual \

@@ -25,6 +25,9 @@ impl<'py> Walk<'_, 'py> {
         if let Some(value) = self.named_tuple(object)? {
             return Ok(value);
         }
+        if let Some(value) = self.jax_node(object)? {
+            return Ok(value);
+        }
         if object.hasattr(intern!(py, "__dataclass_fields__"))? {
             return self.dataclass(object);
         }
@@ -160,9 +163,6 @@ impl<'py> Walk<'_, 'py> {
         let py = self.py;
         let ty = object.get_type();
         let name = name_of(&ty)?;
-        if name.starts_with("jax") {
-            return Ok(format!("a {ty}: jax comes with a later version, store numpy.asarray(x)"));
-        }
         let hint = match name.as_str() {
             "builtins:function"
             | "builtins:builtin_function_or_method"

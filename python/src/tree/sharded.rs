@@ -21,6 +21,10 @@ use crate::types::Torch;
 
 /// One tensor, as it was when it was looked at.
 pub(super) struct KnownSharded {
+    /// Its class: another object may have its place by now.
+    class: usize,
+    /// It is a `Parameter`.
+    is_param: bool,
     /// What it is cut by; while the tensor has it, all else here stays.
     layout: Py<PyAny>,
     path: String,
@@ -52,10 +56,7 @@ pub(crate) fn is_sharded(tensor: &Bound<'_, PyAny>) -> PyResult<bool> {
 
 impl<'py> Walk<'_, 'py> {
     pub(super) fn sharded(&mut self, tensor: &Bound<'py, PyAny>, torch: &Torch) -> PyResult<Value> {
-        let param = !self.in_module && tensor.is_instance(torch.parameter.bind(self.py))?;
-        if let Some(value) = self.known_sharded(tensor, param)? {
-            return Ok(value);
-        }
+        let is_param = tensor.is_instance(torch.parameter.bind(self.py))?;
         static LOOK: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
         let look = LOOK.get_or_try_init(self.py, || {
             PyModule::import(self.py, "tierkeep._sharded")?.getattr("look").map(Bound::unbind)
@@ -65,12 +66,24 @@ impl<'py> Walk<'_, 'py> {
             error.set_cause(self.py, Some(cause));
             error
         })?;
-        let Sharded { shape, boxes, ranks, layout } = found.extract()?;
         let dtype = self.dtype_of(tensor, torch)?;
+        self.boxes_of(tensor, &found, dtype, (Lib::Torch, is_param))
+    }
+
+    /// Adds the boxes that were `found` of a tensor.
+    pub(super) fn boxes_of(
+        &mut self,
+        tensor: &Bound<'py, PyAny>,
+        found: &Bound<'py, PyAny>,
+        dtype: Dtype,
+        (lib, is_param): (Lib, bool),
+    ) -> PyResult<Value> {
+        let param = is_param && !self.in_module;
+        let Sharded { shape, boxes, ranks, layout } = found.extract()?;
         let whole = Arc::new(Whole { dtype, shape });
         let mut forms = Vec::with_capacity(boxes.len());
         for found in boxes {
-            let exact = found.local.get_type().is(torch.tensor.bind(self.py));
+            let exact = self.is_exact_tensor(&found.local);
             let form = self.form(&found.local, exact)?;
             if form.dtype != dtype {
                 return Err(self.refuse(format!("{dtype}, and what lies here is {}", form.dtype)));
@@ -89,6 +102,8 @@ impl<'py> Walk<'_, 'py> {
             });
             if !layout.is_none() {
                 let known = KnownSharded {
+                    class: tensor.get_type_ptr() as usize,
+                    is_param,
                     layout: layout.clone().unbind(),
                     path: path.clone(),
                     whole: whole.clone(),
@@ -98,24 +113,24 @@ impl<'py> Walk<'_, 'py> {
             }
             self.add(tensor, &found.local, form, spec);
         }
-        Ok(leaf(&path, param, whole))
+        Ok(leaf(&path, (lib, param), whole))
     }
 
-    /// As it was at the last walk, in the same place.
-    fn known_sharded(
-        &mut self,
-        tensor: &Bound<'py, PyAny>,
-        param: bool,
-    ) -> PyResult<Option<Value>> {
+    /// As it was at the last walk, in the same place. `None` for all that is no such tensor, or was not
+    /// there then.
+    pub(super) fn known_sharded(&mut self, tensor: &Bound<'py, PyAny>) -> PyResult<Option<Value>> {
         let py = self.py;
         let (Some(torch), Some(known)) = (self.torch, self.sharded_known(tensor)) else {
             return Ok(None);
         };
-        if !tensor.getattr(intern!(py, "_spec"))?.is(known.layout.bind(py))
-            || known.path != self.place_name()
+        if known.class != tensor.get_type_ptr() as usize
+            || !self.is_here(&known.path)
+            || self.hashed
+            || !tensor.getattr(intern!(py, "_spec"))?.is(known.layout.bind(py))
         {
             return Ok(None);
         }
+        let param = known.is_param && !self.in_module;
         let (spec, whole, path) = (known.spec.clone(), known.whole.clone(), known.path.clone());
         let local = tensor.getattr(intern!(py, "_local_tensor"))?;
         if !local.get_type().is(torch.tensor.bind(py)) {
@@ -126,7 +141,7 @@ impl<'py> Walk<'_, 'py> {
             return Ok(None);
         }
         self.add(tensor, &local, form, spec);
-        Ok(Some(leaf(&path, param, whole)))
+        Ok(Some(leaf(&path, (Lib::Torch, param), whole)))
     }
 
     /// The path that boxes with these forms are stored under: where they are met for the first time; true:
@@ -151,7 +166,7 @@ impl<'py> Walk<'_, 'py> {
         }
         if !found.ranks.contains(&job.rank) {
             return Err(self.refuse(format!(
-                "it lies on ranks {:?} of torch.distributed, this handle's rank is {}: leave rank= out",
+                "it lies on ranks {:?} of its job, this handle's rank is {}: leave rank= out",
                 found.ranks, job.rank
             )));
         }
@@ -177,7 +192,7 @@ impl<'py> Walk<'_, 'py> {
     }
 }
 
-fn leaf(path: &str, param: bool, whole: Arc<Whole>) -> Value {
+fn leaf(path: &str, (lib, param): (Lib, bool), whole: Arc<Whole>) -> Value {
     let name = name_of_all(path).into();
-    Value::Tensor(TensorRef { name, lib: Lib::Torch, param, whole: Some(whole) })
+    Value::Tensor(TensorRef { name, lib, param, whole: Some(whole) })
 }

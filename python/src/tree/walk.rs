@@ -49,7 +49,9 @@ pub(super) struct Walk<'a, 'py> {
     /// The containers around the current place, by identity.
     open: Vec<*mut ffi::PyObject>,
     /// In a key of a dict or in a set.
-    hashed: bool,
+    pub(super) hashed: bool,
+    /// At an array of JAX, which lends its memory.
+    pub(super) lends: bool,
     /// In the state of a `torch.nn.Module`, where a `Parameter` is stored as a plain tensor, as
     /// torch does it.
     pub(super) in_module: bool,
@@ -83,6 +85,7 @@ impl<'a, 'py> Walk<'a, 'py> {
             depth: 1,
             open: Vec::new(),
             hashed: false,
+            lends: false,
             in_module: false,
             values: 0,
             tensors: Vec::with_capacity(tensors),
@@ -126,6 +129,9 @@ impl<'a, 'py> Walk<'a, 'py> {
         if self.is_exact_tensor(object) {
             return self.tensor(object, true);
         }
+        if let Some(value) = self.known_sharded(object)? {
+            return Ok(value);
+        }
         if let Some(leaf) = leaf::plain(object) {
             return leaf.map_err(|why| self.refuse(why));
         }
@@ -161,6 +167,9 @@ impl<'a, 'py> Walk<'a, 'py> {
         {
             return self.sharded(object, torch);
         }
+        if self.is_jax(object)? {
+            return self.jax_array(object);
+        }
         if object.cast_exact::<PySet>().is_ok() {
             return self.inside(object, |walk| walk.hashed_items(object).map(Value::Set));
         }
@@ -193,7 +202,7 @@ impl<'a, 'py> Walk<'a, 'py> {
         self.instance(object)
     }
 
-    fn is_exact_tensor(&self, object: &Bound<'py, PyAny>) -> bool {
+    pub(super) fn is_exact_tensor(&self, object: &Bound<'py, PyAny>) -> bool {
         let ty = object.get_type_ptr().cast();
         self.torch
             .is_some_and(|torch| ty == torch.tensor.as_ptr() || ty == torch.parameter.as_ptr())
@@ -275,7 +284,7 @@ impl<'a, 'py> Walk<'a, 'py> {
         Ok(values)
     }
 
-    fn entries(
+    pub(super) fn entries(
         &mut self,
         rows: impl Iterator<Item = PyResult<(Bound<'py, PyAny>, Bound<'py, PyAny>)>>,
     ) -> PyResult<Vec<(Value, Value)>> {
@@ -339,17 +348,25 @@ impl<'a, 'py> Walk<'a, 'py> {
             }
             _ => (Lib::Numpy, false),
         };
-        // A box that has the same bytes goes by a name that is no plain tensor's.
-        let tied = self.tied(&form).filter(|index| self.tensors[*index].spec.part_of.is_none());
-        let name = match tied {
-            Some(index) => self.tensors[index].spec.name.clone(),
-            None => {
-                let spec = self.spec(tensor, &form);
-                self.add(tensor, tensor, form, spec.clone());
-                spec.name.clone()
-            }
-        };
+        let name = self.plain(tensor, tensor, form);
         Ok(Value::Tensor(TensorRef { name, lib, param, whole: None }))
+    }
+
+    /// The name of a whole tensor, which is added where it is met for the first time.
+    pub(super) fn plain(
+        &mut self,
+        object: &Bound<'py, PyAny>,
+        tensor: &Bound<'py, PyAny>,
+        form: Arc<Form>,
+    ) -> Arc<str> {
+        // A box that has the same bytes goes by a name that is no whole tensor's.
+        let tied = self.tied(&form).filter(|index| self.tensors[*index].spec.part_of.is_none());
+        if let Some(index) = tied {
+            return self.tensors[index].spec.name.clone();
+        }
+        let spec = self.spec(object, &form);
+        self.add(object, tensor, form, spec.clone());
+        spec.name.clone()
     }
 
     pub(super) fn form(&mut self, tensor: &Bound<'py, PyAny>, exact: bool) -> PyResult<Arc<Form>> {
@@ -384,6 +401,11 @@ impl<'a, 'py> Walk<'a, 'py> {
         named(&self.path)
     }
 
+    /// Whether the current place has this path.
+    pub(super) fn is_here(&self, path: &str) -> bool {
+        if self.path.is_empty() { path == path::join(&[]) } else { path == self.path }
+    }
+
     pub(super) fn sharded_known(&self, tensor: &Bound<'py, PyAny>) -> Option<&KnownSharded> {
         self.cache.sharded.get(&(tensor.as_ptr() as usize))
     }
@@ -415,7 +437,11 @@ impl<'a, 'py> Walk<'a, 'py> {
         spec: Arc<TensorSpec>,
     ) {
         let index = self.tensors.len();
-        let owned = self.wishes.owned.is_some_and(|owned| owned.contains(object));
+        // What is immutable may be copied late, too, while its memory is held.
+        let owned = self
+            .wishes
+            .owned
+            .is_some_and(|owned| owned.contains(object) || !tensor.is(object) && self.lends);
         let on_device = form.device.is_some();
         let late = owned && form.bytes >= LATE_BYTES_MIN;
         if on_device {
