@@ -11,6 +11,7 @@
 //! - A decision that is asked for again because its answer was lost is the same decision.
 //! - `fresh` and rollbacks are recorded as such: what they leave behind is abandoned at once.
 
+pub(crate) mod brought;
 mod deciding;
 pub(crate) mod fetched;
 pub(crate) mod found;

@@ -216,7 +216,8 @@ impl Checkpointer {
         let quiet = || inner.quiet(self.config().slot_wait);
         let found = inner.owner.begin(how, &quiet, &|| locked(&inner.saves).clear())?;
         Ok(found.map(|found| {
-            let rest = Reader::of(self.tiers()).rest(&found.key);
+            let near = || Reader::of(self.tiers()).rest(&found.key);
+            let rest = found.rest.clone().unwrap_or_else(near);
             Restorable { rest: Some(rest), ..found }
         }))
     }

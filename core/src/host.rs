@@ -24,6 +24,7 @@ mod hands;
 mod heal;
 mod lead;
 mod left;
+mod others;
 mod peer;
 mod peers;
 mod prefetch;

@@ -269,7 +269,12 @@ impl Keeper {
             shards: resumed,
             is_read: true,
         };
-        let cascade = self.run(started.record, started.elsewhere, found)?;
+        let mut elsewhere = started.elsewhere;
+        if is_others {
+            // It would be kept until what is resumed from is on other nodes again, where nobody sends it.
+            elsewhere.fallback = None;
+        }
+        let cascade = self.run(started.record, elsewhere, found)?;
         let cascade = Arc::downgrade(&cascade);
         if place.is_spread() && place.config.leads() {
             self.announce(&record)?;

@@ -44,7 +44,7 @@ use crate::{
     owner::{Going, Owner},
     place::Desk,
     restore::{
-        asks::{Care, Over},
+        asks::{Care, Over, Rest},
         read::Restorable,
     },
     save::{Save, forget_decided},
@@ -247,6 +247,21 @@ impl Far {
         Arc::new(FarCare { dial: self.dial.clone() })
     }
 
+    /// Other ranks' shards, which may be on other nodes: the agent brings those that are read.
+    fn rest(&self) -> Rest {
+        let (dial, care, observer) =
+            (self.dial.clone(), self.care(), self.shared.desk.observer.clone());
+        let mut tiers = self.tiers.clone();
+        tiers.push(Arc::new(FarTier::new(dial.clone(), TierKind::Peer, "other nodes".into())));
+        Rest::new(move |ranks| {
+            let ranks = ranks.iter().map(|rank| rank.0).collect();
+            let (answer, _) = dial.ask(Call::Shards(wire::Shards { ranks }), FETCH)?;
+            let Answer::Shards(found) = answer else { return Err(dial::odd("Shards")) };
+            let shard = |shard| convert::restorable(shard, &tiers, &observer, &care);
+            found.shards.iter().map(shard).collect()
+        })
+    }
+
     /// The agent, for which a restore's shard waits.
     fn over(&self) -> Arc<Over> {
         let dial = self.dial.clone();
@@ -296,7 +311,11 @@ impl Owner for Far {
         let shard = begun.shard.as_ref();
         let observer = &self.shared.desk.observer;
         let found = shard.map(|s| convert::restorable(s, &self.tiers, observer, &self.care()));
-        Ok(found.transpose()?.map(|found| Restorable { over: Some(self.over()), ..found }))
+        Ok(found.transpose()?.map(|found| Restorable {
+            over: Some(self.over()),
+            rest: Some(self.rest()),
+            ..found
+        }))
     }
 
     fn going(&self) -> Option<Arc<dyn Going>> {

@@ -61,8 +61,8 @@ def say(**words: Any) -> None:
     os.write(1, (json.dumps(words) + "\n").encode())
 
 
-def train(wish: dict[str, Any]) -> None:
-    """A rank's life."""
+def opened(wish: dict[str, Any]) -> Any:
+    """The process group, and the handle."""
     import torch
     import torch.distributed as dist
 
@@ -78,12 +78,7 @@ def train(wish: dict[str, Any]) -> None:
         world_size=world,
         timeout=datetime.timedelta(seconds=300),
     )
-    state = State(rank, wish.get("numbers", NUMBERS))
-    tensors = {
-        "weights": torch.from_numpy(state.weights),
-        "momentum": torch.from_numpy(state.momentum),
-    }
-    ckpt = tierkeep.Checkpointer(
+    return tierkeep.Checkpointer(
         wish["destination"],
         agent=wish["agent"],
         replicas=wish["replicas"],
@@ -91,6 +86,19 @@ def train(wish: dict[str, Any]) -> None:
         disk_every=wish.get("disk_every", 5) if wish.get("has_disk", True) else None,
         timeouts_s={"attempt_wait_s": 60, "peer_wait_s": wish.get("peer_wait_s", 60)},
     )
+
+
+def train(wish: dict[str, Any]) -> None:
+    """A rank's life."""
+    import torch
+    import torch.distributed as dist
+
+    ckpt, rank = opened(wish), wish["rank"]
+    state = State(rank, wish.get("numbers", NUMBERS))
+    tensors = {
+        "weights": torch.from_numpy(state.weights),
+        "momentum": torch.from_numpy(state.momentum),
+    }
     found = ckpt.restore(tensors)
     step = found.step if found else 0
     say(event="resumed", rank=rank, step=step, crc=state.crc(), tier=found and found.tier)
@@ -114,6 +122,36 @@ def train(wish: dict[str, Any]) -> None:
     ckpt.close()
 
 
+def train_cut(wish: dict[str, Any]) -> None:
+    """The life of a rank whose one tensor is cut over all ranks: its numbers are a function of the
+    step. `crc` is 1 where all of them are what they should be, on all ranks together.
+    """
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    ckpt = opened(wish)
+    mesh = init_device_mesh("cpu", (wish["world"],))
+
+    def whole(step: int) -> torch.Tensor:
+        return torch.arange(wish["numbers"], dtype=torch.int64) * 31 + step
+
+    def made(step: int) -> DTensor:
+        return distribute_tensor(whole(step), mesh, [Shard(0)], src_data_rank=None)
+
+    live = made(0)
+    found = ckpt.restore({"whole": live})
+    step, rank = found.step if found else 0, wish["rank"]
+    same = torch.equal(live.full_tensor(), whole(step))
+    say(event="resumed", rank=rank, step=step, crc=int(same), tier=found and found.tier)
+    while step < wish["steps"]:
+        step += 1
+        ckpt.save(step, {"whole": made(step)}).wait("peer", 60)
+        say(event="peer", rank=rank, step=step)
+    say(event="end", rank=rank, step=step, crc=1)
+    ckpt.close()
+
+
 def main() -> None:
     import torch  # noqa: F401  (imported once, for all ranks that are forked)
 
@@ -128,7 +166,7 @@ def main() -> None:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             sys.stdin.close()
             try:
-                train(wish)
+                (train_cut if wish.get("cut") else train)(wish)
             except BaseException as e:
                 say(event="failed", rank=wish["rank"], why=f"{type(e).__name__}: {e}")
                 os._exit(1)

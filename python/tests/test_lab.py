@@ -156,6 +156,31 @@ def test_a_hint_to_a_new_node_has_its_shards_there_before_its_ranks_are() -> Non
         assert "came from" not in new.log.read_text(), "it was fetched again"
 
 
+def test_what_was_cut_is_put_together_from_other_nodes_by_fewer_and_by_more_ranks() -> None:
+    with lab(3) as made, Job(made, 3, numbers=SMALL, cut=True, disk_every=1000) as job:
+        job.start(made.nodes, 400)
+        assert job.has_resumed() == 0
+        for world, count in ((2, 2), (3, 3), (1, 1), (4, 3)):
+            before = job.on_peers
+            job.until(lambda b=before: job.on_peers >= b + 3, 60, "steps on peers")  # type: ignore[misc]
+            job.kill()
+            safe, job.world = job.on_peers, world
+            job.start(made.nodes[:count], 400)
+            assert job.has_resumed() >= safe
+            assert [said["crc"] for said in job.resumed.values()] == [1] * world
+        # A node is lost with its memory, and its rank with it.
+        before = job.on_peers
+        job.until(lambda: job.on_peers >= before + 3, 60, "steps on peers")
+        made.nodes[2].lose()
+        job.kill()
+        safe, job.world = job.on_peers, 2
+        job.start(made.nodes[:2], 400)
+        assert job.has_resumed() >= safe
+        assert [said["crc"] for said in job.resumed.values()] == [1, 1]
+        # What was brought for the restore went again: a shard of each rank and its copy are left.
+        job.until(lambda: job.on_peers >= safe + 2, 60, "steps on peers")
+
+
 @pytest.mark.parametrize("has_disk", [True, False])
 def test_a_cluster_that_is_lost_whole_goes_on_from_the_bucket_on_fewer_nodes(
     tmp_path: Path, has_disk: bool

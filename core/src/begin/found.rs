@@ -114,7 +114,7 @@ fn patience(place: &Place, key: &CheckpointKey, rank: Rank) -> Duration {
 }
 
 /// Good copies of a shard in a bucket.
-fn copies_in(
+pub(super) fn copies_in(
     bucket: Arc<dyn Tier>,
     key: &CheckpointKey,
     rank: Rank,
@@ -144,7 +144,7 @@ pub(crate) fn with_bucket(bucket: &Arc<dyn Tier>, here: &Restorable) -> Result<R
     Ok(both)
 }
 
-fn find_shard_in(
+pub(super) fn find_shard_in(
     place: &Place,
     record: &AttemptRecord,
     key: &CheckpointKey,

@@ -11,6 +11,7 @@ use tierkeep_proto::trainer::{self as wire, reply::Answer, request::Call};
 
 use super::{
     connection::Connection,
+    others,
     seat::{InHand, Seat},
 };
 use crate::{
@@ -28,11 +29,11 @@ use crate::{
     reader::Reader,
     save::Save,
     snapshot::{Described, slot::Slot},
-    tier::{Tier, disk::DiskTier},
+    tier::{Tier, TierKind, disk::DiskTier},
     wire::convert,
 };
 
-type Answered = Result<(Answer, Vec<OwnedFd>)>;
+pub(super) type Answered = Result<(Answer, Vec<OwnedFd>)>;
 
 /// How long a trainer's question for slots waits for one to be ready.
 const SLOTS_WAIT: Duration = Duration::from_secs(30);
@@ -96,8 +97,13 @@ impl Connection {
                 Ok((Answer::Text(wire::Text { text }), Vec::new()))
             }
             Call::Restored(_) => {
+                others::forget_brought(seat);
                 running(seat)?.1.was_read();
                 done()
+            }
+            Call::Shards(shards) => others::shards(seat, &running(seat)?.0, &shards.ranks),
+            Call::Read(read) if convert::tier_kind(read.tier)? == TierKind::Peer => {
+                others::read(seat, &running(seat)?.0, &read.name)
             }
             Call::List(list) => {
                 let entries = tier(seat, list.tier)?.list(&list.dir)?.into_iter();

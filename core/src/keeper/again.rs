@@ -37,7 +37,8 @@ impl Keeper {
         attempt::claim(&*place.disk, &record.attempt, rank, &place.nonce)?;
         self.set_decisions(decisions);
         let stands = Stands::of(place, &record)?;
-        let in_ram = record.parent.is_some() && !stands.on_disk && !stands.whole_in_bucket;
+        let durable = stands.on_disk || stands.whole_in_bucket;
+        let in_ram = record.parent.is_some() && !durable && !stands.is_others;
         let step = record.parent.map(|parent| parent.step);
         let ours = |key: &CheckpointKey| {
             key.attempt.is(&record.attempt)

@@ -7,7 +7,7 @@ use std::{fs::File, path::PathBuf, sync::Arc, time::Duration};
 
 use tierkeep_proto::trainer::{self as wire, reply::Answer, request::Call};
 
-use super::{dial, dial::Dial};
+use super::{FETCH, dial, dial::Dial};
 use crate::{
     error::{Error, Result},
     tier::{Created, Entry, Payload, Receipt, Source, Tier, TierKind, posix},
@@ -46,7 +46,8 @@ impl Tier for FarTier {
 
     fn open(&self, name: &str) -> Result<Box<dyn Source>> {
         let read = wire::Read { tier: convert::tier(self.kind).into(), name: name.into() };
-        let (answer, fds) = self.dial.ask(Call::Read(read), WAIT)?;
+        let within = if self.kind == TierKind::Peer { FETCH } else { WAIT };
+        let (answer, fds) = self.dial.ask(Call::Read(read), within)?;
         let (Answer::Found(_), Some(fd)) = (answer, fds.into_iter().next()) else {
             return Err(dial::odd("Read"));
         };

@@ -122,6 +122,15 @@ impl Restorable {
         self.key.step
     }
 
+    /// The payload of the first copy.
+    ///
+    /// # Errors
+    /// The tier did not answer.
+    pub(crate) fn open_first(&self) -> Result<Box<dyn Source>> {
+        let payload = self.manifest().payload.stored_file();
+        self.tier(0).open(&self.key.file(payload))
+    }
+
     /// The shard's description.
     #[must_use]
     pub fn manifest(&self) -> &ShardManifest {
