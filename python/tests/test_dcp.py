@@ -20,6 +20,7 @@ from test_ranks import start
 from test_sharded import JOB, JOBS
 from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
@@ -100,7 +101,7 @@ def test_what_file_system_writers_users_pass_keeps_working(run: Path) -> None:
         dcp.save(state(), storage_writer=writer)
         assert StorageReader(run).read_metadata().storage_meta is not None
         assert step in [
-            info.step for info in _runs.handle(str(run), 0, 1, None, {"threads": 2}).steps()
+            info.step for info in _runs.handle(str(run), 0, 1, None, {"threads": 2}).ckpt.steps()
         ]
     with pytest.raises(tierkeep.InvalidError, match="_extensions"):
         StorageWriter(run, _extensions=[object()])
@@ -131,6 +132,55 @@ def test_async_saves_are_those_of_their_moment(run: Path, how: str) -> None:
     finally:
         if how == "process":
             dist.destroy_process_group()
+
+
+def test_a_state_of_the_same_form_is_staged_into_its_slot(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies: list[int] = []
+    was = BlockingAsyncStager.stage
+
+    def counted(self: Any, state_dict: Any) -> Any:
+        copies.append(1)
+        return was(self, state_dict)
+
+    monkeypatch.setattr(BlockingAsyncStager, "stage", counted)
+    saved = state()
+
+    def save(planner: Any = None) -> None:
+        """And at once another step of the training, in place."""
+        saved["scalar"] += 1
+        saved["optim"]["step"] += 1
+        expected = int(saved["scalar"])
+        path = run / f"step-{expected}"
+        future = dcp.async_save(saved, storage_writer=StorageWriter(path), planner=planner)
+        saved["scalar"] += 100
+        saved["optim"]["step"] += 100
+        saved["half"].zero_()
+        future.result()
+        found = loaded(path, saved)
+        assert int(found["scalar"]) == expected
+        assert found["optim"]["step"] == expected + 2
+        assert found["half"].any()
+        saved["scalar"] -= 100
+        saved["optim"]["step"] -= 100
+        saved["half"].fill_(expected)
+
+    for _ in range(3):
+        save()
+    assert len(copies) == 1, "the first one alone is copied on the way"
+    saved["more"] = torch.ones(3)
+    save()
+    assert len(copies) == 2, "of another form"
+    save()
+    assert len(copies) == 2
+
+    class Planner(DefaultSavePlanner):
+        """It may do anything."""
+
+    save(Planner())
+    save(Planner())
+    assert len(copies) == 3, "it was staged by torch's, then by its own"
 
 
 def test_plans_that_torch_keeps_are_written_anew(run: Path) -> None:

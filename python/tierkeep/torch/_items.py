@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.distributed.checkpoint.metadata import (
@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, WriteItemType
 
 from tierkeep import _merge, _saved, _types
 from tierkeep._build import Make
@@ -38,7 +38,13 @@ class Pickled(NamedTuple):
 # -- out -------------------------------------------------------------------------------------
 
 
-def tree(plan: SavePlan, planner: SavePlanner) -> dict[str, Any]:
+class Resolver(Protocol):
+    """A planner of torch's, as far as it is asked here."""
+
+    def resolve_data(self, item: Any, /) -> Any: ...
+
+
+def tree(plan: SavePlan, planner: Resolver) -> dict[str, Any]:
     """The state that the items of a plan are."""
     paths: Mapping[str, Path] = plan.planner_data if isinstance(plan.planner_data, dict) else {}
     pieces: dict[str, list[Box]] = {}
@@ -47,7 +53,7 @@ def tree(plan: SavePlan, planner: SavePlanner) -> dict[str, Any]:
     for item in plan.items:
         fqn = item.index.fqn
         if item.type == WriteItemType.BYTE_IO:
-            data: io.BytesIO = planner.resolve_data(item)  # type: ignore[assignment]
+            data: io.BytesIO = planner.resolve_data(item)
             _put(root, paths.get(fqn, (fqn,)), Pickled(data.getvalue()))
             continue
         assert item.tensor_data is not None

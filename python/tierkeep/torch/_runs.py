@@ -6,6 +6,7 @@ one handle, which stays open from save to save.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import re
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 from tierkeep._checkpointer import Checkpointer
 from tierkeep.errors import InvalidError
+from tierkeep.torch._staged import Kept
 
 logger = logging.getLogger("tierkeep")
 
@@ -44,33 +46,48 @@ def place(checkpoint_id: str | os.PathLike[str]) -> Place:
     return Place(run, int(numbered[1]))
 
 
-class _Open(NamedTuple):
+@dataclasses.dataclass(slots=True)
+class Open:
+    """The handle of this process on a run."""
+
     ckpt: Checkpointer
     #: (rank, world size, options): a handle of others is another one.
     who: tuple[int, int, tuple[tuple[str, str], ...]]
     pid: int
+    #: What the next save may be staged by.
+    kept: Kept | None = None
 
 
-_open: dict[str, _Open] = {}
+_open: dict[str, Open] = {}
 
 #: What was loaded last of each run, by this process: the step that it goes on from.
 loaded: dict[str, int] = {}
 
 
+def opened(run: str) -> Open | None:
+    """The handle of this process on `run`, if there is one."""
+    known = _open.get(_key(run))
+    usable = known is not None and known.pid == os.getpid() and not known.ckpt._closed
+    return known if usable else None
+
+
 def handle(
     run: str, rank: int, world: int, attempt_id: str | None, options: dict[str, Any]
-) -> Checkpointer:
-    """The handle of this process on `run`, opened at the first call."""
-    key = run if "://" in run else os.path.realpath(run)
+) -> Open:
+    """The same, opened at the first call."""
     who = (rank, world, tuple(sorted((name, repr(value)) for name, value in options.items())))
-    known = _open.get(key)
-    if known is not None and known.pid == os.getpid():
-        if known.who == who and not known.ckpt._closed:
-            return known.ckpt
+    known = opened(run)
+    if known is not None:
+        if known.who == who:
+            return known
         known.ckpt.close()
     ckpt = Checkpointer(run, rank=rank, world_size=world, attempt_id=attempt_id, **options)
-    _open[key] = _Open(ckpt, who, os.getpid())
-    return ckpt
+    _open[_key(run)] = Open(ckpt, who, os.getpid())
+    return _open[_key(run)]
+
+
+def _key(run: str) -> str:
+    return run if "://" in run else os.path.realpath(run)
 
 
 def begin(ckpt: Checkpointer, run: str, step: int) -> None:
@@ -102,7 +119,7 @@ def newest_saved(ckpt: Checkpointer) -> int:
 
 def next_step(ckpt: Checkpointer, told: int | None = None) -> int:
     """The step after the newest, where a path names none. `told` is what the coordinator said,
-    perhaps at an earlier save (torch keeps plans).
+    perhaps at an earlier save (torch keeps plans): then all ranks count on alike.
     """
     if told is not None and told > ckpt._newest:
         return told

@@ -16,9 +16,11 @@ from torch.distributed.checkpoint.storage import StorageWriter as _StorageWriter
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from tierkeep._checkpointer import Checkpointer
 from tierkeep._tierkeep import Save
 from tierkeep.errors import InvalidError
 from tierkeep.torch import _items, _runs
+from tierkeep.torch._staged import Source, Staged, keep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +95,11 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
         self._rank: int | None = None
         self._use_collectives = True
         self._save: Save | None = None
+        self._staged: Staged | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # For a process of its own (`AsyncCheckpointerType.PROCESS`): only what it is told.
-        return {**self.__dict__, "_save": None, "state_dict_cache": None}
+        return {**self.__dict__, "_save": None, "_staged": None, "state_dict_cache": None}
 
     # -- the protocol ------------------------------------------------------------------------
 
@@ -110,6 +113,25 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
         if checkpoint_id:
             self.path = checkpoint_id
         self._save = None
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """`dcp.async_save`: copies what is to be saved, and returns when the state may be changed.
+
+        From the second save of a form on it is copied into its slot; what is returned is the state
+        itself, of which torch then only looks at names and shapes. The first one, and one of
+        another form or by another planner than torch's default, is copied on the way, too.
+        """
+        run, step = _runs.place(self.path)
+        known = _runs.opened(run)
+        if known is not None and known.kept is not None and known.ckpt._begun:
+            source = Source(state_dict, known.kept)
+            if source.fits:
+                step = _runs.next_step(known.ckpt) if step is None else step
+                self._check_new(known.ckpt, run, step)
+                save = known.ckpt.save(step, _items.tree(known.kept.plan, source))
+                self._staged = Staged(known.kept.plan, save)
+                return state_dict
+        return super().stage(state_dict)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Learns who this is. (torch passes the rank only to a parameter of the name `kwargs`.)"""
@@ -130,9 +152,11 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
             return plans
         run, step = _runs.place(self.path)
         start, world = uuid.uuid4().hex, len(plans)
-        if step is None:
-            ckpt = _runs.handle(run, self._rank or 0, world, start, self._options)
-            step = _runs.next_step(ckpt)
+        if self._staged is not None:
+            step = self._staged.save.step
+        elif step is None:
+            known = _runs.handle(run, self._rank or 0, world, start, self._options)
+            step = _runs.next_step(known.ckpt)
         told = _Told(world, step, start)
         return [dataclasses.replace(plan, storage_data=told) for plan in plans]
 
@@ -141,17 +165,18 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
         run, step = _runs.place(self.path)
         told = plan.storage_data if self._use_collectives else None
         rank, world, start = self._who(told)
-        ckpt = _runs.handle(run, rank, world, start, self._options)
-        if step is None:
-            step = _runs.next_step(ckpt, told and told.step)
-        newest = _runs.newest_saved(ckpt)
-        if step <= newest or (not self._overwrite and _runs.has(ckpt, step)):
-            raise InvalidError(
-                f"step {step} of {run} was saved before (the newest is {newest}): "
-                "a checkpoint is never overwritten, each save needs a step of its own"
-            )
-        _runs.begin(ckpt, run, step)
-        self._save = ckpt.save(step, _items.tree(plan, planner))
+        known = _runs.handle(run, rank, world, start, self._options)
+        staged, self._staged = self._staged, None
+        if staged is not None:
+            known.kept = None  # Unless this plan is the same.
+            self._save = staged.check(plan)
+        else:
+            if step is None:
+                step = _runs.next_step(known.ckpt, told and told.step)
+            self._check_new(known.ckpt, run, step)
+            _runs.begin(known.ckpt, run, step)
+            self._save = known.ckpt.save(step, _items.tree(plan, planner))
+        known.kept = keep(plan, planner)
         results = [WriteResult(item.index, _size(item), None) for item in plan.items]
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
@@ -171,6 +196,14 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
         return bool(os.fsdecode(checkpoint_id).strip("/"))
 
     # -- small -------------------------------------------------------------------------------
+
+    def _check_new(self, ckpt: Checkpointer, run: str, step: int) -> None:
+        newest = _runs.newest_saved(ckpt)
+        if step <= newest or (not self._overwrite and _runs.has(ckpt, step)):
+            raise InvalidError(
+                f"step {step} of {run} was saved before (the newest is {newest}): "
+                "a checkpoint is never overwritten, each save needs a step of its own"
+            )
 
     def _who(self, told: _Told | None) -> tuple[int, int, str | None]:
         """(rank, world size, id of this start)."""
