@@ -159,6 +159,7 @@ fn lead(place: &Place, how: &Begin, decision: u32, deadline: &Deadline) -> Resul
                     return Err(e);
                 }
                 tracing::warn!("{}; deciding again", e.chain());
+                place.clock.pause(AGAIN);
             }
         }
         place.check_closed()?;

@@ -27,7 +27,7 @@ mod release;
 mod scrub;
 mod sending;
 mod standing;
-mod strangers;
+pub(crate) mod strangers;
 mod to_disk;
 pub(crate) mod to_object;
 mod to_peers;

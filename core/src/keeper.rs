@@ -35,7 +35,7 @@ use crate::{
     attempt::AttemptRecord,
     begin::{Begin, Elsewhere, Stands, begin},
     bucket::Bucket,
-    cascade::{Cascade, Parts, Shard},
+    cascade::{Cascade, Parts, Shard, strangers::clear_strangers},
     chunk::CHUNK_BYTES,
     clock::{SharedClock, SystemClock},
     config::Config,
@@ -239,6 +239,14 @@ impl Keeper {
             old.stop(place, None, place.config.slot_wait)?;
         }
         let keep = started.record.parent.map(|p| p.key());
+        if !place.is_hosted && place.config.leads() {
+            let durable = started.stands.on_disk || started.stands.whole_in_bucket;
+            let keep = keep.as_ref().filter(|_| !durable);
+            let cleared = clear_strangers(&*place.ram, &place.config, &*place.clock, keep);
+            if let Err(e) = cleared {
+                tracing::warn!("memory of ranks that are no more was not cleared: {}", e.chain());
+            }
+        }
         if place.config.saves() {
             place.arena.trim(keep.as_ref())?;
         } else {

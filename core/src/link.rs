@@ -64,6 +64,9 @@ const SHORT: Duration = Duration::from_secs(30);
 /// How long a shard may take to come from other nodes: a hundred gigabytes over a slow network.
 const FETCH: Duration = Duration::from_secs(3600);
 
+/// Other ranks' manifests that are asked for at once: some have megabytes, and an answer has an end.
+const RANKS_AT_ONCE: usize = 4;
+
 /// What is filled and not known to be published.
 struct Unpublished {
     publish: wire::Publish,
@@ -254,11 +257,16 @@ impl Far {
         let mut tiers = self.tiers.clone();
         tiers.push(Arc::new(FarTier::new(dial.clone(), TierKind::Peer, "other nodes".into())));
         Rest::new(move |ranks| {
-            let ranks = ranks.iter().map(|rank| rank.0).collect();
-            let (answer, _) = dial.ask(Call::Shards(wire::Shards { ranks }), FETCH)?;
-            let Answer::Shards(found) = answer else { return Err(dial::odd("Shards")) };
-            let shard = |shard| convert::restorable(shard, &tiers, &observer, &care);
-            found.shards.iter().map(shard).collect()
+            let mut shards = Vec::with_capacity(ranks.len());
+            for some in ranks.chunks(RANKS_AT_ONCE) {
+                let ranks = some.iter().map(|rank| rank.0).collect();
+                let (answer, _) = dial.ask(Call::Shards(wire::Shards { ranks }), FETCH)?;
+                let Answer::Shards(found) = answer else { return Err(dial::odd("Shards")) };
+                for shard in &found.shards {
+                    shards.push(convert::restorable(shard, &tiers, &observer, &care)?);
+                }
+            }
+            Ok(shards)
         })
     }
 

@@ -54,11 +54,11 @@ impl Found {
 }
 
 /// What is to be filled: `str`, a tensor of this rank's by its name; or `tierkeep._build.Part`, a box of a
-/// tensor: (its name, its shape, the box's offset, the rank that has it or `None`).
+/// tensor: (its name, its shape, the box's offset and size, the rank that has it or `None`).
 #[derive(FromPyObject)]
 enum Key {
     Whole(String),
-    Part(String, Vec<u64>, Vec<u64>, Option<u32>),
+    Part(String, Vec<u64>, Vec<u64>, Vec<u64>, Option<u32>),
 }
 
 #[pymethods]
@@ -182,8 +182,12 @@ impl Found {
                         let entry = table.get(name.as_str()).copied();
                         wholes.insert(name.clone(), self.place(py, &name, &target, entry)?);
                     }
-                    Key::Part(name, shape, offset, rank) => {
+                    Key::Part(name, shape, offset, size, rank) => {
                         let form = place_in(py, &name, &target)?;
+                        if form.shape != size {
+                            let why = format!("{name}: a box of {size:?} into {:?}", form.shape);
+                            return Err(invalid(py, why));
+                        }
                         parts.push(wanted(form, (name, shape), offset, rank));
                     }
                 }

@@ -150,8 +150,47 @@ def test_parts_on_ranks_that_do_not_save_are_refused(run: Path) -> None:
     assert all(code == 0 for code, *_ in results), results
     said = results[0][1].splitlines()
     assert "w: its parts ([4] in all) lie on ranks [0, 1], of which only [0] save" in said[0]
-    assert "w: it lies on ranks [0] of torch.distributed, this handle's rank is 1" in said[1]
+    assert "w: it lies on ranks [0] of its job, this handle's rank is 1" in said[1]
     assert tierkeep.load(run)["w"].tolist() == [1.0] * 4
+
+
+DIFFERENT = """
+    import os, sys
+    import torch, tierkeep
+
+    rank = int(os.environ["RANK"])
+    def stage(number):
+        part = {"w": torch.full((2,), number), "deep": {"x": [torch.full((3,), number)]}}
+        return {"part": part, "all": {"y": torch.ones(2)}, f"of{rank}": torch.full((4,), rank)}
+    with tierkeep.Checkpointer(sys.argv[1]) as ckpt:
+        state = {"first": torch.zeros(2)} if rank == 0 else stage(rank)
+        ckpt.save(1, state).wait("disk", 60)
+"""
+
+
+def test_what_other_ranks_have_differently_is_nobodys(run: Path) -> None:
+    """Also deep in what this rank does not have at all."""
+    results = [ended(rank) for rank in start(3, DIFFERENT, run)]
+    assert all(code == 0 for code, *_ in results), results
+    state = {
+        "first": torch.ones(2),
+        "part": {
+            "w": torch.zeros(2, dtype=torch.int64),
+            "deep": {"x": [torch.zeros(3, dtype=torch.int64)]},
+        },
+        "all": {"y": torch.zeros(2)},
+        "of2": torch.zeros(4, dtype=torch.int64),
+    }
+    with tierkeep.Checkpointer(run) as ckpt:
+        with pytest.raises(tierkeep.MismatchError) as refused:
+            ckpt.restore(state)
+        for place in ("part/w", "part/deep/x/0"):
+            assert f"{place}: rank 1 and rank 2 have different ones" in str(refused.value)
+        assert len(refused.value.differences) == 2
+        del state["part"]
+        ckpt.restore(state)
+    assert state["all"]["y"].tolist() == [1.0, 1.0]
+    assert state["of2"].tolist() == [2, 2, 2, 2]
 
 
 def test_a_laptop_reads_whole_tensors_of_what_was_cut(run: Path, tmp_path: Path) -> None:

@@ -27,8 +27,10 @@ class Part(NamedTuple):
     name: str
     #: Of the tensor, in elements.
     shape: tuple[int, ...]
-    #: Where the box begins in it; it is as large as what it is read into.
+    #: Where the box begins in it.
     offset: tuple[int, ...]
+    #: Of the box.
+    size: tuple[int, ...]
     #: The rank whose tensor it is, where it is another one's.
     rank: int | None
 
@@ -41,7 +43,7 @@ def key_of(saved: _saved.Tensor, shape: tuple[int, ...]) -> Key:
     """The whole of a tensor."""
     if saved.rank is None and not saved.name.endswith("#"):
         return saved.name
-    return Part(saved.name, shape, (0,) * len(shape), saved.rank)
+    return Part(saved.name, shape, (0,) * len(shape), shape, saved.rank)
 
 
 def place(keys: Keys) -> str:
@@ -115,6 +117,8 @@ class Builder:
 
     def make(self, saved: Any, keys: Keys) -> Make:
         """New values, new containers, fresh memory; objects as the dicts that they gave."""
+        if isinstance(saved, _saved.Foreign):
+            return self.make(self.foreign(saved, keys), keys)
         if isinstance(saved, _saved.Object):
             return self.make(saved.tree, keys)
         if isinstance(saved, _saved.Tensor):
@@ -162,15 +166,15 @@ class Builder:
         rows = []
         for mark, value in saved.entries:
             key = self.hashable(mark, keys)
-            if not isinstance(value, _merge.Foreign):
+            if not isinstance(value, _saved.Foreign):
                 rows.append((key, value))
-            elif key in live:
+            elif value.inner or key in live:
                 rows.append((key, self.foreign(value, (*keys, key))))
         if len({key for key, _ in rows}) != len(rows):
             raise InvalidError(f"{place(keys)}: two keys are equal")
         return rows
 
-    def foreign(self, saved: _merge.Foreign, keys: Keys) -> Any:
+    def foreign(self, saved: _saved.Foreign, keys: Keys) -> Any:
         """The tree of a place that only other ranks have."""
         return saved.tree
 

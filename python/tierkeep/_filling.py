@@ -68,7 +68,7 @@ class Filling(Builder):
         #: What is read: the live tensors on devices that have its bytes.
         self.on_device: dict[Key, list[Any]] = {}
         #: Places that several other ranks have, each as it may be.
-        self.doubtful: list[tuple[Keys, list[_saved.Tensor]]] = []
+        self.doubtful: dict[Keys, list[_saved.Tensor]] = {}
         self._spans: list[tuple[tuple[int, int], bool, Key]] = []
 
     def check(self) -> None:
@@ -93,7 +93,7 @@ class Filling(Builder):
         if self.strict:
             self.extras.append(f"{place(keys)}: in the checkpoint, not in the state")
 
-    def foreign(self, saved: _merge.Foreign, keys: Keys) -> Any:
+    def foreign(self, saved: _saved.Foreign, keys: Keys) -> Any:
         if isinstance(saved.tree, _saved.Tensor) and not saved.tree.name.endswith("#"):
             ranks = {saved.tree.rank}
             all_of_it = [saved.tree]
@@ -102,7 +102,7 @@ class Filling(Builder):
                     ranks.add(other.rank)
                     all_of_it.append(other)
             if len(all_of_it) > 1:
-                self.doubtful.append((keys, all_of_it))
+                self.doubtful[keys] = all_of_it
         return saved.tree
 
     # -- planning ----------------------------------------------------------------------------
@@ -117,7 +117,7 @@ class Filling(Builder):
             self._read_into(key_of(saved, facts["shape"]), live, facts, keys)
             return
         for box in sharded.boxes:
-            key = Part(saved.name, sharded.shape, box.offset, saved.rank)
+            key = Part(saved.name, sharded.shape, box.offset, tuple(box.local.shape), saved.rank)
             self._read_into(key, box.local, describe(box.local), keys)
 
     def into_array(self, saved: _saved.Tensor, live: Any, keys: Keys) -> Make:
@@ -131,7 +131,7 @@ class Filling(Builder):
                 whole = tuple(memory.shape) == shape
                 key = key_of(saved, shape)
                 if not whole:
-                    key = Part(saved.name, shape, offset, saved.rank)
+                    key = Part(saved.name, shape, offset, tuple(memory.shape), saved.rank)
                 self._read_into(key, memory, describe(memory), keys)
             return make
         return lambda: live
@@ -202,7 +202,7 @@ class Filling(Builder):
 
     def _settle(self) -> None:
         """What several other ranks have, and this one has not, is the same on all, or nobody's."""
-        for keys, tensors in self.doubtful:
+        for keys, tensors in self.doubtful.items():
             first, *others = tensors
             form = self.entry(first, keys)
             for other in others:

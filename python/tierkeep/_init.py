@@ -294,7 +294,7 @@ class _Shards:
         """What is read of the shard that has it by that name."""
         shape = self.tensors[_path(key)][1]
         if isinstance(key, Part):
-            return Part(name, shape, key.offset, None)
+            return Part(name, shape, key.offset, key.size, None)
         return key_of(_saved.Tensor(name, "", False), shape)
 
 
@@ -352,7 +352,7 @@ class _File:
             for key, target in targets:
                 name, part, shape = _path(key), None, None
                 if isinstance(key, Part):
-                    part, shape = _slices(key, target), key.shape
+                    part, shape = _slices(key), key.shape
                 in_place = part is None and describe(target)["contiguous"]
                 whole = target if in_place else _torch.like(target, shape)
                 begin, length = self._spans[name]
@@ -363,10 +363,10 @@ class _File:
                     _torch.copy(target, whole if part is None else whole[part])
 
 
-def _slices(part: Part, target: Any) -> tuple[slice, ...]:
+def _slices(part: Part) -> tuple[slice, ...]:
     """The place of a box in its tensor."""
     return tuple(
-        slice(begin, begin + size) for begin, size in zip(part.offset, target.shape, strict=True)
+        slice(begin, begin + size) for begin, size in zip(part.offset, part.size, strict=True)
     )
 
 

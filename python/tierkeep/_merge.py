@@ -6,7 +6,6 @@ rank's own tree comes first; where it has no such place, the other ranks' do.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,15 +14,6 @@ from tierkeep._tierkeep import Found
 
 #: Names to (dtype as in safetensors, shape).
 Table = Mapping[str, tuple[str, tuple[int, ...]]]
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Foreign:
-    """A place that only other ranks have, as the first of them has it."""
-
-    tree: Any
-    #: As the other ones have it.
-    others: list[Any]
 
 
 def merged(found: Found) -> tuple[Any, dict[int, Table]]:
@@ -45,7 +35,7 @@ def merged(found: Found) -> tuple[Any, dict[int, Table]]:
 def _add(ours: Any, theirs: Any) -> None:
     """Adds to `ours` what only `theirs` has."""
     ours, theirs = _bare(ours), _bare(theirs)
-    if isinstance(ours, Foreign):
+    if isinstance(ours, _saved.Foreign):
         ours.others.append(theirs)
         _add(ours.tree, theirs)
     elif isinstance(ours, _saved.Mapping) and isinstance(theirs, _saved.Mapping):
@@ -54,7 +44,7 @@ def _add(ours: Any, theirs: Any) -> None:
             if key in there:
                 _add(there[key], value)
             elif isinstance(key, str | int):
-                ours.entries.append((key, Foreign(value, [])))
+                ours.entries.append((key, _foreign(value, inner=False)))
     elif isinstance(ours, _saved.NamedTuple | _saved.Dataclass) and type(ours) is type(theirs):
         for name, value in theirs.fields.items():
             if name in ours.fields:
@@ -62,6 +52,22 @@ def _add(ours: Any, theirs: Any) -> None:
     elif type(ours) in (list, tuple) and type(ours) is type(theirs):
         for mine, other in zip(ours, theirs, strict=False):
             _add(mine, other)
+
+
+def _foreign(tree: Any, *, inner: bool) -> _saved.Foreign:
+    """Marks a place and all that are below it: each may differ among those that have it."""
+    below = _bare(tree)
+    if isinstance(below, _saved.Mapping):
+        below.entries = [(key, _foreign(value, inner=True)) for key, value in below.entries]
+    elif isinstance(below, _saved.NamedTuple | _saved.Dataclass):
+        below.fields = {name: _foreign(v, inner=True) for name, v in below.fields.items()}
+    elif type(below) in (list, tuple):
+        marked = type(below)(_foreign(value, inner=True) for value in below)
+        if below is tree:
+            tree = marked
+        else:
+            tree.tree = marked
+    return _saved.Foreign(tree, [], inner)
 
 
 def _bare(tree: Any) -> Any:

@@ -60,7 +60,7 @@ def _moved(path: str, moves: Mapping[str, str]) -> str:
 
 def tensors(saved: Any, path: str = "") -> Iterator[tuple[str, _saved.Tensor]]:
     """Every tensor of a tree by its path; tied ones by each of theirs."""
-    if isinstance(saved, _saved.Object):
+    if isinstance(saved, _saved.Object | _saved.Foreign):
         yield from tensors(saved.tree, path)
     elif isinstance(saved, _saved.Tensor):
         yield path, saved
@@ -90,11 +90,17 @@ def _parent(tree: Any, path: str) -> tuple[Any, str]:
     """The container of a place, and the last component of its path."""
     *way, last = path.split("/")
     for component in way:
-        rows = dict(_rows(tree.tree if isinstance(tree, _saved.Object) else tree))
+        rows = dict(_rows(_bare(tree)))
         if component not in rows:
             raise InvalidError(f"rename: the checkpoint has no place for {path}")
         tree = rows[component]
-    return (tree.tree if isinstance(tree, _saved.Object) else tree), last
+    return _bare(tree), last
+
+
+def _bare(tree: Any) -> Any:
+    while isinstance(tree, _saved.Object | _saved.Foreign):
+        tree = tree.tree
+    return tree
 
 
 def _take(tree: Any, path: str) -> Any:

@@ -43,6 +43,8 @@ class Plan(Filling):
     def match(self, saved: Any, live: Any, keys: Keys, included: bool = False) -> Make:
         """How the place at `keys` is put back. `live` may be MISSING."""
         included = included or self.include(keys)
+        if isinstance(saved, _saved.Foreign):
+            saved = self.foreign(saved, keys)
         if live is not MISSING and is_object(live):
             return self._match_object(saved, live, keys, included)
         if isinstance(saved, _saved.Object) and (rows := _node(live)) is not None:
@@ -145,6 +147,8 @@ class Plan(Filling):
                 makes[key] = self.match(value, current.get(key, MISSING), below, wanted)
         gone = [key for key in current if key not in {key for key, _ in rows}]
         if included:
+            # What is no tensor may be left out without a word, but others may have it.
+            self.lacks = self.lacks or bool(gone)
             for key in gone:
                 self._missing(current[key], (*keys, key))
 
@@ -277,8 +281,10 @@ class Plan(Filling):
             return self._match_optimizer(tree, live, keys)
         if isinstance(tree, _saved.Mapping) and hasattr(live, "tierkeep_params"):
             # Its tensors are as these parameters are; those that it has are overwritten.
-            hints = live.state_dict()
-            self._add_moments(tree, hints, live.tierkeep_params(), keys)
+            hints, params = live.state_dict(), live.tierkeep_params()
+            self._add_moments(tree, hints, params, keys)
+            if not params.keys() <= _in_groups(tree):
+                self.lacks = True
             make_tree = self._make_with(tree, hints, keys)
             return lambda: _torch.load(live, make_tree(), place(keys))
         # New memory, on the devices that its tensors are on now: what it keeps of it is its own.
@@ -329,6 +335,8 @@ class Plan(Filling):
 
     def _make_beside(self, saved: Any, live: Any, keys: Keys) -> Make:
         """New values, tensors on the devices of those in `live`."""
+        if isinstance(saved, _saved.Foreign):
+            saved = self.foreign(saved, keys)
         if isinstance(saved, _saved.Mapping) and isinstance(live, dict):
             rows = [
                 (key, self._make_beside(value, live.get(key, MISSING), (*keys, key)))
@@ -435,6 +443,13 @@ def planned(found: Found, state: Any, wish: Wish) -> tuple[Plan, Make]:
         )
         make = plan.match(_rename.renamed(tree, wish.rename), state, ())
     return plan, make
+
+
+def _in_groups(tree: _saved.Mapping) -> set[Any]:
+    """The parameters of an optimizer whose groups name them."""
+    groups = dict(row for row in tree.entries if isinstance(row[0], str)).get("param_groups")
+    rows = [row for group in groups or () for row in getattr(group, "entries", ())]
+    return {name for key, names in rows if key == "params" for name in names}
 
 
 def _items(saved: Any) -> Sequence[Any]:

@@ -27,6 +27,17 @@ class Object:
 
 
 @dataclass(slots=True, eq=False)
+class Foreign:
+    """A place that only other ranks have, as the first of them has it."""
+
+    tree: Any
+    #: As the other ones have it.
+    others: list[Any]
+    #: It is in another one: taken where that is.
+    inner: bool
+
+
+@dataclass(slots=True, eq=False)
 class Mapping:
     kind: str
     entries: list[tuple[Any, Any]]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from tierkeep.errors import InvalidError
@@ -41,8 +40,9 @@ class Sharded(NamedTuple):
 class Pieces:
     """A tensor of which this rank has boxes, put together by hand."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: Any, boxes: Sequence[Box]) -> None:
-        self.shape, self.dtype, self.boxes = shape, dtype, tuple(boxes)
+    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
+        self.shape, self.dtype = shape, dtype
+        self.boxes: list[Box] = []
 
     def __create_chunk_list__(self) -> list[Any]:
         raise NotImplementedError("only tierkeep saves these")
@@ -58,7 +58,7 @@ def look(tensor: Any) -> Sharded | None:
     if not hasattr(type(tensor), "__create_chunk_list__"):
         return None
     if isinstance(tensor, Pieces):
-        return Sharded(tensor.shape, tensor.boxes, (), None)
+        return Sharded(tensor.shape, tuple(tensor.boxes), (), None)
     mesh = getattr(tensor, "device_mesh", None)
     local: Any = getattr(tensor, "_local_tensor", None)
     if mesh is None or local is None or hasattr(local, "__create_chunk_list__"):

@@ -4,26 +4,23 @@
 //! # Invariants
 //!
 //! - What is looked for changes nothing: no mark, no mend.
-//! - What is brought here is forgotten when it was read, and is brought again where it is asked for again.
+//! - What is brought here is no copy that anybody counts on: it has no name that others could find.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc};
 
-use super::{
-    fetched::{Seen, bring_here, fetch_shard},
-    found::{copies_in, find_shard_in},
-};
+use super::found::find_shard_in;
 use crate::{
     attempt::AttemptRecord,
     commit::Listing,
     error::{Error, Result},
-    names::{CheckpointKey, Rank},
+    names::{CheckpointKey, Id, Rank},
     peers::remote::{Remote, look_at_all},
     place::Place,
     restore::{
         read::Restorable,
         survey::{Found, copies},
     },
-    tier::Tier,
+    tier::{Source, Tier},
 };
 
 /// Where another rank's shard is.
@@ -56,7 +53,7 @@ pub(crate) fn find_others(
     if !missing.is_empty() {
         let far = Far::look(place, key)?;
         for rank in missing {
-            let manifest = far.manifest(place, record, key, rank)?;
+            let manifest = far.shard(place, record, key, rank)?.manifest_bytes().to_vec();
             found.insert(rank, Whereabouts::Elsewhere(manifest));
         }
     }
@@ -64,32 +61,28 @@ pub(crate) fn find_others(
     Ok(known)
 }
 
-/// One of them in files of this node; true: it was brought here for this.
+/// The payload of one of them in a file of this node, which is nobody else's: what is brought here has no
+/// name once it is open, and is gone when the reader closes it.
 ///
 /// # Errors
 /// It is nowhere, or there is no room for it here.
-pub(crate) fn bring(
+pub(crate) fn open(
     place: &Place,
     record: &AttemptRecord,
     key: &CheckpointKey,
     rank: Rank,
-) -> Result<(Restorable, bool)> {
+) -> Result<Box<dyn Source>> {
     match here(place, record, key, rank) {
+        Ok(shard) => return shard.open_first(),
         Err(e) if is_elsewhere(&e) => {}
-        found => return found.map(|shard| (shard, false)),
+        Err(e) => return Err(e),
     }
-    if let Some(peers) = &place.peers {
-        match fetch_shard(place, peers, record, (key, rank), &Seen::Nowhere, Duration::ZERO) {
-            Ok(true) => return here(place, record, key, rank).map(|shard| (shard, true)),
-            Ok(false) => {}
-            Err(e) if place.bucket.is_none() => return Err(e),
-            Err(e) => tracing::warn!("{key}, {rank}: no copy from other nodes: {}", e.chain()),
-        }
-    }
-    let Some(bucket) = &place.bucket else { return Err(nowhere(key, rank)) };
-    let there = find_shard_in(place, record, key, (rank, false), &[bucket])?;
-    bring_here(place, &there)?;
-    here(place, record, key, rank).map(|shard| (shard, true))
+    let there = Far::look(place, key)?.shard(place, record, key, rank)?;
+    let name = format!("_brought/{}-{}", Id::random()?, there.manifest().payload.file);
+    let brought = place.ram.put(&name, &there.payload()).and_then(|_| place.ram.open(&name));
+    let gone = place.ram.delete(&name);
+    let source = brought?;
+    gone.map(|()| source)
 }
 
 fn here(
@@ -124,20 +117,20 @@ impl Far {
         Ok(Self { remotes, found: Found { key: key.clone(), listings } })
     }
 
-    fn manifest(
+    fn shard(
         &self,
         place: &Place,
         record: &AttemptRecord,
         key: &CheckpointKey,
         rank: Rank,
-    ) -> Result<Vec<u8>> {
+    ) -> Result<Restorable> {
         let tiers: Vec<&dyn Tier> = self.remotes.iter().map(|tier| &**tier as &dyn Tier).collect();
-        let (good, _) = copies(&tiers, &self.found, rank, Some(&record.run_id))?;
-        if let Some(first) = good.first() {
-            return Ok(first.bytes.to_vec());
+        let (good, bad) = copies(&tiers, &self.found, rank, Some(&record.run_id))?;
+        if good.is_empty() {
+            let Some(bucket) = &place.bucket else { return Err(nowhere(key, rank)) };
+            return find_shard_in(place, record, key, (rank, false), &[bucket]);
         }
-        let Some(bucket) = &place.bucket else { return Err(nowhere(key, rank)) };
-        let (_, good) = copies_in(bucket.clone(), key, rank, &record.run_id)?;
-        good.first().map(|copy| copy.bytes.to_vec()).ok_or_else(|| nowhere(key, rank))
+        let tiers = self.remotes.iter().map(|tier| tier.clone() as Arc<dyn Tier>).collect();
+        Ok(Restorable::of(key.clone(), rank, tiers, (good, bad), place.observer.clone()))
     }
 }

@@ -49,11 +49,17 @@ pub(super) fn find_shard(
 
 /// The ranks that saved a checkpoint: those that save in its attempt, which may be others than now.
 pub(super) fn savers_of(place: &Place, key: &CheckpointKey) -> Result<Vec<u32>> {
-    let attempts = Attempts::load(&[&*place.disk])?;
-    let record = attempts.find(&key.attempt).ok_or_else(|| Error::NotFound {
+    let savers = |tiers: &[&dyn Tier]| -> Result<Option<Vec<u32>>> {
+        Ok(Attempts::load(tiers)?.find(&key.attempt).map(|record| record.savers.clone()))
+    };
+    // RAM may not answer, and the disk may have lost it.
+    let found = match savers(&[&*place.disk])? {
+        Some(found) => Some(found),
+        None => savers(&[&*place.ram])?,
+    };
+    found.ok_or_else(|| Error::NotFound {
         what: format!("the record of attempt {}, which saved {},", key.attempt.number, key.step),
-    })?;
-    Ok(record.savers.clone())
+    })
 }
 
 /// The shard as it lies here; where it does not, it is fetched from other nodes, and only what they have not
@@ -114,7 +120,7 @@ fn patience(place: &Place, key: &CheckpointKey, rank: Rank) -> Duration {
 }
 
 /// Good copies of a shard in a bucket.
-pub(super) fn copies_in(
+fn copies_in(
     bucket: Arc<dyn Tier>,
     key: &CheckpointKey,
     rank: Rank,

@@ -3,15 +3,17 @@
 //!
 //! # Invariants
 //!
-//! - Nothing is taken before a checkpoint of this attempt is sealed on disk, nor from a rank that lives.
+//! - Of what the attempt resumes from nothing is taken before a newer checkpoint is sealed on disk, unless it
+//!   is durable itself; and nothing is taken from a rank that lives.
 
 use std::{collections::BTreeSet, time::Duration};
 
 use super::Cascade;
 use crate::{
+    clock::Clock,
     config::Config,
     error::{Error, Result},
-    names::{Rank, parse_payload_name},
+    names::{CheckpointKey, Rank, parse_payload_name},
     observe::locked,
     ownership::{Ownership, rank_lock},
     restore::survey::survey,
@@ -26,18 +28,27 @@ impl Cascade {
         if !self.parts.is_embedded || locked(&self.work).sealed.is_none() {
             return Ok(());
         }
-        let (ram, config) = (&*self.parts.ram, &self.parts.config);
-        for rank in strangers(ram, config)? {
-            let what = format!("{rank} of {}", config.destination.display());
-            let lock = rank_lock(&config.home(), rank);
-            match Ownership::take(&lock, &what, Duration::ZERO, &*self.parts.clock) {
-                Ok(_lock) => clear(ram, rank)?,
-                Err(Error::Fenced { .. }) => {} // It lives: of an older start, which will end.
-                Err(e) => return Err(e),
-            }
-        }
-        Ok(())
+        clear_strangers(&*self.parts.ram, &self.parts.config, &*self.parts.clock, None)
     }
+}
+
+/// Gives back what ranks that are no more have in this node's RAM, but for their shards of `keep`.
+pub(crate) fn clear_strangers(
+    ram: &dyn Tier,
+    config: &Config,
+    clock: &dyn Clock,
+    keep: Option<&CheckpointKey>,
+) -> Result<()> {
+    for rank in strangers(ram, config)? {
+        let what = format!("{rank} of {}", config.destination.display());
+        let lock = rank_lock(&config.home(), rank);
+        match Ownership::take(&lock, &what, Duration::ZERO, clock) {
+            Ok(_lock) => clear(ram, rank, keep)?,
+            Err(Error::Fenced { .. }) => {} // It lives: of an older start, which will end.
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
 }
 
 /// Ranks that have files in this node's RAM, and save no more.
@@ -57,8 +68,8 @@ fn strangers(ram: &dyn Tier, config: &Config) -> Result<BTreeSet<Rank>> {
 }
 
 /// Deletes what a rank has in RAM, each manifest before its payload.
-fn clear(ram: &dyn Tier, rank: Rank) -> Result<()> {
-    for found in survey(&[ram])? {
+fn clear(ram: &dyn Tier, rank: Rank, keep: Option<&CheckpointKey>) -> Result<()> {
+    for found in survey(&[ram])?.into_iter().filter(|found| Some(&found.key) != keep) {
         let files = ram.list(&found.key.dir())?;
         let ours = |name: &str| parse_payload_name(name) == Some(rank);
         ram.delete(&found.key.manifest(rank))?;

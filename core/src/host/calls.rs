@@ -97,7 +97,6 @@ impl Connection {
                 Ok((Answer::Text(wire::Text { text }), Vec::new()))
             }
             Call::Restored(_) => {
-                others::forget_brought(seat);
                 running(seat)?.1.was_read();
                 done()
             }

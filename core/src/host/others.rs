@@ -5,7 +5,7 @@ use tierkeep_proto::trainer::{self as wire, reply::Answer};
 use super::{calls::Answered, seat::Seat};
 use crate::{
     attempt::AttemptRecord,
-    begin::brought::{Whereabouts, bring, find_others},
+    begin::brought::{Whereabouts, find_others, open},
     error::{Doing, Error, Result},
     names::{CheckpointKey, Rank, parse_payload_name},
     tier::TierKind,
@@ -14,7 +14,7 @@ use crate::{
 
 /// The manifests of these ranks' shards, and whether they are here.
 pub(super) fn shards(seat: &Seat, record: &AttemptRecord, ranks: &[u32]) -> Answered {
-    let key = restored(seat)?;
+    let key = parent(record)?;
     let ranks: Vec<Rank> = ranks.iter().map(|rank| Rank(*rank)).collect();
     let found = find_others(&seat.keeper.place, record, &key, &ranks)?;
     let shard = |(rank, whereabouts): (&Rank, &Whereabouts)| match whereabouts {
@@ -36,44 +36,18 @@ pub(super) fn shards(seat: &Seat, record: &AttemptRecord, ranks: &[u32]) -> Answ
 
 /// The payload of another rank's shard, brought here if need be.
 pub(super) fn read(seat: &Seat, record: &AttemptRecord, name: &str) -> Answered {
-    let key = restored(seat)?;
+    let key = parent(record)?;
     let file = name.strip_prefix(&format!("{}/", key.dir()));
     let rank = file.and_then(parse_payload_name);
     let rank = rank.ok_or_else(|| Error::invalid(format!("{name} is no shard of {key}")))?;
-    let place = &seat.keeper.place;
-    let (found, was_brought) = bring(place, record, &key, rank)?;
-    if was_brought {
-        seat.remember_brought(&key, rank);
-    }
-    let source = found.open_first()?;
+    let source = open(&seat.keeper.place, record, &key, rank)?;
     let opened = source.file().ok_or_else(|| Error::Bug("a file without one".into()))?;
     let fd = opened.try_clone().doing(|| format!("hand out {name}"))?;
     Ok((Answer::Found(wire::Found { len: source.len() }), vec![fd.into()]))
 }
 
-/// What was brought is needed no more.
-pub(super) fn forget_brought(seat: &Seat) {
-    let place = &seat.keeper.place;
-    for (key, rank) in seat.take_brought() {
-        if let Err(e) = forget(seat, &key, rank) {
-            let text = format!("{rank}'s shard of {key} stays in RAM: {}", e.chain());
-            place.observer.warn("give_back_failed", Some(key.step.0), text);
-        }
-    }
-}
-
-fn forget(seat: &Seat, key: &CheckpointKey, rank: Rank) -> Result<()> {
-    let ram = &seat.keeper.place.ram;
-    ram.delete(&key.manifest(rank))?;
-    for file in ram.list(&key.dir())? {
-        if parse_payload_name(&file.name) == Some(rank) {
-            ram.delete(&key.file(&file.name))?;
-        }
-    }
-    Ok(())
-}
-
-fn restored(seat: &Seat) -> Result<CheckpointKey> {
-    let shard = seat.shard().ok_or_else(|| Error::invalid("nothing was restored"))?;
-    Ok(shard.key)
+/// What the attempt resumes from.
+fn parent(record: &AttemptRecord) -> Result<CheckpointKey> {
+    let parent = record.parent.ok_or_else(|| Error::invalid("nothing was restored"))?;
+    Ok(parent.key())
 }

@@ -20,7 +20,7 @@ use crate::{
     clock::Clock,
     error::{Error, Result},
     keeper::{Ending, Keeper},
-    names::{CheckpointKey, Rank, Step},
+    names::Step,
     observe::locked,
     restore::read::Restorable,
     save::{Save, forget_decided},
@@ -58,8 +58,6 @@ struct State {
     mapped: HashSet<u64>,
     saves: BTreeMap<u64, Save>,
     shard: Option<Restorable>,
-    /// Shards of other ranks that were brought here for its trainer to read.
-    brought: Vec<(CheckpointKey, Rank)>,
 }
 
 /// One rank.
@@ -437,15 +435,6 @@ impl Seat {
 
     pub(super) fn set_shard(&self, shard: Option<Restorable>) {
         locked(&self.state).shard = shard;
-    }
-
-    /// Another rank's shard was brought to this node for its trainer.
-    pub(super) fn remember_brought(&self, key: &CheckpointKey, rank: Rank) {
-        locked(&self.state).brought.push((key.clone(), rank));
-    }
-
-    pub(super) fn take_brought(&self) -> Vec<(CheckpointKey, Rank)> {
-        std::mem::take(&mut locked(&self.state).brought)
     }
 
     pub(super) fn shard(&self) -> Option<Restorable> {

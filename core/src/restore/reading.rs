@@ -221,7 +221,8 @@ impl Reading {
                 add(&self.from.observer.counters.checksum_failures, new as u64);
                 if let Some(e) = trouble {
                     before.trouble.get_or_insert_with(|| e.chain());
-                    if e.kind() == ErrorKind::Unavailable {
+                    // Neither damaged nor gone: it did not answer, or there was no room to bring it.
+                    if !matches!(e.kind(), ErrorKind::Corrupt | ErrorKind::NotFound) {
                         unanswered.get_or_insert(e);
                     }
                 }

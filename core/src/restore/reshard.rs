@@ -7,7 +7,8 @@
 //!
 //! - Every element that is wanted is read once, or the plan is an error that names what nobody saved.
 //! - Nothing else is read, but what shares a chunk with it.
-//! - A rank takes what it can from its own shard; of what several have, different ranks take different ones'.
+//! - A rank takes all of it from its own shard, and from those that it leaves tensors to, or as all others do
+//!   from the lowest ranks that have it: of what several have and none says so, all take the same one's.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -118,12 +119,30 @@ impl Catalog {
         all.filter(|rank| !self.shards.contains_key(rank)).collect()
     }
 
-    /// The boxes of the tensor at `path`: this rank's own, then the others', beginning with the next rank's.
+    /// The boxes of the tensor at `path`: once all shards are known in the order of their ranks; before
+    /// that, this rank's own first.
     #[must_use]
     pub fn boxes(&self, path: &str) -> Vec<(Rank, &TensorEntry)> {
-        let (before, after) = (self.shards.range(..self.own), self.shards.range(self.own..));
-        let all = after.chain(before);
-        all.flat_map(|(rank, shard)| shard.boxes(path).map(|entry| (*rank, entry))).collect()
+        let of = |rank: &Rank| (*rank != self.own && !self.is_whole(), *rank);
+        let mut ranks: Vec<&Rank> = self.shards.keys().collect();
+        ranks.sort_by_key(|rank| of(rank));
+        let boxes = |rank: &&Rank| {
+            let rank = **rank;
+            self.shards[&rank].boxes(path).map(move |entry| (rank, entry)).collect::<Vec<_>>()
+        };
+        ranks.iter().flat_map(boxes).collect()
+    }
+
+    fn is_whole(&self) -> bool {
+        self.unknown().is_empty()
+    }
+
+    /// This rank's own boxes, where they are all of `wanted`.
+    fn own(&self, path: &str, wanted: &Region) -> Option<Vec<(Rank, TensorEntry, Region)>> {
+        let boxes: Vec<&TensorEntry> = self.shards.get(&self.own)?.boxes(path).collect();
+        let regions: Vec<Region> = boxes.iter().map(|entry| entry.region()).collect();
+        let parts = cover(wanted, &regions).ok()?.into_iter();
+        Some(parts.map(|(i, region)| (self.own, boxes[i].clone(), region)).collect())
     }
 
     /// Of `wanted`, a part of the tensor at `path`, what lies in which entry of which rank; `None`: not all
@@ -136,6 +155,9 @@ impl Catalog {
         path: &str,
         wanted: &Region,
     ) -> Result<Option<Vec<(Rank, TensorEntry, Region)>>> {
+        if let Some(own) = self.own(path, wanted).filter(|_| !wanted.is_empty()) {
+            return Ok(Some(own));
+        }
         let boxes = self.boxes(path);
         if let Some((first, rest)) = boxes.split_first() {
             let form = |entry: &TensorEntry| (entry.dtype.clone(), entry.global().to_vec());

@@ -266,9 +266,14 @@ pub(crate) fn tier_kind(said: i32) -> Result<TierKind> {
 }
 
 pub(crate) fn shard(found: &Restorable) -> wire::Shard {
+    // The same in every copy, and said once.
+    let manifest = |copy: &ShardCopy| match std::ptr::eq(copy, &raw const found.copies[0]) {
+        false if *copy.bytes == *found.copies[0].bytes => Vec::new(),
+        _ => copy.bytes.to_vec(),
+    };
     let copy = |copy: &ShardCopy| wire::Copy {
         tier: tier(found.tiers[copy.tier].kind()).into(),
-        manifest: copy.bytes.to_vec(),
+        manifest: manifest(copy),
     };
     let bad = |bad: &BadCopy| wire::Bad { tier: tier(bad.tier).into(), why: bad.why.clone() };
     wire::Shard {
@@ -293,17 +298,23 @@ pub(crate) fn restorable(
     let attempt = AttemptDir::parse(&said.attempt);
     let attempt = attempt.ok_or_else(|| Error::Bug(format!("attempt {:?}", said.attempt)))?;
     let (key, rank) = (CheckpointKey { step: Step(said.step), attempt }, Rank(said.rank));
-    let copy = |copy: &wire::Copy| {
+    let mut first: Option<ShardCopy> = None;
+    let mut copy = |copy: &wire::Copy| {
         let kind = tier_kind(copy.tier)?;
         let tier = tiers.iter().position(|t| t.kind() == kind);
         let tier = tier.ok_or_else(|| Error::Bug(format!("no {kind} tier")))?;
+        if let (true, Some(first)) = (copy.manifest.is_empty(), &first) {
+            return Ok(ShardCopy { tier, ..first.clone() });
+        }
         let manifest = decode(&copy.manifest, "a manifest from the agent", &key, rank)?;
         let (manifest, bytes) = (Arc::new(manifest), Arc::new(copy.manifest.clone()));
-        Ok(ShardCopy { tier, manifest, bytes })
+        let found = ShardCopy { tier, manifest, bytes };
+        first.get_or_insert_with(|| found.clone());
+        Ok(found)
     };
     let bad =
         |bad: &wire::Bad| tier_kind(bad.tier).map(|tier| BadCopy { tier, why: bad.why.clone() });
-    let copies: Vec<ShardCopy> = said.copies.iter().map(copy).collect::<Result<_>>()?;
+    let copies: Vec<ShardCopy> = said.copies.iter().map(&mut copy).collect::<Result<_>>()?;
     if copies.is_empty() {
         return Err(Error::Bug(format!("{key}, {rank}: a shard without a copy")));
     }

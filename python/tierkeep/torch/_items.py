@@ -8,18 +8,21 @@ which it keeps as its data. The tree is the nested one, so that a run that torch
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Container, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
+    MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import SavePlan, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
 from tierkeep import _merge, _saved, _types
 from tierkeep._build import Make
@@ -44,29 +47,57 @@ class Resolver(Protocol):
     def resolve_data(self, item: Any, /) -> Any: ...
 
 
+class Plain(ABC):
+    """One that resolves as torch's default planner does."""
+
+    @abstractmethod
+    def resolve_data(self, item: Any, /) -> Any: ...
+    @abstractmethod
+    def lookup_object(self, index: MetadataIndex, /) -> Any: ...
+
+
 def tree(plan: SavePlan, planner: Resolver) -> dict[str, Any]:
     """The state that the items of a plan are."""
     paths: Mapping[str, Path] = plan.planner_data if isinstance(plan.planner_data, dict) else {}
-    pieces: dict[str, list[Box]] = {}
-    forms: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    pieces: dict[str, Pieces] = {}
     root: dict[str, Any] = {}
     for item in plan.items:
         fqn = item.index.fqn
+        path = paths.get(fqn, (fqn,))
         if item.type == WriteItemType.BYTE_IO:
-            data: io.BytesIO = planner.resolve_data(item)
-            _put(root, paths.get(fqn, (fqn,)), Pickled(data.getvalue()))
+            _put(root, path, _value(item, planner))
             continue
         assert item.tensor_data is not None
         local = planner.resolve_data(item)
         assert isinstance(local, torch.Tensor)
-        box = Box(tuple(item.tensor_data.chunk.offsets), local.detach(), ())
-        pieces.setdefault(fqn, []).append(box)
-        forms[fqn] = (tuple(item.tensor_data.size), local.dtype)
-    for fqn, boxes in pieces.items():
-        shape, dtype = forms[fqn]
-        with_elements = [box for box in boxes if box.local.numel() > 0]
-        _put(root, paths.get(fqn, (fqn,)), Pieces(shape, dtype, with_elements))
+        if fqn not in pieces:
+            pieces[fqn] = Pieces(tuple(item.tensor_data.size), local.dtype)
+            _put(root, path, pieces[fqn])
+        if local.numel() > 0:
+            offset = tuple(item.tensor_data.chunk.offsets)
+            pieces[fqn].boxes.append(Box(offset, local.detach(), ()))
     return root
+
+
+def _value(item: WriteItem, planner: Resolver) -> Any:
+    """A plain value as a `Checkpointer` stores it; any other as torch's bytes, and so all that
+    another planner than torch's default may have made into something else.
+    """
+    if isinstance(planner, Plain) or type(planner) is DefaultSavePlanner:
+        found = planner.lookup_object(item.index)
+        if _is_plain(found):
+            return found
+    data: io.BytesIO = planner.resolve_data(item)
+    return Pickled(data.getvalue())
+
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) in (list, tuple, set, frozenset):
+        return all(map(_is_plain, value))
+    return type(value) in _PLAIN
 
 
 def _put(root: Any, path: Path, value: Any) -> None:
@@ -99,10 +130,13 @@ class Leaf(NamedTuple):
 
 def leaves(shards: list[Found]) -> dict[str, Leaf]:
     """Every place by the name that torch gives it, as the first rank has it."""
+    trees = [found.tree for found in shards]
+    # A rank may have only values of a list of which others have the tensors.
+    split = {path for tree in trees for path in _lists(tree, ())}
     all_of_it: dict[str, Leaf] = {}
-    for found in shards:
+    for found, tree in zip(shards, trees, strict=True):
         elsewhere = found.elsewhere
-        for path, saved in _walk(found.tree, ()):
+        for path, saved in _walk(tree, (), split):
             if isinstance(saved, _saved.Tensor) and not saved.name.endswith("#"):
                 saved.rank = elsewhere.get(saved.name, found.rank)
             fqn = ".".join(map(str, path))
@@ -113,20 +147,33 @@ def leaves(shards: list[Found]) -> dict[str, Leaf]:
     return all_of_it
 
 
-def _walk(saved: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+def _walk(saved: Any, path: Path, split: Container[Path]) -> Iterator[tuple[Path, Any]]:
     """As torch's planners flatten a state: a list without tensors and dicts is one value."""
-    if isinstance(saved, _saved.Object):
-        yield from _walk(saved.tree, path)
-    elif isinstance(saved, _saved.Mapping):
-        for key, value in saved.entries:
-            # Keys that are marks have no name there.
-            if isinstance(key, str | int | float | bool):
-                yield from _walk(value, (*path, str(key)))
-    elif type(saved) is list and not _is_whole(saved):
-        for index, value in enumerate(saved):
-            yield from _walk(value, (*path, index))
+    if type(saved) is list and path not in split:
+        yield path, saved
+    elif (rows := _rows(saved)) is not None:
+        for key, value in rows:
+            yield from _walk(value, (*path, key), split)
     else:
         yield path, saved
+
+
+def _lists(saved: Any, path: Path) -> Iterator[Path]:
+    """The lists that are walked through."""
+    if type(saved) is list and not _is_whole(saved):
+        yield path
+    for key, value in _rows(saved) or ():
+        yield from _lists(value, (*path, key))
+
+
+def _rows(saved: Any) -> list[tuple[str | int, Any]] | None:
+    if isinstance(saved, _saved.Object):
+        return _rows(saved.tree)
+    if isinstance(saved, _saved.Mapping):
+        # Keys that are marks have no name there.
+        named = ((k, v) for k, v in saved.entries if isinstance(k, str | int | float | bool))
+        return [(str(key), value) for key, value in named]
+    return list(enumerate(saved)) if type(saved) is list else None
 
 
 def _is_whole(items: list[Any]) -> bool:
@@ -136,7 +183,7 @@ def _is_whole(items: list[Any]) -> bool:
             type(value) is list and not _is_whole(value)
         )
 
-    return not any(holds(value) or is_pickled(value) for value in items)
+    return not any(map(holds, items))
 
 
 def metadata(places: dict[str, Leaf], shards: list[Found]) -> Metadata:

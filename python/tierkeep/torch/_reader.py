@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import uuid
@@ -92,7 +93,7 @@ class StorageReader(_StorageReader):
         self._metadata = _items.metadata(self._places, self._shards)
         meta = StorageMeta(checkpoint_id=self.path, load_id=self.load_id)
         self._metadata.storage_meta = meta
-        _runs.loaded[run] = self._shards[0].step
+        _runs.note_loaded(run, self._shards[0].step)
         return self._metadata
 
     def set_up_storage_reader(
@@ -101,11 +102,18 @@ class StorageReader(_StorageReader):
         """Nothing is to be set up."""
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Nothing is to be planned: each rank reads what it needs."""
-        return plan
+        """Says which checkpoint this rank has chosen."""
+        first = self._shards[0]
+        return dataclasses.replace(plan, storage_data=(first.step, first.attempt))
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """The same."""
+        """All ranks read one checkpoint: a newer one may come while they choose."""
+        chosen = sorted({plan.storage_data for plan in plans})
+        if len(chosen) > 1:
+            what = " and ".join(f"step {step} of attempt {attempt}" for step, attempt in chosen)
+            raise InvalidError(
+                f"{self.path}: the ranks chose {what}: name the step, or load while none is saved"
+            )
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -132,7 +140,9 @@ class StorageReader(_StorageReader):
             chunk = item.storage_index.offset or (0,) * len(shape)
             offset = tuple(a + b for a, b in zip(chunk, item.storage_offsets, strict=True))
             if within.numel() > 0:
-                targets.append((Part(leaf.saved.name, shape, offset, leaf.saved.rank), within))
+                size = tuple(within.shape)
+                part = Part(leaf.saved.name, shape, offset, size, leaf.saved.rank)
+                targets.append((part, within))
             tensors.append((item, target, within))
         if targets:
             self._shards[0].read([targets], self._threads)

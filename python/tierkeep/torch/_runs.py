@@ -53,6 +53,8 @@ class Open:
     ckpt: Checkpointer
     #: (rank, world size, options): a handle of others is another one.
     who: tuple[int, int, tuple[tuple[str, str], ...]]
+    #: The id of the start of the job that it is part of: one on all ranks.
+    start: str | None
     pid: int
     #: What the next save may be staged by.
     kept: Kept | None = None
@@ -61,7 +63,17 @@ class Open:
 _open: dict[str, Open] = {}
 
 #: What was loaded last of each run, by this process: the step that it goes on from.
-loaded: dict[str, int] = {}
+_loaded: dict[str, int] = {}
+
+
+def note_loaded(run: str, step: int) -> None:
+    """The run goes on from here."""
+    _loaded[_key(run)] = step
+
+
+def loaded(run: str) -> int | None:
+    """The step that this process loaded last of a run."""
+    return _loaded.get(_key(run))
 
 
 def opened(run: str) -> Open | None:
@@ -72,17 +84,17 @@ def opened(run: str) -> Open | None:
 
 
 def handle(
-    run: str, rank: int, world: int, attempt_id: str | None, options: dict[str, Any]
+    run: str, rank: int, world: int, start: str | None, options: dict[str, Any], *, told: bool
 ) -> Open:
-    """The same, opened at the first call."""
+    """The same, opened at the first call; anew where the coordinator has `told` another start."""
     who = (rank, world, tuple(sorted((name, repr(value)) for name, value in options.items())))
     known = opened(run)
     if known is not None:
-        if known.who == who:
+        if known.who == who and (known.start == start or not told):
             return known
         known.ckpt.close()
-    ckpt = Checkpointer(run, rank=rank, world_size=world, attempt_id=attempt_id, **options)
-    _open[_key(run)] = Open(ckpt, who, os.getpid())
+    ckpt = Checkpointer(run, rank=rank, world_size=world, attempt_id=start, **options)
+    _open[_key(run)] = Open(ckpt, who, start, os.getpid())
     return _open[_key(run)]
 
 
@@ -98,7 +110,7 @@ def begin(ckpt: Checkpointer, run: str, step: int) -> None:
     if ckpt._begun:
         return
     newest = ckpt.latest_step()
-    before = loaded.get(run, newest)
+    before = _loaded.get(_key(run), newest)
     if newest is None:
         ckpt._fresh = True  # Nothing that can be restored is there.
     elif before is not None and before < step:

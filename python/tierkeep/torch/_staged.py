@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.utils import find_state_dict_object
 
 from tierkeep._tierkeep import Save
 from tierkeep.errors import InvalidError
+from tierkeep.torch import _items
 
 
 class Kept(NamedTuple):
@@ -68,7 +70,7 @@ def keep(plan: SavePlan, planner: Any) -> Kept | None:
     return Kept(frozenset(planner.state_dict), plan)
 
 
-class Source:
+class Source(_items.Plain):
     """The state as the planner will see it."""
 
     def __init__(self, state_dict: dict[str, Any], kept: Kept) -> None:
@@ -79,7 +81,7 @@ class Source:
         )
 
     def _is_as_before(self, item: WriteItem) -> bool:
-        found = find_state_dict_object(self._flat, item.index)
+        found = self.lookup_object(item.index)
         if item.tensor_data is None:
             return not isinstance(found, torch.Tensor)
         return (
@@ -90,5 +92,9 @@ class Source:
 
     def resolve_data(self, item: WriteItem) -> Any:
         """As the planner's."""
-        found = find_state_dict_object(self._flat, item.index)
+        found = self.lookup_object(item.index)
         return self._planner.transform_object(item, found)
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        """As the planner's."""
+        return find_state_dict_object(self._flat, index)

@@ -94,12 +94,15 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
             options.setdefault("threads", thread_count)
         self._rank: int | None = None
         self._use_collectives = True
+        #: The step that the process of the training loaded, where this is another one.
+        self._loaded: int | None = None
         self._save: Save | None = None
         self._staged: Staged | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # For a process of its own (`AsyncCheckpointerType.PROCESS`): only what it is told.
-        return {**self.__dict__, "_save": None, "_staged": None, "state_dict_cache": None}
+        told = {"_loaded": _runs.loaded(_runs.place(self.path).run)}
+        return {**self.__dict__, **told, "_save": None, "_staged": None, "state_dict_cache": None}
 
     # -- the protocol ------------------------------------------------------------------------
 
@@ -151,11 +154,15 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
         if not self._use_collectives:
             return plans
         run, step = _runs.place(self.path)
-        start, world = uuid.uuid4().hex, len(plans)
+        world, known = len(plans), _runs.opened(run)
+        # An open handle goes on, on every rank; one that was opened since joins it.
+        start = (known and known.start) or uuid.uuid4().hex
         if self._staged is not None:
             step = self._staged.save.step
         elif step is None:
-            known = _runs.handle(run, self._rank or 0, world, start, self._options)
+            rank = self._rank or 0
+            known = _runs.handle(run, rank, world, start, self._options, told=True)
+            start = known.start or start
             step = _runs.next_step(known.ckpt)
         told = _Told(world, step, start)
         return [dataclasses.replace(plan, storage_data=told) for plan in plans]
@@ -165,7 +172,7 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
         run, step = _runs.place(self.path)
         told = plan.storage_data if self._use_collectives else None
         rank, world, start = self._who(told)
-        known = _runs.handle(run, rank, world, start, self._options)
+        known = _runs.handle(run, rank, world, start, self._options, told=told is not None)
         staged, self._staged = self._staged, None
         if staged is not None:
             known.kept = None  # Unless this plan is the same.
@@ -174,6 +181,8 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
             if step is None:
                 step = _runs.next_step(known.ckpt, told and told.step)
             self._check_new(known.ckpt, run, step)
+            if self._loaded is not None:
+                _runs.note_loaded(run, self._loaded)
             _runs.begin(known.ckpt, run, step)
             self._save = known.ckpt.save(step, _items.tree(plan, planner))
         known.kept = keep(plan, planner)
