@@ -240,19 +240,14 @@ impl Keeper {
         }
         let keep = started.record.parent.map(|p| p.key());
         if !place.is_hosted && place.config.leads() {
-            let durable = started.stands.on_disk || started.stands.whole_in_bucket;
-            let keep = keep.as_ref().filter(|_| !durable);
-            let cleared = clear_strangers(&*place.ram, &place.config, &*place.clock, keep);
-            if let Err(e) = cleared {
-                tracing::warn!("memory of ranks that are no more was not cleared: {}", e.chain());
-            }
+            clear_strangers(&*place.ram, &place.config, &*place.clock, keep.as_ref());
         }
+        let is_durable = started.stands.on_disk || started.stands.whole_in_bucket;
         if place.config.saves() {
             place.arena.trim(keep.as_ref())?;
         } else {
             // Of an attempt in which this rank did save: what is resumed from may be nowhere else.
-            let durable = started.stands.on_disk || started.stands.whole_in_bucket;
-            place.arena.give_back_but(keep.as_ref().filter(|_| !durable))?;
+            place.arena.give_back_but(keep.as_ref().filter(|_| !is_durable))?;
         }
         forget();
         let restorable = started.restorable.map(|mut found| {
@@ -288,7 +283,13 @@ impl Keeper {
             self.announce(&record)?;
         }
         Ok(restorable.map(|found| {
-            let over = Over::new(move || cascade.upgrade().iter().for_each(|c| c.was_read()));
+            let over = Over::new(move || {
+                let Some(cascade) = cascade.upgrade() else { return };
+                cascade.was_read();
+                if is_durable {
+                    cascade.clear_strangers(); // The first save may need the room.
+                }
+            });
             Restorable { over: Some(over), ..found }
         }))
     }

@@ -123,8 +123,8 @@ def test_load_reads_only_what_is_asked_for(saved: dict[str, Any], run: Path) -> 
 def test_load_without_torch_gives_numpy_arrays(saved: dict[str, Any], run: Path) -> None:
     script = """
         import importlib.util, sys
-        find = importlib.util.find_spec
-        importlib.util.find_spec = lambda name, *a: None if name == "torch" else find(name, *a)
+        find, without = importlib.util.find_spec, ("torch", "ml_dtypes")
+        importlib.util.find_spec = lambda name, *a: None if name in without else find(name, *a)
         sys.modules.pop("torch", None)
         import tierkeep
         loaded = tierkeep.load(sys.argv[1], include=["a~1b", "array"])

@@ -119,6 +119,8 @@ class Builder:
         """New values, new containers, fresh memory; objects as the dicts that they gave."""
         if isinstance(saved, _saved.Foreign):
             return self.make(self.foreign(saved, keys), keys)
+        if _merge.is_gap(saved):
+            return lambda: None
         if isinstance(saved, _saved.Object):
             return self.make(saved.tree, keys)
         if isinstance(saved, _saved.Tensor):
@@ -146,7 +148,7 @@ class Builder:
         return lambda: value
 
     def make_all(self, items: Sequence[Any], keys: Keys) -> list[Make]:
-        return [self.make(item, (*keys, index)) for index, item in enumerate(items)]
+        return [self.make(item, (*keys, index)) for index, item in enumerate(own(items))]
 
     def make_fields(self, fields: dict[str, Any], keys: Keys) -> list[Make]:
         return [self.make(item, (*keys, name)) for name, item in fields.items()]
@@ -257,6 +259,19 @@ class Builder:
         if entry is None:
             raise InvalidError(f"{place(keys)}: the checkpoint has no tensor {saved.name}")
         return entry
+
+
+def own(items: Sequence[Any], live: int = 0) -> Sequence[Any]:
+    """The items of a list without those at its end that only other ranks have, unless the live one
+    is as long.
+    """
+    count = len(items)
+    while count > live and (
+        _merge.is_gap(items[count - 1])
+        or (isinstance(items[count - 1], _saved.Foreign) and not items[count - 1].inner)
+    ):
+        count -= 1
+    return items[:count]
 
 
 def _is_torch(tensor: object) -> bool:

@@ -59,8 +59,8 @@ class Filling(Builder):
         self.strict_both = strict is True and others is None
         self.include = include
         self.differences: list[str] = []
-        #: What only the checkpoint has.
-        self.extras: list[str] = []
+        #: One of them is an error.
+        self.differs = False
         #: The state has places that the tree has not.
         self.lacks = False
         #: (live tensor, what is read): filled by a copy when the bytes are there.
@@ -76,8 +76,8 @@ class Filling(Builder):
         self.include.check()
         self._separate()
         self._settle()
-        if self.differences or (self.extras and self.strict_both):
-            all_of_it = self.differences + self.extras
+        if self.differs:
+            all_of_it = self.differences
             lines = "".join(f"\n  {line}" for line in all_of_it)
             count = len(all_of_it)
             raise MismatchError(
@@ -87,11 +87,16 @@ class Filling(Builder):
             )
 
     def _differ(self, keys: Keys, what: str) -> None:
-        self.differences.append(f"{place(keys)}: {what}")
+        self._add_difference(f"{place(keys)}: {what}")
 
     def _extra(self, keys: Keys) -> None:
         if self.strict:
-            self.extras.append(f"{place(keys)}: in the checkpoint, not in the state")
+            self.differences.append(f"{place(keys)}: in the checkpoint, not in the state")
+            self.differs = self.differs or self.strict_both
+
+    def _add_difference(self, what: str) -> None:
+        self.differences.append(what)
+        self.differs = True
 
     def foreign(self, saved: _saved.Foreign, keys: Keys) -> Any:
         if isinstance(saved.tree, _saved.Tensor) and not saved.tree.name.endswith("#"):
@@ -192,7 +197,7 @@ class Filling(Builder):
                 same = before[0] == (low, high) and contiguous and before[1]
                 if same and self.strict:
                     both = f"{_name(name)} and {_name(before[2])}"
-                    self.differences.append(f"{both}: saved apart, one memory in the state")
+                    self._add_difference(f"{both}: saved apart, one memory in the state")
                 # Views of one memory: through a buffer, one after the other.
                 live = self.targets.pop(name)
                 self.copies.append((live, name))

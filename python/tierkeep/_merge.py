@@ -7,10 +7,22 @@ rank's own tree comes first; where it has no such place, the other ranks' do.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from tierkeep import _rename, _saved
 from tierkeep._tierkeep import Found
+
+
+class Gap(NamedTuple):
+    """An item of a list that only other ranks have saved."""
+
+
+def is_gap(saved: Any) -> bool:
+    """Whether it is the mark of one."""
+    return isinstance(saved, _saved.NamedTuple) and saved.type_name == _GAP
+
+
+_GAP = f"{Gap.__module__}:{Gap.__qualname__}"
 
 #: Names to (dtype as in safetensors, shape).
 Table = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -35,6 +47,8 @@ def merged(found: Found) -> tuple[Any, dict[int, Table]]:
 def _add(ours: Any, theirs: Any) -> None:
     """Adds to `ours` what only `theirs` has."""
     ours, theirs = _bare(ours), _bare(theirs)
+    if is_gap(theirs):
+        return
     if isinstance(ours, _saved.Foreign):
         ours.others.append(theirs)
         _add(ours.tree, theirs)
@@ -49,14 +63,24 @@ def _add(ours: Any, theirs: Any) -> None:
         for name, value in theirs.fields.items():
             if name in ours.fields:
                 _add(ours.fields[name], value)
-    elif type(ours) in (list, tuple) and type(ours) is type(theirs):
+    elif type(ours) is list and type(theirs) is list:
+        for index, other in enumerate(theirs):
+            if index == len(ours):
+                ours.append(other if is_gap(other) else _foreign(other, inner=False))
+            elif not is_gap(ours[index]):
+                _add(ours[index], other)
+            elif not is_gap(other):
+                ours[index] = _foreign(other, inner=True)
+    elif type(ours) is tuple and type(theirs) is tuple:
         for mine, other in zip(ours, theirs, strict=False):
             _add(mine, other)
 
 
-def _foreign(tree: Any, *, inner: bool) -> _saved.Foreign:
+def _foreign(tree: Any, *, inner: bool) -> Any:
     """Marks a place and all that are below it: each may differ among those that have it."""
     below = _bare(tree)
+    if is_gap(below):
+        return below
     if isinstance(below, _saved.Mapping):
         below.entries = [(key, _foreign(value, inner=True)) for key, value in below.entries]
     elif isinstance(below, _saved.NamedTuple | _saved.Dataclass):

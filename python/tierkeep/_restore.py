@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from tierkeep import _jax, _merge, _rename, _saved, _torch, _types
-from tierkeep._build import Include, Keys, Make, key_of, place
+from tierkeep._build import Include, Keys, Make, key_of, own, place
 from tierkeep._filling import Filling, Strict, facts_of, is_tensor
 from tierkeep._tierkeep import Found
 from tierkeep._types import MISSING
@@ -45,6 +45,10 @@ class Plan(Filling):
         included = included or self.include(keys)
         if isinstance(saved, _saved.Foreign):
             saved = self.foreign(saved, keys)
+        if _merge.is_gap(saved):
+            self.lacks = True
+            self._missing(live, keys)
+            return lambda: live
         if live is not MISSING and is_object(live):
             return self._match_object(saved, live, keys, included)
         if isinstance(saved, _saved.Object) and (rows := _node(live)) is not None:
@@ -179,6 +183,7 @@ class Plan(Filling):
                 return lambda: live
             self._missing(live, keys)
         current: Sequence[Any] = live if is_live else ()
+        items = own(items, len(current))
         makes: list[Make] = []
         for index, value in enumerate(items):
             below = (*keys, index)
@@ -188,6 +193,7 @@ class Plan(Filling):
                 continue
             makes.append(self.match(value, there, below, wanted))
         if included:
+            self.lacks = self.lacks or len(items) < len(current)
             for index in range(len(items), len(current)):
                 self._missing(current[index], (*keys, index))
 
@@ -345,7 +351,8 @@ class Plan(Filling):
             return lambda: _types.make_mapping(saved, {key: make() for key, make in rows}, live)
         if type(saved) in (list, tuple) and type(live) is type(saved):
             there = [*live, *[MISSING] * len(saved)]
-            items = [self._make_beside(v, there[i], (*keys, i)) for i, v in enumerate(saved)]
+            kept = own(saved, len(live))
+            items = [self._make_beside(v, there[i], (*keys, i)) for i, v in enumerate(kept)]
             return lambda: type(saved)(make() for make in items)
         if isinstance(saved, _saved.Tensor) and is_tensor(live):
             facts = facts_of(live)

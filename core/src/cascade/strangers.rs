@@ -3,8 +3,9 @@
 //!
 //! # Invariants
 //!
-//! - Of what the attempt resumes from nothing is taken before a newer checkpoint is sealed on disk, unless it
-//!   is durable itself; and nothing is taken from a rank that lives.
+//! - Of what the attempt resumes from nothing is taken before the leader has read it; and where it is not
+//!   durable itself, not before a newer checkpoint is sealed on disk.
+//! - Nothing is taken from a rank that lives.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -14,7 +15,6 @@ use crate::{
     config::Config,
     error::{Error, Result},
     names::{CheckpointKey, Rank, parse_payload_name},
-    observe::locked,
     ownership::{Ownership, rank_lock},
     restore::survey::survey,
     snapshot::arena::SLOTS,
@@ -24,16 +24,26 @@ use crate::{
 impl Cascade {
     /// The leader, in the process of its trainer: gives back the memory of such ranks on this node. (An agent
     /// does so for every rank whose trainer is gone.)
-    pub(super) fn clear_strangers(&self) -> Result<()> {
-        if !self.parts.is_embedded || locked(&self.work).sealed.is_none() {
-            return Ok(());
+    pub(crate) fn clear_strangers(&self) {
+        if self.parts.is_embedded && self.parts.config.leads() {
+            clear_strangers(&*self.parts.ram, &self.parts.config, &*self.parts.clock, None);
         }
-        clear_strangers(&*self.parts.ram, &self.parts.config, &*self.parts.clock, None)
     }
 }
 
 /// Gives back what ranks that are no more have in this node's RAM, but for their shards of `keep`.
 pub(crate) fn clear_strangers(
+    ram: &dyn Tier,
+    config: &Config,
+    clock: &dyn Clock,
+    keep: Option<&CheckpointKey>,
+) {
+    if let Err(e) = try_to_clear(ram, config, clock, keep) {
+        tracing::warn!("memory of ranks that are no more was not cleared: {}", e.chain());
+    }
+}
+
+fn try_to_clear(
     ram: &dyn Tier,
     config: &Config,
     clock: &dyn Clock,

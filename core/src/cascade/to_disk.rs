@@ -428,9 +428,7 @@ impl Cascade {
                 self.parts.agreements.forget_before(before)?;
             }
             self.retain()?;
-            if let Err(e) = self.clear_strangers() {
-                tracing::warn!("memory of ranks that are no more was not cleared: {}", e.chain());
-            }
+            self.clear_strangers();
         } else if self.parts.agreements.is_spread() {
             self.retain()?; // Of this node's disk.
         }

@@ -107,8 +107,8 @@ def _put(root: Any, path: Path, value: Any) -> None:
         made: Any = value if below is None else [] if isinstance(below, int) else {}
         if isinstance(at, list):
             assert isinstance(key, int)
-            at.extend([None] * (key + 1 - len(at)))
-            if at[key] is None or below is None:
+            at.extend([_merge.Gap()] * (key + 1 - len(at)))
+            if isinstance(at[key], _merge.Gap) or below is None:
                 at[key] = made
         elif key not in at or below is None:
             at[key] = made
@@ -141,8 +141,7 @@ def leaves(shards: list[Found]) -> dict[str, Leaf]:
                 saved.rank = elsewhere.get(saved.name, found.rank)
             fqn = ".".join(map(str, path))
             known = all_of_it.get(fqn)
-            # None fills the gaps of a list of which the rank has other items.
-            if known is None or known.saved is None:
+            if known is None or _merge.is_gap(known.saved):
                 all_of_it[fqn] = Leaf(path, saved, found)
     return all_of_it
 
