@@ -10,6 +10,7 @@ use tierkeep::{
     Error, ErrorKind, Result,
     begin::Begin,
     checkpointer::{Checkpointer, SaveRequest},
+    config::Config,
     manifest::Meta,
     restore::{parts::Wanted, read::Restorable, reading::Reading},
     save::{Level, Save},
@@ -320,15 +321,27 @@ fn what_ranks_hold_alike_is_stored_once_and_compared() {
     ckpts.iter().for_each(close);
 }
 
+/// Where it is durable when it was read, else when a newer checkpoint is.
 #[test]
 fn memory_of_ranks_that_are_no_more_is_given_back() {
-    let places = Places::new();
-    if places.is_hosted() {
+    if Places::new().is_hosted() {
         return; // An agent does it in its own time (`host/left.rs`).
     }
-    let ckpts = open(&places, 4);
+    for first in [Level::Ram, Level::Disk] {
+        give_back(first);
+    }
+}
+
+fn give_back(first: Level) {
+    let places = Places::new();
+    let open = |world: u32| -> Vec<Checkpointer> {
+        let every = if first == Level::Ram { 2 } else { 1 };
+        let config = |rank| Config { disk_every: every, ..places.config_of(rank, world) };
+        (0..world).map(|rank| Checkpointer::open(config(rank)).unwrap()).collect()
+    };
+    let ckpts = open(4);
     begin(&ckpts);
-    save(&ckpts, Cut::Over(0), 1).iter().for_each(|save| wait(save, Level::Ram));
+    save(&ckpts, Cut::Over(0), 1).iter().for_each(|save| wait(save, first));
     ckpts.into_iter().for_each(drop); // Killed: all stays in RAM.
     let ram = places.config().ram_dir();
     let ranks = || -> BTreeSet<String> {
@@ -338,12 +351,15 @@ fn memory_of_ranks_that_are_no_more_is_given_back() {
         names.map(|name| name[5..11].into()).collect()
     };
     assert_eq!(ranks().len(), 4);
-    let ckpts = open(&places, 2);
+    let ckpts = open(2);
     let found = begin(&ckpts);
+    assert_eq!(ranks().len(), 4, "it was not read yet");
     for ((region, _), found) in parts(Cut::Over(1), 2).iter().zip(&found) {
         assert!(read(found.as_ref().unwrap(), region, 1).unwrap().0);
     }
-    assert_eq!(ranks().len(), 4, "the only copy of what they saved");
+    drop(found);
+    let left = if first == Level::Ram { 4 } else { 2 };
+    assert_eq!(ranks().len(), left, "the only copy of what they saved stays");
     for save in save(&ckpts, Cut::Over(1), 2) {
         wait(&save, Level::Disk);
     }
