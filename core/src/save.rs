@@ -268,6 +268,18 @@ impl Save {
         }
     }
 
+    /// How it is, but for what failed.
+    pub(crate) fn reached(&self) -> wire::SaveState {
+        let mut state = self.state();
+        let levels = [&mut state.ram, &mut state.disk, &mut state.peer, &mut state.object];
+        let own =
+            [&mut state.ram_own, &mut state.disk_own, &mut state.peer_own, &mut state.object_own];
+        for stage in levels.into_iter().chain(own) {
+            stage.take_if(|stage| stage.failure.is_some());
+        }
+        state
+    }
+
     /// Takes over what another process saw. What is known already stays.
     pub(crate) fn learn(&self, state: wire::SaveState) {
         if state.due_for_disk {

@@ -41,8 +41,10 @@ const SLOTS_WAIT: Duration = Duration::from_secs(30);
 /// How long one that was asked before may be at work: less than its trainer waits.
 const PUBLISH_WAIT: Duration = Duration::from_secs(45);
 
+/// How the save is, without what failed: that comes with the events that say why, or a trainer
+/// that waits would find out before it can be told.
 fn published(save: Option<&Save>) -> Answered {
-    let published = wire::Published { save: save.map(Save::state) };
+    let published = wire::Published { save: save.map(Save::reached) };
     Ok((Answer::Published(published), Vec::new()))
 }
 
