@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from tierkeep import _cuda, _jax, _merge, _saved, _sharded, _torch, _types
@@ -63,6 +63,8 @@ class Filling(Builder):
         self.differs = False
         #: The state has places that the tree has not.
         self.lacks = False
+        #: What is put back after everything else: random numbers, of which others draw some.
+        self.last: list[Callable[[], Any]] = []
         #: (live tensor, what is read): filled by a copy when the bytes are there.
         self.copies: list[tuple[Any, Key]] = []
         #: What is read: the live tensors on devices that have its bytes.

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from tierkeep import _jax, _merge, _rename, _saved, _torch, _types
 from tierkeep._build import Include, Keys, Make, key_of, own, place
 from tierkeep._filling import Filling, Strict, facts_of, is_tensor
+from tierkeep._rng import Rng
 from tierkeep._tierkeep import Found
 from tierkeep._types import MISSING
 
@@ -295,6 +296,9 @@ class Plan(Filling):
             return lambda: _torch.load(live, make_tree(), place(keys))
         # New memory, on the devices that its tensors are on now: what it keeps of it is its own.
         make_tree = self._make_beside(tree, live.state_dict(), keys)
+        if isinstance(live, Rng):
+            self.last.append(lambda: _torch.load(live, make_tree(), place(keys)))
+            return lambda: live
         return lambda: _torch.load(live, make_tree(), place(keys))
 
     def _match_module(self, tree: Any, live: Any, keys: Keys, included: bool) -> Make:
@@ -449,7 +453,14 @@ def planned(found: Found, state: Any, wish: Wish) -> tuple[Plan, Make]:
             found, allow_pickle=wish.allow_pickle, strict=strict, include=include, others=others
         )
         make = plan.match(_rename.renamed(tree, wish.rename), state, ())
-    return plan, make
+
+    def made() -> Any:
+        new = make()
+        for rest in plan.last:
+            rest()
+        return new
+
+    return plan, made
 
 
 def _in_groups(tree: _saved.Mapping) -> set[Any]:

@@ -16,7 +16,8 @@ class Rng:
     CUDA device. numpy and torch are taken along if the script has imported them.
 
     Put one into the state, as in `{"model": model, "rng": tierkeep.Rng()}`. Generators of your own
-    (`torch.Generator`, `numpy.random.Generator`) are not in it: store their state beside it.
+    (`torch.Generator`, `numpy.random.Generator`) are not in it: store their state beside it. It
+    comes back last, whatever else draws random numbers while it is restored.
     """
 
     def state_dict(self) -> dict[str, Any]:

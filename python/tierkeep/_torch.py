@@ -48,10 +48,19 @@ def load(live: Any, tree: Any, where: str) -> Any:
     """`live.load_state_dict(tree)`; an exception in it learns where it was."""
     try:
         live.load_state_dict(tree)
+        if _is_stateful_loader(live):
+            # It makes its iterator now, which draws a random number, and not in the script's `for`:
+            # these are put back last.
+            live.state_dict()
     except Exception as error:
         error.add_note(f"(while restoring {where})")
         raise
     return live
+
+
+def _is_stateful_loader(live: Any) -> bool:
+    module = sys.modules.get("torchdata.stateful_dataloader")
+    return module is not None and isinstance(live, module.StatefulDataLoader)
 
 
 # -- modules ---------------------------------------------------------------------------------
