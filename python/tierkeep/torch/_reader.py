@@ -17,6 +17,7 @@ from torch.futures import Future
 
 from tierkeep._address import anywhere
 from tierkeep._build import Builder, Key, Part
+from tierkeep._names import place
 from tierkeep._tierkeep import Found, Reader
 from tierkeep.errors import InvalidError
 from tierkeep.torch import _items, _runs
@@ -83,7 +84,7 @@ class StorageReader(_StorageReader):
         """What the checkpoint has: names, dtypes, shapes and chunks, from all ranks' manifests."""
         if kwargs.get("rank") is not None:
             raise InvalidError("a rank has no metadata of its own: the checkpoint is one")
-        run, step = _runs.place(self.path)
+        run, step = place(self.path)
         reader = Reader(
             anywhere(run, self._storage_options), self._ram_dir, dict(self._storage_options or {})
         )

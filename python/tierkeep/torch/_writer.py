@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from tierkeep._checkpointer import Checkpointer
+from tierkeep._names import place
 from tierkeep._tierkeep import Save
 from tierkeep.errors import InvalidError
 from tierkeep.torch import _items, _runs
@@ -101,7 +102,7 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
 
     def __getstate__(self) -> dict[str, Any]:
         # For a process of its own (`AsyncCheckpointerType.PROCESS`): only what it is told.
-        told = {"_loaded": _runs.loaded(_runs.place(self.path).run)}
+        told = {"_loaded": _runs.loaded(place(self.path).run)}
         return {**self.__dict__, **told, "_save": None, "_staged": None, "state_dict_cache": None}
 
     # -- the protocol ------------------------------------------------------------------------
@@ -124,7 +125,7 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
         itself, of which torch then only looks at names and shapes. The first one, and one of
         another form or by another planner than torch's default, is copied on the way, too.
         """
-        run, step = _runs.place(self.path)
+        run, step = place(self.path)
         known = _runs.opened(run)
         if known is not None and known.kept is not None and known.ckpt._begun:
             source = Source(state_dict, known.kept)
@@ -153,7 +154,7 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
         """The coordinator: which step it is, and which start of the job."""
         if not self._use_collectives:
             return plans
-        run, step = _runs.place(self.path)
+        run, step = place(self.path)
         world, known = len(plans), _runs.opened(run)
         # An open handle goes on, on every rank; one that was opened since joins it.
         start = (known and known.start) or uuid.uuid4().hex
@@ -169,7 +170,7 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Copies this rank's items into RAM; from there they go on behind."""
-        run, step = _runs.place(self.path)
+        run, step = place(self.path)
         told = plan.storage_data if self._use_collectives else None
         rank, world, start = self._who(told)
         known = _runs.handle(run, rank, world, start, self._options, told=told is not None)
