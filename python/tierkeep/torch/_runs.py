@@ -12,6 +12,7 @@ import os
 from typing import Any
 
 from tierkeep._checkpointer import Checkpointer
+from tierkeep.errors import InvalidError
 from tierkeep.torch._staged import Kept
 
 logger = logging.getLogger("tierkeep")
@@ -95,11 +96,6 @@ def begin(ckpt: Checkpointer, run: str, step: int) -> None:
     ckpt._begin_if_new()
 
 
-def newest_saved(ckpt: Checkpointer) -> int:
-    """The newest step that this process has saved of the run, or goes on from; 0: none."""
-    return ckpt._newest
-
-
 def next_step(ckpt: Checkpointer, told: int | None = None) -> int:
     """The step after the newest, where a path names none. `told` is what the coordinator said,
     perhaps at an earlier save (torch keeps plans): then all ranks count on alike.
@@ -110,8 +106,16 @@ def next_step(ckpt: Checkpointer, told: int | None = None) -> int:
     return max(newest or 0, ckpt._newest) + 1
 
 
-def has(ckpt: Checkpointer, step: int) -> bool:
-    """Whether the run has a checkpoint of that step where it goes on."""
+def check_new(ckpt: Checkpointer, run: str, step: int, *, overwrite: bool = True) -> None:
+    """Refuses a step that was saved before."""
+    if step <= ckpt._newest or (not overwrite and _has(ckpt, step)):
+        raise InvalidError(
+            f"step {step} of {run} was saved before (the newest is {ckpt._newest}): "
+            "a checkpoint is never overwritten, each save needs a step of its own"
+        )
+
+
+def _has(ckpt: Checkpointer, step: int) -> bool:
     return any(info.step == step and info.complete for info in ckpt.steps() if info.in_lineage)
 
 

@@ -16,7 +16,6 @@ from torch.distributed.checkpoint.storage import StorageWriter as _StorageWriter
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from tierkeep._checkpointer import Checkpointer
 from tierkeep._names import place
 from tierkeep._tierkeep import Save
 from tierkeep.errors import InvalidError
@@ -131,7 +130,7 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
             source = Source(state_dict, known.kept)
             if source.fits:
                 step = _runs.next_step(known.ckpt) if step is None else step
-                self._check_new(known.ckpt, run, step)
+                _runs.check_new(known.ckpt, run, step, overwrite=self._overwrite)
                 save = known.ckpt.save(step, _items.tree(known.kept.plan, source))
                 self._staged = Staged(known.kept.plan, save)
                 return state_dict
@@ -181,7 +180,7 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
         else:
             if step is None:
                 step = _runs.next_step(known.ckpt, told and told.step)
-            self._check_new(known.ckpt, run, step)
+            _runs.check_new(known.ckpt, run, step, overwrite=self._overwrite)
             if self._loaded is not None:
                 _runs.note_loaded(run, self._loaded)
             _runs.begin(known.ckpt, run, step)
@@ -206,14 +205,6 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
         return bool(os.fsdecode(checkpoint_id).strip("/"))
 
     # -- small -------------------------------------------------------------------------------
-
-    def _check_new(self, ckpt: Checkpointer, run: str, step: int) -> None:
-        newest = _runs.newest_saved(ckpt)
-        if step <= newest or (not self._overwrite and _runs.has(ckpt, step)):
-            raise InvalidError(
-                f"step {step} of {run} was saved before (the newest is {newest}): "
-                "a checkpoint is never overwritten, each save needs a step of its own"
-            )
 
     def _who(self, told: _Told | None) -> tuple[int, int, str | None]:
         """(rank, world size, id of this start)."""
