@@ -237,3 +237,15 @@ def test_processes_of_one_job_share_what_they_hold(run: Path) -> None:
     sizes = [path.stat().st_size for path in run.glob(f"{4:020}/*/*.safetensors")]
     assert len(sizes) == 2
     assert sum(sizes) < 4 * 24 * 10 * 4 + 2 * 2048
+
+
+def test_parts_that_begin_at_one_place_are_told_apart_by_their_size(run: Path) -> None:
+    whole = jnp.arange(8.0 * 12).reshape(8, 12)
+    with tierkeep.Checkpointer(run) as ckpt:
+        ckpt.save(1, {"a": whole, "b": whole})  # One array: stored once.
+    four, two = mesh(4), mesh(2)
+    live = {"a": put(jnp.zeros((8, 12)), four, "a"), "b": put(jnp.zeros((8, 12)), two, "a")}
+    with tierkeep.Checkpointer(run) as ckpt:
+        found = ckpt.restore(live)
+        assert found is not None
+        assert equal(found.state, {"a": put(whole, four, "a"), "b": put(whole, two, "a")})

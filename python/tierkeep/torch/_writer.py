@@ -32,6 +32,13 @@ class _Told:
     attempt_id: str
 
 
+@dataclasses.dataclass(frozen=True)
+class _Has:
+    """What a rank tells the coordinator: which start its open handle is part of, if it has one."""
+
+    start: str | None
+
+
 class StorageWriter(_StorageWriter, BlockingAsyncStager):
     """Writes a distributed checkpoint of torch's to a run of tierkeep's.
 
@@ -147,7 +154,8 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Nothing is to be planned: where bytes lie is each rank's own."""
-        return plan
+        known = _runs.opened(place(self.path).run)
+        return dataclasses.replace(plan, storage_data=_Has(known and known.start))
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """The coordinator: which step it is, and which start of the job."""
@@ -155,14 +163,18 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
             return plans
         run, step = place(self.path)
         world, known = len(plans), _runs.opened(run)
-        # An open handle goes on, on every rank; one that was opened since joins it.
-        start = (known and known.start) or uuid.uuid4().hex
+        # Open handles go on. Where one was closed, a new attempt begins, on every rank.
+        start = known and known.start
+        if start is None or any(
+            isinstance(plan.storage_data, _Has) and plan.storage_data.start != start
+            for plan in plans
+        ):
+            start = uuid.uuid4().hex
         if self._staged is not None:
             step = self._staged.save.step
         elif step is None:
             rank = self._rank or 0
             known = _runs.handle(run, rank, world, start, self._options, told=True)
-            start = known.start or start
             step = _runs.next_step(known.ckpt)
         told = _Told(world, step, start)
         return [dataclasses.replace(plan, storage_data=told) for plan in plans]
@@ -172,8 +184,14 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
         run, step = place(self.path)
         told = plan.storage_data if self._use_collectives else None
         rank, world, start = self._who(told)
+        before = _runs.opened(run)
         known = _runs.handle(run, rank, world, start, self._options, told=told is not None)
         staged, self._staged = self._staged, None
+        if staged is not None and known is not before:
+            raise InvalidError(
+                f"step {staged.save.step} was staged, and then a rank opened {run} anew; "
+                "the next save is staged anew"
+            )
         if staged is not None:
             known.kept = None  # Unless this plan is the same.
             self._save = staged.check(plan)
