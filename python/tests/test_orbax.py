@@ -62,6 +62,10 @@ def pinned(run: Path) -> set[int]:
     return {int(path.name.split(".")[0]) for path in run.glob("_pins/*")}
 
 
+def on_disk(run: Path) -> set[int]:
+    return {int(path.parent.parent.name) for path in run.rglob("CHECKPOINT.json")}
+
+
 # -- the manager -----------------------------------------------------------------------------
 
 
@@ -71,6 +75,7 @@ def test_a_manager_keeps_and_counts_steps_as_ever(root: Path) -> None:
         assert [one.save(n, args=Save(made(n))) for n in range(2, 9)] == [True, False] * 3 + [True]
         one.wait_until_finished()
         assert (one.all_steps(), one.latest_step()) == ([6, 8], 8)
+        assert {6, 8} <= on_disk(root / "tierkeep/default")
         for step in (6, 8):
             assert equal(one.restore(step, args=Restore(made(0))), made(step))
         with pytest.raises(ValueError, match="already exists"):
@@ -78,6 +83,13 @@ def test_a_manager_keeps_and_counts_steps_as_ever(root: Path) -> None:
     with manager(root) as again:
         assert again.latest_step() == 8
         assert equal(again.restore(8, args=Restore(made(0))), made(8))
+
+
+def test_a_manager_may_wait_for_each_save(root: Path) -> None:
+    with manager(root, enable_async_checkpointing=False) as one:
+        one.save(1, args=Save(made(1)))
+        assert (root / "1/default/tierkeep.json").exists()
+        assert equal(one.restore(1, args=Restore(made(0))), made(1))
 
 
 def test_a_step_of_orbax_holds_a_name_and_the_run_the_arrays(root: Path) -> None:
@@ -265,8 +277,7 @@ def test_a_step_committed_in_ram_need_not_be_on_disk(root: Path) -> None:
         one.wait_until_finished()
         assert one.latest_step() == 11
         assert equal(one.restore(11, args=Restore(made(0))), made(11))
-    sealed = {int(path.parent.parent.name) for path in root.rglob("CHECKPOINT.json")}
-    assert sealed == {10}
+    assert on_disk(root / "tierkeep/default") == {10}
 
 
 def test_the_run_keeps_what_orbax_keeps_and_nothing_else(root: Path) -> None:
@@ -282,9 +293,8 @@ def test_the_run_keeps_what_orbax_keeps_and_nothing_else(root: Path) -> None:
         for step in (1, 2):
             assert equal(one.restore(step, args=Restore(made(0))), made(step))
     assert pinned(run) == {1, 2}
-    on_disk = {int(path.parent.parent.name) for path in run.rglob("CHECKPOINT.json")}
     # A collector comes after a save: what Orbax deleted last is still there.
-    assert {1, 2, 8} <= on_disk <= {1, 2, 6, 7, 8}
+    assert {1, 2, 8} <= on_disk(run) <= {1, 2, 6, 7, 8}
 
 
 def test_what_a_person_has_pinned_stays_after_orbax_deleted_it(root: Path) -> None:
@@ -350,7 +360,7 @@ def test_the_new_api_saves_and_loads(root: Path) -> None:
         assert v1.load(root / "6")["step"] == 6
         assert v1.metadata(root / "5").metadata["x"].shape == (8,)
     assert tierkeep.load(root / "tierkeep/state", 5)["step"] == 5
-    with pytest.raises(Exception, match="tree_metadata|Failed to load"):
+    with pytest.raises(Exception, match="tree_metadata"):
         v1.load(root / "5")  # Without the context: an error, not an empty tree.
 
 

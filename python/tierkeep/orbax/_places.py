@@ -52,7 +52,8 @@ def place(directory: epath.Path) -> Place:
     if (step := number(name)) is not None:
         return Place(directory.parent, name, step, "default", 1)
     raise InvalidError(
-        f"{directory.parent / name} names no step: save to a path that ends in its number, as in /ckpt/gpt/100"
+        f"{directory.parent / name} names no step: "
+        "save to a path that ends in its number, as in /ckpt/gpt/100"
     )
 
 
@@ -93,11 +94,12 @@ def read(directory: epath.Path) -> Reference | None:
         return None
     try:
         said: dict[str, Any] = json.loads(path.read_text())
-        if said.pop("format") != _FORMAT:
-            raise InvalidError(f"{path} was written by a newer tierkeep")
-        reference = Reference(**said)
-    except (ValueError, KeyError, TypeError) as error:
+        newer = said.pop("format") != _FORMAT
+        reference = None if newer else Reference(**said)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidError(f"{path} cannot be read: {error}") from error
+    if reference is None:
+        raise InvalidError(f"{path} was written by a newer tierkeep")
     return reference._replace(run=_resolved(directory, reference.run))
 
 

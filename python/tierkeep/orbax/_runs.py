@@ -11,8 +11,8 @@
 - A committed directory's checkpoint is pinned: retention in the run follows Orbax's, not the other
   way round. The pin goes when the directory is gone.
 - A process that dies between two of these leaves a directory that Orbax does not count, or a
-  checkpoint that no directory names. The next attempt goes on from what was restored through Orbax,
-  else from the newest checkpoint before the step that it saves.
+  checkpoint that no directory names. The next attempt goes on from what was restored through Orbax
+  and saves the step again.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class Open:
 
 _open: dict[str, Open] = {}
 
-#: Where this process is in each run: (step, attempt) of what it restored or saved last.
-_here: dict[str, tuple[int, int]] = {}
+#: What this process has restored or saved of each run: steps to the attempts that saved them.
+_seen: dict[str, dict[int, int]] = {}
 
 
 @dataclasses.dataclass(slots=True)
@@ -118,7 +118,7 @@ def save(directory: epath.Path, tree: Any, how: How) -> Commit:
     saved = known.ckpt.save(at.step, stored)
     attempt = known.ckpt._handle.attempt
     assert attempt is not None
-    _here[_key(run)] = (at.step, attempt)
+    _seen.setdefault(_key(run), {})[at.step] = attempt
     return Commit(known, saved, at, _places.Reference(run, at.step, attempt, kinds))
 
 
@@ -148,7 +148,7 @@ def restore(directory: epath.Path, how: How, target: Any, *, partial: bool) -> A
         plan, make = planned(found, mine, wish)
         plan.check()
         plan.fill(threads)
-    _here[_key(reference.run)] = (found.step, found.attempt)
+    _seen.setdefault(_key(reference.run), {})[found.step] = found.attempt
     new = _trees.with_keys(make(), kinds)
     return _trees.part(new, target) if partial and target is not None else new
 
@@ -248,6 +248,9 @@ def _begin(ckpt: Checkpointer, run: str, step: int) -> None:
     line = [info for info in complete if info.in_lineage]
     newest = max(line, key=lambda info: info.step, default=None)
     before = _before(run, step, complete, line)
+    seen = _seen.get(_key(run), {})
+    for later in [known for known in seen if known >= step]:
+        del seen[later]
     if before is None:
         if newest is not None:
             logger.warning("%s begins anew: step %s is abandoned", run, newest.step)
@@ -261,14 +264,14 @@ def _begin(ckpt: Checkpointer, run: str, step: int) -> None:
 
 
 def _before(run: str, step: int, complete: list[StepInfo], line: list[StepInfo]) -> StepInfo | None:
-    """Where this process is, if that is before `step`; else the newest one before it."""
-    here = _here.get(_key(run))
-    for info in complete:
-        if (info.step, info.attempt) == here and info.step < step:
-            return info
-    return max(
-        (info for info in line if info.step < step), key=lambda info: info.step, default=None
-    )
+    """What `step` comes after: the newest one before it that this process knows; else that there
+    is. Orbax does not say where a job goes on: it may have restored others to look at them.
+    """
+    seen = _seen.get(_key(run), {})
+    known = [info for info in complete if seen.get(info.step) == info.attempt]
+    before = [info for info in known if info.step < step]
+    before = before or [info for info in line if info.step < step]
+    return max(before, key=lambda info: info.step, default=None)
 
 
 def _release(known: Open) -> None:
