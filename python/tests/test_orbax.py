@@ -26,7 +26,7 @@ from test_ranks import start
 
 import tierkeep
 import tierkeep.orbax
-from tierkeep.orbax import Handler, Restore, Save, _places
+from tierkeep.orbax import Handler, Restore, Save, _places, _runs
 
 
 @pytest.fixture
@@ -192,11 +192,11 @@ def test_each_item_has_a_run_of_its_own_beside_other_handlers(root: Path) -> Non
 
 
 def test_two_items_are_not_mixed_in_one_run(root: Path, tmp_path: Path) -> None:
-    handlers = {name: Handler(tmp_path / "one") for name in "ab"}
-    with ocp.CheckpointManager(root, item_handlers=handlers) as one:
-        both = ocp.args.Composite(a=Save({"x": 1}), b=Save({"x": 2}))
+    one = tmp_path / "one"
+    with ocp.Checkpointer(Handler(one)) as a, ocp.Checkpointer(Handler(one)) as b:
+        a.save(root / "1" / "a", args=Save({"x": 1}))
         with pytest.raises(tierkeep.InvalidError, match="'b' needs a run of its own"):
-            one.save(1, args=both)
+            b.save(root / "1" / "b", args=Save({"x": 2}))
 
 
 def test_directories_of_steps_may_have_any_name_that_ends_in_a_number(root: Path) -> None:
@@ -320,6 +320,18 @@ def test_an_older_step_is_gone_on_from(root: Path) -> None:
         assert one.restore(3, args=Restore(made(0)))["step"] == 3
     with tierkeep.Checkpointer(root / "tierkeep/default") as ckpt:
         assert [info.step for info in ckpt.steps() if info.in_lineage] == [1, 2]
+
+
+def test_a_process_goes_on_from_what_it_restored(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(root, 1, 2, 3)
+    monkeypatch.setattr(_runs, "_seen", {})  # As a process of its own.
+    with manager(root) as one:
+        state = one.restore(1, args=Restore(made(0)))
+        one.save(4, args=Save({**state, "step": 4}))
+    with tierkeep.Checkpointer(root / "tierkeep/default") as ckpt:
+        assert [info.step for info in ckpt.steps() if info.in_lineage] == [1, 4]
 
 
 def test_a_step_is_deleted_and_saved_again_by_one_process(root: Path) -> None:
