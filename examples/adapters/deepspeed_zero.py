@@ -64,7 +64,8 @@ def main() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     try:
-        mp.start_processes(train, (port,), WORLD, start_method="spawn")
+        # Without a GPU processes may be forked: imports are the longest part of this.
+        mp.start_processes(train, (port,), WORLD, start_method="fork")
     except mp.ProcessExitedException as ended:
         if ended.signal_name != "SIGKILL":
             raise

@@ -306,7 +306,13 @@ class CheckpointEngine(_CheckpointEngine):  # type: ignore[misc]
             else:
                 ram_dir, options = self.ckpt._ram_dir, self._storage_options
                 reader = Reader(anywhere(place.run, options), ram_dir, dict(options or {}))
-            found = reader.choose_for(self.ckpt.rank, place.step)
+            try:
+                found = reader.choose_for(self.ckpt.rank, place.step)
+            except CheckpointNotFoundError as error:
+                raise CheckpointNotFoundError(
+                    f"{place.run} has no complete step {place.step}, though files name it: "
+                    "tierkeep.deepspeed.resume takes the newest that is complete"
+                ) from error
             known = self._reading = Reading(place.run, found, reader)
         if ours:
             at = (known.found.step, tag_of(known.found))
