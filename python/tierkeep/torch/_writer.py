@@ -155,7 +155,7 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Nothing is to be planned: where bytes lie is each rank's own."""
         known = _runs.opened(place(self.path).run)
-        return dataclasses.replace(plan, storage_data=_Has(known and known.start))
+        return dataclasses.replace(plan, storage_data=_Has(known.start if known else None))
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """The coordinator: which step it is, and which start of the job."""
@@ -164,7 +164,7 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
         run, step = place(self.path)
         world, known = len(plans), _runs.opened(run)
         # Open handles go on. Where one was closed, a new attempt begins, on every rank.
-        start = known and known.start
+        start = known.start if known else None
         if start is None or any(
             isinstance(plan.storage_data, _Has) and plan.storage_data.start != start
             for plan in plans
