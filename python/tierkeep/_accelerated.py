@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from tierkeep._build import Include
 from tierkeep._checkpointer import Checkpointer
 from tierkeep._facts import Restored
+from tierkeep._restore import Wish, planned
 from tierkeep.errors import InvalidError
 from tierkeep.torch import OptimizerState
 from tierkeep.torch._training import unwrapped
@@ -93,10 +95,14 @@ class Held:
         found = self.ckpt.restore(self.saved, step=step, rollback=rollback)
         if found is None or not self._apart:
             return found
-        # Of the step that was just agreed on: nothing is decided here.
-        self.ckpt.restore(
-            self.big, step=found.step, attempt=found.attempt, read_only=True, strict="state"
-        )
+        # The first rank's shard of the step that was just agreed on.
+        first = self.ckpt._handle.reader().choose_for(0, found.step, found.attempt)
+        savers, pickles = self.ckpt.settings["savers"], self.ckpt._allow_pickle
+        wish = Wish(None, Include(None), "state", savers, pickles)
+        plan, make = planned(first, self.big, wish)
+        plan.check()
+        plan.fill(self.ckpt._threads)
+        make()
         return found
 
 
@@ -114,8 +120,12 @@ class Order:
     @property
     def sampler(self) -> Any:
         """The sampler, below what Accelerate has put around it."""
-        get = getattr(self._loader, "get_sampler", None)
-        return None if get is None else get()
+        batches = self._loader.batch_sampler
+        if isinstance(self._loader.sampler, torch.utils.data.BatchSampler):
+            batches = self._loader.sampler
+        while hasattr(batches, "batch_sampler"):
+            batches = batches.batch_sampler
+        return getattr(batches, "sampler", None)
 
     def state_dict(self) -> State:
         """The seed, if there is one."""

@@ -80,7 +80,8 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
         self._trainer: Trainer | None = None
         self._held: Held | None = None
         self._rng, self._epoch_rng = _Numbers(), _Numbers()
-        #: The step that the run goes on from, if it does.
+        #: The run's newest step, and the one that the training goes on from, if it does.
+        self._newest = 0
         self._restored: int | None = None
         #: Random numbers are to be put back, in the first epoch and at its first step.
         self._resumes = False
@@ -104,26 +105,27 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
         self._trainer, self._restored, self._resumes = trainer, None, False
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
-        fresh = bool(self._open.get("fresh"))
         self.ckpt = ckpt = Checkpointer(**self._open)
-        found = ckpt._find(None, None, False, False, False)
-        theirs = None if fresh else _of_trainer(trainer.args.output_dir)
+        ours: int | None = None
+        theirs: tuple[int, str] | None = None
+        if ckpt.rank == 0 and not self._open.get("fresh"):
+            ours, theirs = ckpt.latest_step(), _of_trainer(trainer.args.output_dir)
         group = _ranks.distributed()
         if group is not None and ckpt.world_size > 1:
             # Nodes whose `output_dir` is their own would not see the same.
-            told = [theirs]
+            told: list[Any] = [ours, theirs]
             group.broadcast_object_list(told, src=0)
-            theirs = told[0]
-        if theirs is not None and (found is None or theirs[0] > found.step):
+            ours, theirs = told
+        self._newest = ours or 0
+        if theirs is not None and theirs[0] > self._newest:
             return theirs[1]
-        if found is None:
+        if ours is None:
             return None
-        self._restored = found.step
+        self._restored = ours
         only: State = {"trainer": {"state": {}}}
-        what = {"include": ["trainer/state/*"], "step": found.step, "attempt": found.attempt}
-        ckpt.restore(only, read_only=True, **what)
+        ckpt.restore(only, read_only=True, step=ours, include=["trainer/state/*"])
         self._folder = tempfile.TemporaryDirectory(prefix="tierkeep-")
-        path = os.path.join(self._folder.name, f"{PREFIX_CHECKPOINT_DIR}-{found.step}")
+        path = os.path.join(self._folder.name, f"{PREFIX_CHECKPOINT_DIR}-{ours}")
         os.mkdir(path)
         with open(os.path.join(path, TRAINER_STATE_NAME), "w", encoding="utf-8") as file:
             json.dump(only["trainer"]["state"], file, default=_plain)
@@ -151,10 +153,10 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
                 "the keeper does not know the Trainer: "
                 "trainer.train(resume_from_checkpoint=keeper.newest(trainer))"
             )
-        if ckpt._newest > state.global_step:
+        if self._newest > state.global_step:
             raise InvalidError(
                 f"the training begins at step {state.global_step}, the run has step "
-                f"{ckpt._newest}: resume from what keeper.newest(trainer) says, or say fresh=True"
+                f"{self._newest}: resume from what keeper.newest(trainer) says, or say fresh=True"
             )
         self._begun_at = state.global_step
         optimizer = _accelerated.own(optimizer)
@@ -171,9 +173,11 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
         self._held = Held(ckpt, _accelerated.named([model], [optimizer]), rest)
         ckpt.guard(optimizer)
         if state.global_step not in (0, self._restored):
-            ckpt._prepare_behind(self._held.saved)  # The Trainer has loaded one of its own.
+            # The Trainer has loaded one of its own: the run goes on from there.
+            ckpt._find(None, None, False, False, False)
+            ckpt._prepare_behind(self._held.saved)
             return
-        found = self._held.restore()
+        found = self._held.restore(self._restored)
         self._resumes = found is not None
         if found is not None:
             _put_sums_back(trainer, rest["trainer"]["sums"])
