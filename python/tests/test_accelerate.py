@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DataLoaderConfiguration, DistributedType
-from same import fingerprint
+from same import fingerprint, same
 from test_processes import ended
 from test_ranks import start
 from torch import nn
@@ -115,19 +115,32 @@ def test_a_run_goes_on_bit_for_bit_in_an_epoch(run: Path, tmp_path: Path, stop: 
 
 def test_only_steps_that_are_due_are_saved(run: Path) -> None:
     prepared = accelerator()
-    net = prepared.prepare(nn.Linear(2, 2))
+    net, loader = prepared.prepare(
+        nn.Linear(6, 2), torch.utils.data.DataLoader(rows(), batch_size=BATCH, shuffle=True)
+    )
     with Keeper(prepared, run, every=2) as keeper:
         keeper.restore()
         assert keeper.step(1) is None
+        batches = iter(loader)
+        next(batches)
+        next(batches)
+        prepared.step = 3
         saved = keeper.step(2, metrics={"loss": 0.5}, tags=["good"])
         assert saved is not None
         assert keeper.ckpt.latest_step() == 2
+        prepared.step = 0
         with torch.no_grad():
             net.weight.zero_()
         found = keeper.restore(step=2)
         assert found is not None
         assert (found.meta["metrics"], found.meta["tags"]) == ({"loss": 0.5}, ("good",))
         assert net.weight.abs().sum() > 0
+        assert prepared.step == 3
+        # Saved again before a batch was taken, the place is the same.
+        keeper.save(3)
+        places = [tierkeep.load(run, step, include=["dataloader"]) for step in (2, 3)]
+        assert places[0]["dataloader"]["place"]["_num_yielded"] == 2
+        assert same(*places)
 
 
 def test_several_models_and_optimizers_have_the_names_of_accelerates_files(run: Path) -> None:

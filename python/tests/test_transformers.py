@@ -206,25 +206,27 @@ def test_the_newer_one_of_both_checkpoints_wins_if_it_is_whole(run: Path, tmp_pa
         assert ckpt.latest_step() == 15
 
 
-def test_sigterm_ends_the_training_saved(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("at", [7, STEPS], ids=["within", "end of"])
+def test_sigterm_ends_the_training_saved_in_an_epoch(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    whole = make(tmp_path / "whole", 0)
+    options = SHUFFLES["no seed"]
+    whole = make(tmp_path / "whole", 0, **options)
     whole.train()
     asked: list[int] = []
-    monkeypatch.setattr(_stop, "requested", lambda: len(asked) == 7)
+    monkeypatch.setattr(_stop, "requested", lambda: len(asked) == at)
 
     class Ask(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
             asked.append(state.global_step)
 
     keeper = CheckpointCallback(run, every=100)
-    trainer = make(tmp_path / "out", 0, Ask(), keeper)
+    trainer = make(tmp_path / "out", 0, Ask(), keeper, **options)
     trainer.train(resume_from_checkpoint=keeper.newest(trainer))
-    assert (keeper.stopped, trainer.state.global_step) == (True, 7)
+    assert (keeper.stopped, trainer.state.global_step) == (True, at)
     monkeypatch.setattr(_stop, "requested", lambda: False)
     keeper = CheckpointCallback(run, every=100)
-    trainer = make(tmp_path / "out", 1, keeper)
+    trainer = make(tmp_path / "out", 1, keeper, **options)
     trainer.train(resume_from_checkpoint=keeper.newest(trainer))
     assert not keeper.stopped
     assert all_of(trainer) == all_of(whole)

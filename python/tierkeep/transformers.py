@@ -201,6 +201,7 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
             self._rng.put_back()
             self._resumes = False
         elif step > self._begun_at and step % self.ckpt.every == 0:
+            self._rng.note()
             self._save(state)
 
     def on_step_end(
@@ -219,8 +220,11 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
         in place of these: `load_best_model_at_end`.)
         """
         if control.should_training_stop and state.global_step > self._begun_at:
+            self._rng.note()
             if float(state.epoch).is_integer():
-                self._epoch_rng.note()  # Who goes on from here begins an epoch.
+                # Who goes on from here begins an epoch, and has these at its begin alone.
+                self._epoch_rng.note()
+                self._rng.forget()
             self._save(state)
 
     def on_train_end(
@@ -235,7 +239,6 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
 
     def _save(self, state: TrainerState) -> None:
         assert self.ckpt is not None and self._held is not None and self._trainer is not None
-        self._rng.note()
         self._held.saved["trainer"].update(_exported(self._trainer, state))
         self.ckpt.save(state.global_step, self._held.saved)
 
@@ -252,9 +255,14 @@ class _Numbers:
         """Here."""
         self._noted = Rng().state_dict()
 
+    def forget(self) -> None:
+        """Nothing is to be put back at this place."""
+        self._noted = {}
+
     def put_back(self) -> None:
         """Here."""
-        Rng().load_state_dict(self._noted)
+        if self._noted:
+            Rng().load_state_dict(self._noted)
 
     def state_dict(self) -> State:
         return self._noted
