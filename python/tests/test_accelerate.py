@@ -136,7 +136,12 @@ def test_only_steps_that_are_due_are_saved(run: Path) -> None:
         assert (found.meta["metrics"], found.meta["tags"]) == ({"loss": 0.5}, ("good",))
         assert net.weight.abs().sum() > 0
         assert prepared.step == 3
-        # Saved again before a batch was taken, the place is the same.
+    # Saved again before a batch was taken, the place is the same.
+    prepared = accelerator()
+    loader = torch.utils.data.DataLoader(rows(), batch_size=BATCH, shuffle=True)
+    prepared.prepare(nn.Linear(6, 2), loader)
+    with Keeper(prepared, run) as keeper:
+        keeper.restore()
         keeper.save(3)
         places = [tierkeep.load(run, step, include=["dataloader"]) for step in (2, 3)]
         assert places[0]["dataloader"]["place"]["_num_yielded"] == 2

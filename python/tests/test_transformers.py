@@ -15,7 +15,8 @@ from same import fingerprint
 from test_processes import ended
 from test_ranks import start
 from torch import nn
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 import tierkeep
 from tierkeep import _stop
@@ -56,6 +57,19 @@ class Kill(TrainerCallback):  # type: ignore[misc]
             raise Killed
 
 
+class Count(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """A callback with a state, of which the Trainer makes a new one when it resumes."""
+
+    def __init__(self, steps: int = 0) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        self.steps += 1
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"steps": self.steps}, "attributes": {}}
+
+
 def data(seed: int = 3) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(ROWS, 6, generator=generator)
@@ -74,6 +88,7 @@ def make(output: Path, seed: int, *callbacks: Any, **options: Any) -> Trainer:
             "lr_scheduler_type": "reduce_lr_on_plateau",
             "lr_scheduler_kwargs": {"patience": 0},
             "metric_for_best_model": "loss",
+            "restore_callback_states_from_checkpoint": True,
             "eval_strategy": "steps",
             "eval_steps": 2,
             "logging_steps": 3,
@@ -87,7 +102,7 @@ def make(output: Path, seed: int, *callbacks: Any, **options: Any) -> Trainer:
     )
     return Trainer(
         model=Model(seed), args=args, train_dataset=data(), eval_dataset=data(4)[:8],
-        callbacks=[EarlyStoppingCallback(100), *callbacks],
+        callbacks=[Count(), *callbacks],
     )  # fmt: skip
 
 
@@ -96,9 +111,6 @@ _TIMES = ("train_runtime", "eval_runtime", "per_second")
 
 def all_of(trainer: Trainer) -> Any:
     """A fingerprint of what the training has, and its log without times."""
-    patience = [
-        c for c in trainer.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)
-    ]
     log = [
         {name: value for name, value in row.items() if not any(t in name for t in _TIMES)}
         for row in trainer.state.log_history
@@ -110,7 +122,7 @@ def all_of(trainer: Trainer) -> Any:
         "scheduler": trainer.lr_scheduler.state_dict(),
         "rng": tierkeep.Rng(),
         "best": [trainer.state.best_metric, trainer.state.total_flos, trainer.state.epoch],
-        "patience": [c.early_stopping_patience_counter for c in patience],
+        "counted": [c.steps for c in trainer.callback_handler.callbacks if isinstance(c, Count)],
         "log": log,
     }
     return fingerprint(state)
