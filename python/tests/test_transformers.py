@@ -15,7 +15,13 @@ from same import fingerprint
 from test_processes import ended
 from test_ranks import start
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_callback import ExportableState
 
 import tierkeep
@@ -166,6 +172,36 @@ def test_a_training_goes_on_bit_for_bit_in_an_epoch(
     assert tierkeep.load(run, include=["trainer/*"])["trainer"]["state"]["global_step"] == 15
 
 
+def test_a_language_model_with_tied_weights_goes_on(run: Path, tmp_path: Path) -> None:
+    def language(output: Path, seed: int, *callbacks: Any) -> Trainer:
+        config = GPT2Config(vocab_size=32, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+        torch.manual_seed(seed)
+        text = torch.randint(0, 32, (16, 8), generator=torch.Generator().manual_seed(1))
+        args = TrainingArguments(
+            output_dir=str(output), seed=seed, max_steps=6, per_device_train_batch_size=4,
+            logging_steps=4, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
+        )  # fmt: skip
+        return Trainer(
+            model=GPT2LMHeadModel(config), args=args, callbacks=[*callbacks],
+            train_dataset=[{"input_ids": row, "labels": row} for row in text],
+        )  # fmt: skip
+
+    whole = language(tmp_path / "whole", 0)
+    whole.train()
+    assert whole.state.total_flos > 0
+    keeper = CheckpointCallback(run, every=1)
+    trainer = language(tmp_path / "out", 0, keeper, Kill(4))
+    with pytest.raises(Killed):
+        trainer.train(resume_from_checkpoint=keeper.newest(trainer))
+    assert keeper.ckpt is not None
+    keeper.ckpt.close()
+    keeper = CheckpointCallback(run, every=1)
+    trainer = language(tmp_path / "out", 1, keeper)
+    trainer.train(resume_from_checkpoint=keeper.newest(trainer))
+    assert trainer.model.lm_head.weight is trainer.model.transformer.wte.weight
+    assert all_of(trainer) == all_of(whole)
+
+
 def test_the_loss_that_is_told_at_the_end_is_that_of_the_steps_after_the_resume(
     run: Path, tmp_path: Path
 ) -> None:
@@ -293,10 +329,13 @@ RANKS = """
     import json, os, signal, sys
     import torch
     from test_transformers import Model, data
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
     from transformers import Trainer, TrainerCallback, TrainingArguments
     import tierkeep.transformers
 
-    run, stop = sys.argv[1], int(sys.argv[2])
+    run, stop, sharded = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "FSDP2"
 
     class Kill(TrainerCallback):
         def on_step_end(self, args, state, control, **more):
@@ -312,10 +351,19 @@ RANKS = """
                 output_dir=run + "-out", num_train_epochs=2, per_device_train_batch_size=4,
                 learning_rate=0.05, logging_steps=2, save_strategy="no", report_to="none",
                 disable_tqdm=True, use_cpu=True, ddp_backend="gloo", log_level="error"))
+        if sharded:  # Which Accelerate does not offer on CPUs; what it then does is the same.
+            for state in (PartialState, AcceleratorState):
+                state._shared_state["distributed_type"] = DistributedType.FSDP
+            trainer.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2,
+                reshard_after_forward=True, auto_wrap_policy="no_wrap")
+            mesh = torch.distributed.init_device_mesh("cpu", (2,))
+            trainer.accelerator.state.torch_device_mesh = mesh
+            trainer.is_fsdp_enabled = True
         torch.manual_seed(seed + trainer.args.process_index)  # Dropout of each rank is its own.
         trainer.train(resume_from_checkpoint=keeper.newest(trainer) if callbacks else None)
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-        return {"net": [p.tolist() for p in trainer.model.parameters()], "losses": losses,
+        whole = [getattr(p, "full_tensor", lambda p=p: p)() for p in trainer.model.parameters()]
+        return {"net": [p.tolist() for p in whole], "losses": losses,
                 "rng": torch.rand(1).item(), "step": trainer.state.global_step}
 
     if stop:
@@ -330,16 +378,18 @@ def said(out: str) -> Any:
     return json.loads(next(line for line in out.splitlines() if line.startswith('{"')))
 
 
-def test_two_ranks_go_on_and_the_first_saves_what_both_have(run: Path) -> None:
-    results = [ended(rank) for rank in start(2, RANKS, run, 7)]
+@pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
+def test_two_ranks_go_on_and_the_first_saves_what_both_have(run: Path, kind: str) -> None:
+    results = [ended(rank) for rank in start(2, RANKS, run, 7, kind)]
     assert [code for code, *_ in results] == [-signal.SIGKILL] * 2, results
     whole = [said(out) for _, out, _ in results]
-    results = [ended(rank) for rank in start(2, RANKS, run, 0)]
+    results = [ended(rank) for rank in start(2, RANKS, run, 0, kind)]
     assert [code for code, *_ in results] == [0, 0], results
     again = [said(out) for _, out, _ in results]
     assert again == whole
     assert whole[0]["net"] == whole[1]["net"]
     assert whole[0]["rng"] != whole[1]["rng"]
     assert "model" in tierkeep.load(run, rank=0)
-    second = {"trainer", "scheduler", "order", "rng", "epoch_rng"}
-    assert set(tierkeep.load(run, rank=1)) == second
+    own = {"trainer", "scheduler", "order", "rng", "epoch_rng"}
+    second = set(tierkeep.load(run, rank=1))
+    assert second == (own if kind == "DDP" else {"model", "optimizer", *own})
