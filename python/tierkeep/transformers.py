@@ -13,9 +13,9 @@ finds its epoch, step, log, best metric and callbacks as in any other. Everythin
 beginning of the training from RAM straight into the live tensors, each rank's parts to it (a
 directory of Hugging Face's layout would be the state written and read once more, and gathered where
 it is sharded). For that the Trainer must not look for weights there: `_load_from_checkpoint` is
-passed over for this one path. It is the one method that is replaced; where it were gone, the Trainer
-would refuse the path with an error, not train on with wrong weights. (Of stateful callbacks only
-`restore_callback_states_from_checkpoint=True` makes use, as in any resume.)
+passed over for this one path. It is the one method that is replaced; where it were gone, the
+Trainer would refuse the path with an error, not train on with wrong weights. (Stateful callbacks
+come back with `restore_callback_states_from_checkpoint=True`, as in any resume.)
 
 When a save is taken: when the next step begins, not when its own ends, since the Trainer logs,
 evaluates and finds the best metric between these two, and draws random numbers for it. A resumed
