@@ -100,6 +100,27 @@ def test_what_cannot_be_meant_is_refused() -> None:
         training_state(model, rng=1)
 
 
+def test_a_rank_that_had_no_optimizer_gets_one_that_others_saved(run: Path) -> None:
+    one, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    optimizers = [torch.optim.Adam(model.parameters()) for model in (one, other)]
+    for param in one.parameters():
+        param.grad = torch.ones_like(param)
+    optimizers[0].step()
+    ranks = [
+        tierkeep.Checkpointer(run, rank=rank, world_size=2, attempt_id="a" * 32) for rank in (0, 1)
+    ]
+    ranks[0].save(1, {"optim": OptimizerState(one, optimizers[0])})
+    ranks[1].save(1, {"n": 1})
+    state = {"optim": OptimizerState(other, optimizers[1]), "n": 0}
+    ranks[1].restore(state, read_only=True)
+    for rank in ranks:
+        rank.close()
+    assert state["n"] == 1
+    for mine, theirs in zip(other.parameters(), one.parameters(), strict=True):
+        moments = [optimizers[0].state[theirs], optimizers[1].state[mine]]
+        assert torch.equal(moments[0]["exp_avg"], moments[1]["exp_avg"])
+
+
 STAGES = """
     import json, os, sys
     import torch

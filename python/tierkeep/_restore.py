@@ -466,8 +466,13 @@ def planned(found: Found, state: Any, wish: Wish) -> tuple[Plan, Make]:
 def _in_groups(tree: _saved.Mapping) -> set[Any]:
     """The parameters of an optimizer whose groups name them."""
     groups = dict(row for row in tree.entries if isinstance(row[0], str)).get("param_groups")
-    rows = [row for group in groups or () for row in getattr(group, "entries", ())]
-    return {name for key, names in rows if key == "params" for name in names}
+    rows = [row for group in _here(groups) or () for row in getattr(_here(group), "entries", ())]
+    return {_here(name) for key, names in rows if key == "params" for name in _here(names)}
+
+
+def _here(saved: Any) -> Any:
+    """What is saved there, also where only other ranks have the place."""
+    return saved.tree if isinstance(saved, _saved.Foreign) else saved
 
 
 def _items(saved: Any) -> Sequence[Any]:
