@@ -12,7 +12,8 @@
 ##                 the same between nodes, in network namespaces: half an hour, wants root, 12 GiB of
 ##                 free memory and a quiet machine; prints JSON
 ##   make bench-torch
-##                 metadata and commit of 5,000 tensors on 8 ranks, beside torch's; 5 minutes
+##                 metadata and commit of 5,000 tensors on 8 ranks, beside torch's, and what each
+##                 adapter adds to a save and a restore; 15 minutes
 ##   make bench-object
 ##                 uploads and downloads beside boto3, awscli and s3fs, against a real server on this
 ##                 machine, and what training loses beside an upload at a limit; 20 minutes,
@@ -192,6 +193,7 @@ bench-nodes: wheel lab-tools
 
 bench-torch: wheel
 	$(BIN)/python benches/metadata.py
+	$(BIN)/python benches/adapters.py
 
 bench-object: wheel
 	$(BIN)/python -m pip install --quiet --requirement benches/requirements-object.txt

@@ -2,9 +2,10 @@
 
     python benches/adapters.py [--rounds 9] [--only dcp,orbax] [--write FILE]
 
-1 GiB of a GPT's parameters and AdamW's moments, in RAM alone (nothing is due for disk). A process
-for each adapter; in it saves and memcpys of the same tensors take turns, and medians of the ratios
-of neighbours are printed, beside those of a `Checkpointer` in a process right before.
+1 GiB of a GPT's parameters and AdamW's moments, then 2,000 small tensors, in RAM alone (nothing is
+due for disk). A process for each adapter; in it saves and memcpys of the same tensors take turns,
+and medians of the ratios of neighbours are printed, beside those of a `Checkpointer` in a process
+right before.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 #: In a step of training of their hosts these are called; what is timed is their own work.
 OPTIONS: dict[str, Any] = {"disk_every": 10**9}
 
-STEPS = range(1, 10**6)
+Pairs = list[tuple[float, float]]
 
 
 class Timed:
@@ -61,6 +62,63 @@ class Way:
 
     def close(self) -> None:
         """The end."""
+
+    def saves(self, memcpy: Any, rounds: int) -> Pairs:
+        """Seconds of a save and of the memcpy right before it."""
+        pairs = []
+        for step in range(1, rounds + 1):
+            out, save = Timed(memcpy.out), Timed(self.save)
+            out()
+            save(step)
+            self.settle()
+            pairs.append((save.took[0], out.took[0]))
+        return pairs
+
+    def restores(self, memcpy: Any, rounds: int, step: int) -> Pairs:
+        """The same of a restore."""
+        pairs = []
+        for _ in range(rounds):
+            back, restore = Timed(memcpy.back), Timed(self.restore)
+            back()
+            restore(step)
+            pairs.append((restore.took[0], back.took[0]))
+        return pairs
+
+
+class Hosted(Way):
+    """One whose host calls: what is timed is what the host waits for in its hooks."""
+
+    def train(self, callback: Any, steps: int) -> None:
+        raise NotImplementedError
+
+    def callback(self) -> Any:
+        raise NotImplementedError
+
+    def saves(self, memcpy: Any, rounds: int) -> Pairs:
+        callback = self.callback()
+        out, save = Timed(memcpy.out), Timed(callback._save)
+
+        def both(*args: Any) -> None:
+            out()
+            save(*args)
+
+        callback._save = both
+        self.train(callback, rounds)
+        return list(zip(save.took, out.took, strict=True))
+
+    def restores(self, memcpy: Any, rounds: int, step: int) -> Pairs:
+        pairs = []
+        for _ in range(rounds):
+            callback = self.callback()
+            back, restore = Timed(memcpy.back), Timed(getattr(callback, self.hook))
+            back()
+            setattr(callback, self.hook, restore)
+            self.train(callback, step)
+            pairs.append((restore.took[0], back.took[0]))
+        return pairs
+
+    #: The hook that restores.
+    hook = ""
 
 
 class Plain(Way):
@@ -239,43 +297,117 @@ class Orbax(Way):
         self.manager.close()
 
 
+class Lightning(Hosted):
+    """Lightning's callback"""
+
+    hook = "on_fit_start"
+
+    def callback(self) -> Any:
+        import tierkeep.lightning
+
+        return tierkeep.lightning.CheckpointCallback(self.run, every=1, **OPTIONS)
+
+    def train(self, callback: Any, steps: int) -> None:
+        import lightning.pytorch as pl
+
+        gpt, optimizer = self.model, self.optimizer
+
+        class Module(pl.LightningModule):  # type: ignore[misc]
+            def __init__(self) -> None:
+                super().__init__()
+                self.gpt = gpt
+
+            def training_step(self, batch: Any, batch_idx: int) -> Any:
+                return next(self.gpt.parameters()).mean()
+
+            def configure_optimizers(self) -> Any:
+                return optimizer
+
+        quiet = dict.fromkeys(
+            ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+        )
+        trainer = pl.Trainer(
+            accelerator="cpu", max_steps=steps, max_epochs=-1, callbacks=[callback], **quiet
+        )
+        trainer.fit(Module(), [0] * 10**4)
+
+
+class Transformers(Hosted):
+    """The callback of transformers' Trainer"""
+
+    hook = "on_train_begin"
+
+    def callback(self) -> Any:
+        import tierkeep.transformers
+
+        return tierkeep.transformers.CheckpointCallback(self.run, every=1, **OPTIONS)
+
+    def train(self, callback: Any, steps: int) -> None:
+        import torch
+        from transformers import Trainer, TrainingArguments
+
+        class Model(torch.nn.Module):
+            def __init__(self, gpt: Any) -> None:
+                super().__init__()
+                self.gpt = gpt
+
+            def forward(self, x: Any) -> Any:
+                return {"loss": next(self.gpt.parameters()).mean()}
+
+        told = TrainingArguments(
+            str(self.run.parent / "own"),
+            max_steps=steps,
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            save_strategy="no",
+            logging_strategy="no",
+            per_device_train_batch_size=1,
+        )
+        scheduler = torch.optim.lr_scheduler.ConstantLR(self.optimizer, 1.0)
+        trainer = Trainer(
+            Model(self.model),
+            told,
+            train_dataset=[{"x": torch.zeros(1)}] * 10**4,
+            optimizers=(self.optimizer, scheduler),
+            callbacks=[callback],
+        )
+        trainer.train(resume_from_checkpoint=callback.newest(trainer))
+
+
 WAYS: dict[str, type[Way]] = {
     "checkpointer": Plain,
     "training_state": Gathered,
     "dcp": Dcp,
     "accelerate": Accelerated,
+    "lightning": Lightning,
+    "transformers": Transformers,
     "deepspeed": DeepSpeed,
     "torch_checkpointing": Meta,
     "orbax": Orbax,
 }
 
 
-def measured(name: str, rounds: int, run: Path) -> Iterator[tuple[str, float]]:
+def small() -> tuple[Any, Any]:
+    """2,000 parameters of 1 KiB each, and an optimizer without a state."""
+    import torch
+
+    model = torch.nn.ParameterList(torch.randn(256) for _ in range(2000))
+    return model, torch.optim.SGD(model.parameters(), lr=1e-9)
+
+
+def measured(name: str, rounds: int, run: Path, tiny: bool) -> Iterator[tuple[str, float]]:
     """Ratios to memcpy, and milliseconds."""
     from state import Memcpy, gpt_state, tensors
 
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    model, optimizer = gpt_state()
+    model, optimizer = small() if tiny else gpt_state()
     kept = tensors(model, optimizer)  # Some hosts put others in their place.
     memcpy = Memcpy(kept)
     way = WAYS[name](model, optimizer, run)
-    steps = iter(STEPS)
-    saves, restores = [], []
-    for turn in range(rounds + 3):
-        step = next(steps)
-        out, save = Timed(memcpy.out), Timed(way.save)
-        out()
-        save(step)
-        way.settle()
-        if turn >= 3:
-            saves.append((save.took[0], out.took[0]))
-    for turn in range(rounds + 1):
-        back, restore = Timed(memcpy.back), Timed(way.restore)
-        back()
-        restore(step)
-        if turn >= 1:
-            restores.append((restore.took[0], back.took[0]))
+    saves = way.saves(memcpy, rounds + 3)[3:]
+    restores = way.restores(memcpy, rounds + 1, rounds + 3)[1:]
     way.close()
     del kept
     for what, pairs in (("save", saves), ("restore", restores)):
@@ -283,12 +415,21 @@ def measured(name: str, rounds: int, run: Path) -> Iterator[tuple[str, float]]:
         yield f"{what} ms", statistics.median(a for a, _ in pairs) * 1e3
 
 
-def in_process(name: str, rounds: int) -> dict[str, float]:
+def in_process(name: str, rounds: int, *more: str) -> dict[str, float]:
     """The same, in a process of its own."""
     base = Path(tempfile.mkdtemp(prefix="tierkeep-bench-"))
     ram = tempfile.mkdtemp(prefix="tierkeep-bench-", dir="/dev/shm")
     env = {**os.environ, "TIERKEEP_RAM_DIR": ram, "TIERKEEP_AGENT": "off", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, __file__, "--one", name, str(base / "run"), "--rounds", str(rounds)]
+    command = [
+        sys.executable,
+        __file__,
+        "--one",
+        name,
+        str(base / "run"),
+        "--rounds",
+        str(rounds),
+        *more,
+    ]
     try:
         done = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True)
         return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -302,13 +443,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--only", default=",".join(WAYS), help="names, with commas")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         name, run = args.one
-        print(json.dumps(dict(measured(name, args.rounds, Path(run)))), flush=True)
+        print(json.dumps(dict(measured(name, args.rounds, Path(run), args.tiny))), flush=True)
         os._exit(0)  # Hosts have threads that wait for others at their end.
-    print("| through | save / memcpy | of a Checkpointer | restore / memcpy | of a Checkpointer |")
-    print("|---|---|---|---|---|", flush=True)
+    head = ("through", "save / memcpy", "of a Checkpointer", "restore / memcpy")
+    head = (*head, "of a Checkpointer", "save of 2,000 tensors of 1 KiB")
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}", flush=True)
     for name in args.only.split(","):
         plain = in_process("checkpointer", args.rounds)
         got = plain if name == "checkpointer" else in_process(name, args.rounds)
@@ -316,7 +459,8 @@ def main() -> None:
         for what in ("save", "restore"):
             ratio, base = got[f"{what}/memcpy"], plain[f"{what}/memcpy"]
             cells += [f"{ratio:.2f} ({got[f'{what} ms']:.0f} ms)", f"{ratio / base:.2f} x"]
-        print(f"| {' | '.join(cells)} |", flush=True)
+        tiny = in_process(name, 5 * args.rounds, "--tiny")["save ms"]
+        print(f"| {' | '.join((*cells, f'{tiny:.2f} ms'))} |", flush=True)
 
 
 if __name__ == "__main__":
