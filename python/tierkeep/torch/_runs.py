@@ -46,6 +46,21 @@ def place(checkpoint_id: str | os.PathLike[str]) -> Place:
     return Place(run, int(numbered[1]))
 
 
+#: Of the addresses that a run may have; any other is somebody else's.
+_SCHEMES = ("tierkeep", "file", "s3", "gs", "az")
+
+
+def is_place(checkpoint_id: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint of ours may have that name: torch asks each storage it knows."""
+    scheme, colon, _ = os.fsdecode(checkpoint_id).partition("://")
+    return bool(scheme.strip("/")) and (not colon or scheme in _SCHEMES)
+
+
+def save_id(step: int, attempt: int | None) -> str:
+    """What names a save in torch's metadata: the same on all ranks, and for who reads it."""
+    return f"step {step} of attempt {attempt}"
+
+
 @dataclasses.dataclass(slots=True)
 class Open:
     """The handle of this process on a run."""
