@@ -34,3 +34,13 @@ def place(checkpoint_id: str | os.PathLike[str]) -> Place:
     if numbered is None or not run:
         return Place(path, None)
     return Place(run, int(numbered[1]))
+
+
+#: Of the addresses that a run may have; any other is somebody else's.
+_SCHEMES = ("tierkeep", "file", "s3", "gs", "az")
+
+
+def is_place(checkpoint_id: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint of ours may have that name: torch asks each storage it knows."""
+    scheme, colon, _ = os.fsdecode(checkpoint_id).partition("://")
+    return bool(scheme.strip("/")) and (not colon or scheme in _SCHEMES)

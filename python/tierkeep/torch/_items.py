@@ -13,6 +13,7 @@ from collections.abc import Container, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -30,6 +31,9 @@ from tierkeep._sharded import Box, Pieces
 from tierkeep._tierkeep import Found
 
 Path = tuple[str | int, ...]
+
+#: Of torch's metadata, where this torch numbers them.
+VERSION: str | None = getattr(filesystem, "CURRENT_DCP_VERSION", None)
 
 
 class Pickled(NamedTuple):
@@ -210,7 +214,9 @@ def metadata(places: dict[str, Leaf], shards: list[Found]) -> Metadata:
         properties = TensorProperties(dtype=getattr(torch, _types.TORCH_DTYPES[dtype]))
         described[fqn] = TensorStorageMetadata(properties, torch.Size(size), chunks)
     planner_data = {fqn: leaf.path for fqn, leaf in places.items()}
-    return Metadata(state_dict_metadata=described, planner_data=planner_data, storage_data={})
+    whole = Metadata(state_dict_metadata=described, planner_data=planner_data, storage_data={})
+    whole.version = VERSION
+    return whole
 
 
 def to_bytes(saved: Any, make: Make) -> io.BytesIO:

@@ -17,7 +17,7 @@ from torch.futures import Future
 
 from tierkeep._address import anywhere
 from tierkeep._build import Builder, Key, Part
-from tierkeep._names import place
+from tierkeep._names import is_place, place
 from tierkeep._tierkeep import Found, Reader
 from tierkeep.errors import InvalidError
 from tierkeep.torch import _items, _runs
@@ -56,8 +56,7 @@ class StorageReader(_StorageReader):
         threads: int | None = None,
     ) -> None:
         super().__init__()
-        if _extension_registry is not None:
-            raise InvalidError("_extension_registry transforms files of torch's: there are none")
+        del _extension_registry  # It names what transformed a file: no file of ours was.
         self.path = path
         self._ram_dir = None if ram_dir is None else os.fspath(ram_dir)
         self._storage_options = storage_options
@@ -92,9 +91,11 @@ class StorageReader(_StorageReader):
         self._shards = [found for _, found in shards]
         self._places = _items.leaves(self._shards)
         self._metadata = _items.metadata(self._places, self._shards)
-        meta = StorageMeta(checkpoint_id=self.path, load_id=self.load_id)
+        first = self._shards[0]
+        saved = _runs.save_id(first.step, first.attempt)
+        meta = StorageMeta(checkpoint_id=self.path, save_id=saved, load_id=self.load_id)
         self._metadata.storage_meta = meta
-        _runs.note_loaded(run, self._shards[0].step)
+        _runs.note_loaded(run, first.step)
         return self._metadata
 
     def set_up_storage_reader(
@@ -158,7 +159,7 @@ class StorageReader(_StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether it could be the path of a checkpoint."""
-        return bool(os.fsdecode(checkpoint_id).strip("/"))
+        return is_place(checkpoint_id)
 
     # -- small -------------------------------------------------------------------------------
 

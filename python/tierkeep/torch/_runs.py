@@ -18,6 +18,11 @@ from tierkeep.torch._staged import Kept
 logger = logging.getLogger("tierkeep")
 
 
+def save_id(step: int, attempt: int | None) -> str:
+    """What names a save in torch's metadata: the same on all ranks, and for who reads it."""
+    return f"step {step} of attempt {attempt}"
+
+
 @dataclasses.dataclass(slots=True)
 class Open:
     """The handle of this process on a run."""

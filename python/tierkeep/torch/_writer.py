@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
@@ -16,7 +17,7 @@ from torch.distributed.checkpoint.storage import StorageWriter as _StorageWriter
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from tierkeep._names import place
+from tierkeep._names import is_place, place
 from tierkeep._tierkeep import Save
 from tierkeep.errors import InvalidError
 from tierkeep.torch import _items, _runs
@@ -86,7 +87,9 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
         **options: Any,
     ) -> None:
         del single_file_per_rank, per_thread_copy_ahead, serialization_format
-        BlockingAsyncStager.__init__(self, cache_staged_state_dict=cache_staged_state_dict)
+        # Its cache is pinned memory, which is an error where there is no device.
+        cached = cache_staged_state_dict and torch.accelerator.is_available()
+        BlockingAsyncStager.__init__(self, cache_staged_state_dict=cached)
         if _extensions:
             raise InvalidError(
                 "_extensions transform files of torch's: tierkeep has none "
@@ -104,6 +107,8 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
         #: The step that the process of the training loaded, where this is another one.
         self._loaded: int | None = None
         self._save: Save | None = None
+        #: What names the save that was written last, here and in the metadata that are read of it.
+        self.save_id: str | None = None
         self._staged: Staged | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -122,7 +127,7 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
         """A new checkpoint is about to be written."""
         if checkpoint_id:
             self.path = checkpoint_id
-        self._save = None
+        self._save = self.save_id = None
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """`dcp.async_save`: copies what is to be saved, and returns when the state may be changed.
@@ -150,7 +155,7 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
 
     def storage_meta(self) -> StorageMeta | None:
         """What the planner is told of this checkpoint."""
-        return StorageMeta(checkpoint_id=self.path, save_id=uuid.uuid4().hex)
+        return StorageMeta(checkpoint_id=self.path)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Nothing is to be planned: where bytes lie is each rank's own."""
@@ -203,6 +208,7 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
                 _runs.note_loaded(run, self._loaded)
             _runs.begin(known.ckpt, run, step)
             self._save = known.ckpt.save(step, _items.tree(plan, planner))
+        self.save_id = _runs.save_id(self._save.step, known.ckpt._handle.attempt)
         known.kept = keep(plan, planner)
         results = [WriteResult(item.index, _size(item), None) for item in plan.items]
         future: Future[list[WriteResult]] = Future()
@@ -216,11 +222,13 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
             raise InvalidError("finish comes after write_data")
         level = self._level or ("object" if not save.is_due_for_disk else "disk")
         save.wait(level, self._timeout_s)
+        metadata.version = _items.VERSION
+        metadata.storage_meta = StorageMeta(checkpoint_id=self.path, save_id=self.save_id)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether it could be the path of a checkpoint."""
-        return bool(os.fsdecode(checkpoint_id).strip("/"))
+        return is_place(checkpoint_id)
 
     # -- small -------------------------------------------------------------------------------
 
