@@ -161,7 +161,7 @@ test-rust: $(SETUP) $(SERVERS)
 	cargo test --quiet --doc $(RUST_TESTED)
 
 test-python: wheel lab-tools $(SERVERS)
-	$(BIN)/pytest python/tests $(PYTEST_ARGS)
+	$(BIN)/pytest python/tests --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 
 lab: wheel lab-tools
 	$(BIN)/python python/tests/lab.py --nodes $(or $(NODES),4)

@@ -158,7 +158,7 @@ def test_torch_reads_what_jax_saved_and_the_other_way_round(run: Path) -> None:
                     "half": jnp.ones(2, jnp.bfloat16),
                 }
             },
-        )
+        ).wait("disk")
         live = {
             "model": {"weight": torch.zeros(3, 4), "half": torch.zeros(2, dtype=torch.bfloat16)}
         }
