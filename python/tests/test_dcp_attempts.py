@@ -27,11 +27,16 @@ logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)  # It
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
+def anew() -> None:
+    """As a new process is."""
+    _runs.close_all()
+    _runs._seen.clear()
+
+
 @pytest.fixture(autouse=True)
 def closed() -> Iterator[None]:
     yield
-    _runs.close_all()
-    _runs._loaded.clear()
+    anew()
 
 
 def save(run: Path, step: int) -> None:
@@ -85,7 +90,7 @@ def test_a_rank_that_opens_the_run_anew_saves_with_the_others(run: Path) -> None
 def test_a_process_of_its_own_goes_on_from_what_the_training_loaded(run: Path) -> None:
     for step in (1, 2, 3):
         save(run, step)
-    _runs.close_all()
+    anew()
     state: dict[str, Any] = {"w": torch.zeros(3)}
     dcp.load(state, storage_reader=StorageReader(run / "step-2"), no_dist=True)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True)
@@ -99,3 +104,51 @@ def test_a_process_of_its_own_goes_on_from_what_the_training_loaded(run: Path) -
     finally:
         dist.destroy_process_group()
     assert lineage(run) == [1, 2, 4]
+
+
+def test_a_save_before_all_there_is_abandons_nothing_but_where_it_was_asked_to(run: Path) -> None:
+    for step in (5, 6):
+        save(run, step)
+    anew()
+    with pytest.raises(BaseException, match=r"before all that .* has \(the newest is 6\)"):
+        save(run, 4)
+    assert lineage(run) == [5, 6]
+    anew()
+    state = {"w": torch.full((3,), 4.0)}
+    dcp.save(state, storage_writer=StorageWriter(run / "step-4", fresh=True), no_dist=True)
+    assert lineage(run) == [4]
+
+
+def test_a_save_between_goes_on_from_the_step_before_it(run: Path) -> None:
+    for step in (5, 6, 8):
+        save(run, step)
+    anew()
+    save(run, 7)
+    assert lineage(run) == [5, 6, 7]
+
+
+def test_a_look_at_an_older_step_leaves_the_newer_ones(run: Path) -> None:
+    for step in (1, 2):
+        save(run, step)
+    anew()
+    state = {"w": torch.zeros(3)}
+    for step in (2, 1):
+        dcp.load(state, storage_reader=StorageReader(run / f"step-{step}"), no_dist=True)
+    save(run, 3)
+    assert lineage(run) == [1, 2, 3]
+
+
+def test_what_this_process_saved_itself_is_gone_on_from_where_a_run_is_opened_anew(
+    run: Path,
+) -> None:
+    for step in (1, 2):
+        save(run, step)
+    anew()
+    state = {"w": torch.zeros(3)}
+    dcp.load(state, storage_reader=StorageReader(run / "step-1"), no_dist=True)
+    save(run, 2)
+    save(run, 3)
+    _runs.close_all()
+    save(run, 4)
+    assert lineage(run) == [1, 2, 3, 4]
+    assert tierkeep.load(run, 4)["w"].tolist() == [4.0] * 3

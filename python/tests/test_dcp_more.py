@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def closed() -> Iterator[None]:
     yield
     _runs.close_all()
-    _runs._loaded.clear()
+    _runs._seen.clear()
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from tierkeep.torch_checkpointing import StorageConfig, configured, newest
 def closed() -> Iterator[None]:
     yield
     _runs.close_all()
-    _runs._loaded.clear()
+    _runs._seen.clear()
 
 
 def state(at: float) -> dict[str, Any]:
@@ -109,6 +109,32 @@ def test_a_writer_without_the_barrier_commits_nothing_and_is_told(run: Path) -> 
     manager.save(str(run / "step_1"), state(1))  # Nobody tells a storage that this was the end.
     with pytest.raises(ValueError, match="never committed"):
         manager.save(str(run / "step_2"), state(2))
+
+
+def test_a_save_that_failed_costs_itself_alone(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    manager = CheckpointManager(configured(CheckpointManager.Config.with_sync_save()))
+    manager.save(str(run / "step_1"), state(1))
+    with pytest.raises(Exception, match="pickle"):
+        manager.save(str(run / "step_2"), {**state(2), "what": lambda: None})
+    manager.save(str(run / "step_3"), state(3))
+    assert "step 2 of" in caplog.text and "was given up" in caplog.text
+    with pytest.raises(ValueError, match="rank 0 wrote no item"):
+        manager.save(str(run / "step_4"), {})
+    assert newest(run) == f"{run}/step-3"
+    manager.close()
+
+
+def test_a_training_that_loaded_an_older_step_goes_on_from_there(run: Path) -> None:
+    manager = CheckpointManager(configured(CheckpointManager.Config.with_sync_save(), keep_last=9))
+    for step in (10, 20, 30):
+        manager.save(str(run / f"step_{step}"), state(step))
+    _runs.close_all()
+    _runs._seen.clear()
+    manager.load(str(run / "step_10"), into=state(0))
+    manager.save(str(run / "step_40"), state(40))
+    _runs.close_all()
+    with tierkeep.Checkpointer(run) as ckpt:
+        assert [info.step for info in ckpt.steps() if info.in_lineage] == [10, 40]
 
 
 def test_files_are_those_of_a_storage(run: Path) -> None:

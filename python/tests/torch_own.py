@@ -140,7 +140,7 @@ class _Told(unittest.TestResult):
         from tierkeep.torch import _runs
 
         _runs.close_all()
-        _runs._loaded.clear()
+        _runs._seen.clear()
 
 
 def inside(module: str, only: str) -> None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import logging
 import os
 import threading
 from collections.abc import Collection, Mapping
@@ -40,6 +41,8 @@ from tierkeep._names import Place, place
 from tierkeep._tierkeep import Found, Reader, join_path
 from tierkeep.errors import CheckpointNotFoundError, InvalidError
 from tierkeep.torch import _runs
+
+logger = logging.getLogger("tierkeep")
 
 _FILES = "files"
 
@@ -97,11 +100,12 @@ class StorageConfig(host.StorageConfig):
         self.ram_dir = None if ram_dir is None else os.fspath(ram_dir)
         self.storage_options = storage_options
         self.options = options
-        #: What was made of it in this process.
+        #: What was made of it in this process, and whether a barrier commits it.
         self.made: list[Storage] = []
+        self.has_barrier = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "made": []}
+        return {**self.__dict__, "made": [], "has_barrier": False}
 
     def create_storage(self) -> Storage:
         """The storage of this process."""
@@ -118,6 +122,7 @@ class BarrierConfig(host_barriers.BarrierConfig):
 
     def create_barrier(self, rank_info: RankInfo) -> Barrier:
         """The barrier of this rank."""
+        self.storage.has_barrier = True
         return Barrier(self, rank_info)
 
 
@@ -133,8 +138,16 @@ class Barrier(host_barriers.Barrier):
 
         Raises:
             DeadlineError: not within `timeout_secs` seconds; it names who was missing.
+            InvalidError: this rank has written nothing, so nobody told it which step this is.
         """
-        for storage in self._storage.made:
+        written = [storage for storage in self._storage.made if storage.has_written]
+        ranks = self._storage.options.get("ranks")
+        if not written and (ranks is None or self._who[0] in ranks):
+            raise InvalidError(
+                f"rank {self._who[0]} wrote no item: each rank that saves has one at least "
+                "(ranks= in the options says which ranks save)"
+            )
+        for storage in written:
             storage.publish(self._who, timeout_secs)
 
 
@@ -164,13 +177,22 @@ class Storage(host.Storage):
         """A file that was written, until it is published."""
         with self._lock:
             left = [known for known in self._written if known != at]
-            if left:
+            if left and self._config.has_barrier:
+                # It was not written to its end, or the barrier would have come.
+                logger.warning("step %s of %s was given up", left[0].step, left[0].run)
+                self._written.clear()
+            elif left:
                 raise InvalidError(
                     f"step {left[0].step} of {left[0].run} was written and never committed: "
                     "the writer needs barrier_config=tierkeep.torch_checkpointing.BarrierConfig"
                     "(storage_config), as tierkeep.torch_checkpointing.configured sets it"
                 )
             self._written.setdefault(at, {})[name] = data
+
+    @property
+    def has_written(self) -> bool:
+        """Whether there is something to publish."""
+        return bool(self._written)
 
     def publish(self, who: tuple[int, int], timeout_s: float) -> None:
         """Saves what was written, and waits for the others'."""
@@ -185,10 +207,11 @@ class Storage(host.Storage):
             }
             ckpt = _runs.handle(at.run, *who, None, options, told=False).ckpt
             _runs.check_new(ckpt, at.run, at.step)
-            _runs.begin(ckpt, at.run, at.step)
+            _runs.begin(ckpt, at.run, at.step, _runs.newest_seen(at.run, at.step))
             save = ckpt.save(at.step, {_FILES: {n: _tensor(data) for n, data in files.items()}})
             level = self._config.level or ("object" if not save.is_due_for_disk else "disk")
             save.wait(level, timeout_s)
+            _runs.note(at.run, [at.step])
             self._committed = at
 
     def mkdir(self, path: Path, recursive: bool = True) -> None:
@@ -236,7 +259,9 @@ class Storage(host.Storage):
     def stream_read(self, path: Path, read_args: host.ReadArgs | None = None) -> io.RawIOBase:
         """A file from the nearest tier, whichever rank wrote it; what is read is checked."""
         at, name = self._file(path)
-        return self._folder(at).open(name)
+        folder = self._folder(at)
+        _runs.note(at.run, [folder.step])
+        return folder.open(name)
 
     def exists(self, path: Path) -> bool:
         """Whether there is such a run, step or file; also one that is not committed yet, where
@@ -350,6 +375,7 @@ class _Folder:
 
     def __init__(self, at: Place, shards: list[Found]) -> None:
         self._at = at
+        self.step = shards[0].step
         self.files: dict[str, tuple[Found, str, int]] = {}
         for found in shards:
             table = found.tensors

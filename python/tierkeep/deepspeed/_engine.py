@@ -325,7 +325,7 @@ class CheckpointEngine(_CheckpointEngine):  # type: ignore[misc]
         """
         loaded, self._loaded = self._loaded, None
         if loaded is None:
-            _runs.begin(self.ckpt, self._run, step)
+            _runs.begin(self.ckpt, self._run, step, None)
             return
         back = self.ckpt._begun or loaded[0] != self.ckpt.latest_step()
         if back:

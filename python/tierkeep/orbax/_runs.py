@@ -244,21 +244,21 @@ def _for_saving(run: str, at: _places.Place, how: How) -> Open:
 
 def _begin(ckpt: Checkpointer, run: str, step: int) -> None:
     """Begins the attempt that saves `step`."""
+    # The ranks decide together what is the newest: this node's directory may lack it.
+    found = ckpt._find(None, None, False, False, False)
     complete = [info for info in ckpt.steps() if info.complete]
-    line = [info for info in complete if info.in_lineage]
-    newest = max(line, key=lambda info: info.step, default=None)
-    before = _before(run, step, complete, line)
+    before = _before(run, step, complete, [info for info in complete if info.in_lineage])
     seen = _seen.get(_key(run), {})
     for later in [known for known in seen if known >= step]:
         del seen[later]
+    if found is None:
+        return
     if before is None:
-        if newest is not None:
-            logger.warning("%s begins anew: step %s is abandoned", run, newest.step)
-        ckpt._fresh = True
-        ckpt._begin_if_new()
-    elif before == newest:
-        ckpt._find(None, None, False, False, False)
-    else:
+        if found.step >= step:
+            logger.warning("%s begins anew: step %s is abandoned", run, found.step)
+            ckpt._fresh = True
+            ckpt._find(None, None, False, False, False)
+    elif (before.step, before.attempt) != (found.step, found.attempt):
         logger.warning("%s goes on from step %s: newer ones are abandoned", run, before.step)
         ckpt._find(before.step, before.attempt, True, False, False)
 

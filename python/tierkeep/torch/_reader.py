@@ -95,7 +95,7 @@ class StorageReader(_StorageReader):
         saved = _runs.save_id(first.step, first.attempt)
         meta = StorageMeta(checkpoint_id=self.path, save_id=saved, load_id=self.load_id)
         self._metadata.storage_meta = meta
-        _runs.note_loaded(run, first.step)
+        _runs.note(run, [first.step])
         return self._metadata
 
     def set_up_storage_reader(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from tierkeep._checkpointer import Checkpointer
@@ -39,18 +40,23 @@ class Open:
 
 _open: dict[str, Open] = {}
 
-#: What was loaded last of each run, by this process: the step that it goes on from.
-_loaded: dict[str, int] = {}
+#: The steps of each run that this process has loaded or saved, where it goes on now.
+_seen: dict[str, set[int]] = {}
 
 
-def note_loaded(run: str, step: int) -> None:
-    """The run goes on from here."""
-    _loaded[_key(run)] = step
+def note(run: str, steps: Iterable[int]) -> None:
+    """The run has these where this process goes on."""
+    _seen.setdefault(_key(run), set()).update(steps)
 
 
-def loaded(run: str) -> int | None:
-    """The step that this process loaded last of a run."""
-    return _loaded.get(_key(run))
+def seen(run: str) -> frozenset[int]:
+    """The steps that were noted."""
+    return frozenset(_seen.get(_key(run), ()))
+
+
+def newest_seen(run: str, step: int) -> int | None:
+    """The newest of them before `step`: one may have loaded others only to look at them."""
+    return max((known for known in seen(run) if known < step), default=None)
 
 
 def opened(run: str) -> Open | None:
@@ -79,26 +85,43 @@ def _key(run: str) -> str:
     return run if "://" in run else os.path.realpath(run)
 
 
-def begin(ckpt: Checkpointer, run: str, step: int) -> None:
-    """Begins the attempt that saves `step`, where none goes on: from what this process loaded, else
-    from the newest checkpoint before it. torch's tools do not say where a job goes on. What is
-    newer is abandoned, and stays until `tierkeep gc --abandoned`.
+def begin(ckpt: Checkpointer, run: str, step: int, before: int | None) -> None:
+    """Begins the attempt that saves `step`, where none goes on: from `before`, else from the newest
+    checkpoint before it. torch's tools do not say where a job goes on. What is newer is abandoned,
+    and stays until `tierkeep gc --abandoned`.
+
+    Which is the newest the ranks decide together: this node's directory may lack it. As many
+    attempts begin on every rank, or one would go on in one that the others have left.
+
+    Args:
+        before: a step, the same on all ranks; None: none is known.
+
+    Raises:
+        InvalidError: everything is newer. A save that abandons all there is before it is complete
+            itself is one that was not asked for: `fresh=True` does.
     """
     if ckpt._begun:
         return
-    newest = ckpt.latest_step()
-    before = _loaded.get(_key(run), newest)
-    if newest is None:
-        ckpt._fresh = True  # Nothing that can be restored is there.
-    elif before is not None and before < step:
-        if before != newest:
-            logger.warning("%s goes on from step %s: newer ones are abandoned", run, before)
-        ckpt._find(None if before == newest else before, None, before != newest, False, False)
+    if ckpt._fresh:
+        ckpt._begin_if_new()
         return
-    else:
-        logger.warning("%s begins anew at step %s: step %s is abandoned", run, step, newest)
-        ckpt._fresh = True
-    ckpt._begin_if_new()
+    found = ckpt._find(None, None, False, False, False)
+    if found is None:
+        return
+    if before is None and found.step < step:
+        before = found.step
+    if before is None:
+        complete = [i.step for i in ckpt.steps() if i.complete and i.in_lineage and i.step < step]
+        before = max(complete, default=None)
+    if before is None:
+        raise InvalidError(
+            f"step {step} comes before all that {run} has (the newest is {found.step}): "
+            "fresh=True begins anew and abandons them, or this training needs a path of its own"
+        )
+    if before != found.step:
+        logger.warning("%s goes on from step %s: newer ones are abandoned", run, before)
+        ckpt._find(before, None, True, False, False)
+    _seen[_key(run)] = {known for known in seen(run) if known <= before}
 
 
 def next_step(ckpt: Checkpointer, told: int | None = None) -> int:

@@ -31,6 +31,8 @@ class _Told:
     world: int
     step: int | None
     attempt_id: str
+    #: What the run goes on from, where it begins.
+    before: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,16 +57,18 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
 
     Args:
         path: `<run>/step-100` (`checkpoint-100`, `epoch_3`, `100`); the run is a directory or a
-            place in a bucket. Without a number it is the run, and each save the next step of it.
+            place in a bucket. Without a number it is the run, and each save the next step of it; so
+            no run has a name like these.
         sync_files: False: `dcp.save` returns when the checkpoint is in RAM.
         thread_count: threads of the copy; 1, the default there, means as many as help.
         cache_staged_state_dict: as there, for `async_save`.
         overwrite: False: a step that exists is an error. True: it is too while this process goes
-            on; another one begins anew and abandons it.
+            on; another one goes on from the newest step before it, and abandons it.
         level: what a save waits for, `"ram"`, `"peer"`, `"disk"` or `"object"`; default: the most
             durable of disk and bucket that the run has.
         timeout_s: seconds until then, at most.
-        options: of the `tierkeep.Checkpointer` that is opened for the run.
+        options: of the `tierkeep.Checkpointer` that is opened for the run. `fresh=True`: the
+            first save of this process abandons what is there.
 
     Raises:
         InvalidError: `_extensions`, which transform files.
@@ -104,8 +108,8 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
             options.setdefault("threads", thread_count)
         self._rank: int | None = None
         self._use_collectives = True
-        #: The step that the process of the training loaded, where this is another one.
-        self._loaded: int | None = None
+        #: The steps that the process of the training has seen, where this is another one.
+        self._seen: frozenset[int] = frozenset()
         self._save: Save | None = None
         #: What names the save that was written last, here and in the metadata that are read of it.
         self.save_id: str | None = None
@@ -113,7 +117,7 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
 
     def __getstate__(self) -> dict[str, Any]:
         # For a process of its own (`AsyncCheckpointerType.PROCESS`): only what it is told.
-        told = {"_loaded": _runs.loaded(place(self.path).run)}
+        told = {"_seen": _runs.seen(place(self.path).run)}
         return {**self.__dict__, **told, "_save": None, "_staged": None, "state_dict_cache": None}
 
     # -- the protocol ------------------------------------------------------------------------
@@ -181,7 +185,7 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
             rank = self._rank or 0
             known = _runs.handle(run, rank, world, start, self._options, told=True)
             step = _runs.next_step(known.ckpt)
-        told = _Told(world, step, start)
+        told = _Told(world, step, start, self._before(run, step))
         return [dataclasses.replace(plan, storage_data=told) for plan in plans]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -189,10 +193,10 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
         run, step = place(self.path)
         told = plan.storage_data if self._use_collectives else None
         rank, world, start = self._who(told)
-        before = _runs.opened(run)
+        was = _runs.opened(run)
         known = _runs.handle(run, rank, world, start, self._options, told=told is not None)
         staged, self._staged = self._staged, None
-        if staged is not None and known is not before:
+        if staged is not None and known is not was:
             raise InvalidError(
                 f"step {staged.save.step} was staged, and then a rank opened {run} anew; "
                 "the next save is staged anew"
@@ -204,10 +208,10 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
             if step is None:
                 step = _runs.next_step(known.ckpt, told and told.step)
             _runs.check_new(known.ckpt, run, step, overwrite=self._overwrite)
-            if self._loaded is not None:
-                _runs.note_loaded(run, self._loaded)
-            _runs.begin(known.ckpt, run, step)
+            before = self._before(run, step) if told is None else told.before
+            _runs.begin(known.ckpt, run, step, before)
             self._save = known.ckpt.save(step, _items.tree(plan, planner))
+        _runs.note(run, [self._save.step])
         self.save_id = _runs.save_id(self._save.step, known.ckpt._handle.attempt)
         known.kept = keep(plan, planner)
         results = [WriteResult(item.index, _size(item), None) for item in plan.items]
@@ -231,6 +235,10 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
         return is_place(checkpoint_id)
 
     # -- small -------------------------------------------------------------------------------
+
+    def _before(self, run: str, step: int) -> int | None:
+        _runs.note(run, self._seen)
+        return _runs.newest_seen(run, step)
 
     def _who(self, told: _Told | None) -> tuple[int, int, str | None]:
         """(rank, world size, id of this start)."""
