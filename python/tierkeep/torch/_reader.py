@@ -31,7 +31,8 @@ class StorageReader(_StorageReader):
         dcp.load(state_dict, storage_reader=reader)
 
     Bytes come from the nearest tier and are checked; only chunks with wanted elements are read.
-    Takes no lock and writes nothing.
+    Takes no lock and writes nothing. Where nodes have directories of their own it sees this node's
+    alone: it wants a shared directory or a bucket.
 
     Args:
         path: `<run>/step-100`, or the run: then the newest complete checkpoint.
