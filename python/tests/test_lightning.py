@@ -4,6 +4,7 @@ saves, links, finds and removes are steps of a run.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -29,7 +30,12 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 import tierkeep
 import tierkeep.lightning
 from tierkeep import _stop
-from tierkeep.lightning import CheckpointCallback, CheckpointIO, load_from_checkpoint
+from tierkeep.lightning import (
+    CheckpointCallback,
+    CheckpointIO,
+    _markers,
+    load_from_checkpoint,
+)
 from tierkeep.torch import _runs
 
 JOB = (Path(__file__).parent / "lightning_job.py").read_text()
@@ -101,8 +107,43 @@ class Net(pl.LightningModule):
                 "optimizer": optimizer,
                 "lr_scheduler": {"scheduler": plateau, "monitor": "val"},
             }
+        if kind == "plateau_step":
+            plateau = schedulers.ReduceLROnPlateau(optimizer, factor=0.9, patience=0, threshold=0.9)
+            every: Any = {"monitor": "loss", "interval": "step"}
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, **every}}
         cosine = schedulers.CosineAnnealingLR(optimizer, 20)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": kind}}
+
+
+class Averages(Net):
+    """Has a mean of its weights that it moves on after each batch, later than any callback."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.register_buffer("mean", self.net[0].weight.detach().clone())
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.mean.lerp_(self.net[0].weight.detach(), 0.1)
+
+
+class Manual(Net):
+    """Two optimizers: one step in the very first batch, two in each later one."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        both = self.optimizers()
+        for optimizer in both[:1] if self.global_step == 0 else both:
+            loss = super().training_step(batch, batch_idx)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        first, *_, last = self.net
+        return [torch.optim.AdamW(part.parameters(), lr=0.1) for part in (first, last)]
 
 
 class Counts(pl.Callback):
@@ -133,9 +174,12 @@ def trainer(callbacks: list[Any], **options: Any) -> pl.Trainer:
     )  # fmt: skip
 
 
-def loaders(validates: bool = True) -> list[Any]:
+def loaders(validates: int | None = ROWS) -> list[Any]:
+    """The second one has so many rows."""
     train = StatefulDataLoader(Rows(), batch_size=BATCH, shuffle=True)
-    return [train, DataLoader(Rows().rows, batch_size=16)] if validates else [train]
+    if validates is None:
+        return [train]
+    return [train, DataLoader(Rows().rows[:validates], batch_size=16)]
 
 
 def fit(
@@ -145,7 +189,7 @@ def fit(
     callbacks: Any = (),
     net: Any = Net,
     scheduler: str = "step",
-    validates: bool = True,
+    validates: int | None = ROWS,
     keeps: dict[str, Any] | None = None,
     **options: Any,
 ) -> tuple[Any, int, pl.Trainer]:
@@ -164,7 +208,8 @@ def fit(
     begin = callback.restored.step if callback.restored else 0
     moments = [s["exp_avg"] for s in trains.optimizers[0].state.values()]
     kept = [one.state_dict() for one in made if not isinstance(one, ModelCheckpoint)]
-    end = fingerprint([[p.detach() for p in model.parameters()], moments, rate, kept])
+    tensors = [p.detach() for p in (*model.parameters(), *model.buffers())]
+    end = fingerprint([tensors, moments, rate, kept])
     return (end, model.seen), begin, trains
 
 
@@ -189,20 +234,75 @@ STOPS = (1, 2, STEPS, STEPS + 3)
 @pytest.mark.parametrize(
     ("stops", "options"),
     [
-        (STOPS, {"validates": False}),
+        (STOPS, {"validates": None}),
         (STOPS, {"scheduler": "plateau"}),
         (STOPS, {"scheduler": "epoch", "val_check_interval": 0.25}),
         (STOPS, {"max_epochs": -1, "max_steps": 10}),
         ((2, 3), {"accumulate_grad_batches": 2}),
         ((3, 4), {"limit_train_batches": 3}),
         ((5, 8), {"keeps": {"every": 3}}),
+        (STOPS, {"scheduler": "plateau_step", "net": Averages, "val_check_interval": 0.5}),
+        ((3,), {"keeps": {"every": 2}, "validates": 0, "val_check_interval": 0.5}),
     ],
-    ids=["alone", "validates", "often", "max_steps", "accumulates", "limited", "rarely"],
+    ids=[
+        "alone",
+        "validates",
+        "often",
+        "max_steps",
+        "accumulates",
+        "limited",
+        "rarely",
+        "after",
+        "nothing_to_validate",
+    ],
 )
 def test_a_training_that_was_stopped_anywhere_ends_as_if_it_had_not_been(
     run: Path, stops: tuple[int, ...], options: dict[str, Any]
 ) -> None:
     ends_the_same(run, stops, **options)
+
+
+def saved_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Fills up while a training saves."""
+    steps: list[int] = []
+    was = tierkeep.Checkpointer.save
+
+    def save(self: Any, step: int, state: Any, **more: Any) -> Any:
+        steps.append(step)
+        return was(self, step, state, **more)
+
+    monkeypatch.setattr(tierkeep.Checkpointer, "save", save)
+    return steps
+
+
+def test_steps_that_are_passed_by_are_saved_with_the_next_one(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = saved_steps(monkeypatch)
+    whole, _, _ = fit(run / "whole", net=Manual, keeps={"every": 10})
+    assert steps == [11, 21, 23]
+    fit(run, (13, died), net=Manual, keeps={"every": 10})
+    again, begin, _ = fit(run, net=Manual, keeps={"every": 10})
+    assert begin == 11
+    assert again[0] == whole[0]
+    assert again[1] == whole[1][11:]
+
+
+class Undecided(pl.Callback):
+    """Whether to validate is another answer each time: it is so where the clock decides."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        answers = itertools.cycle([True, False])
+        trainer.fit_loop.epoch_loop._should_check_val_fx = lambda fetcher: next(answers)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
+def test_no_save_waits_for_a_validation(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = saved_steps(monkeypatch)
+    fit(run, callbacks=[Undecided], max_epochs=2)
+    assert steps == list(range(1, 2 * STEPS + 1))
 
 
 class Hooks(Net):
@@ -433,6 +533,38 @@ def test_a_name_holds_its_checkpoint_and_gives_it_back(run: Path) -> None:
     with pytest.raises(tierkeep.CheckpointNotFoundError) as caught:
         io.load_checkpoint(run / "deep/copy.ckpt")
     assert "names step 31 of" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("removes", [False, True])
+@pytest.mark.parametrize("where", ["pin", "write", "unpin"])
+def test_a_process_that_is_killed_leaves_no_pin(
+    run: Path, where: str, removes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(step: int, name: str, at: Path = run) -> None:
+        CheckpointIO(at / "steps").save_checkpoint({"global_step": step}, at / name)
+
+    def pinned() -> list[int]:
+        with tierkeep.Checkpointer(moved / "steps") as ckpt:
+            return [info.step for info in ckpt.steps() if info.pinned]
+
+    for step in (10, 20, 30):
+        save(step, f"{step}.ckpt")
+    save(40, "last.ckpt")
+    (run / "link.ckpt").symlink_to("10.ckpt")
+    (run / "30.ckpt").unlink()  # By hand: so it was a person who keeps its pin.
+    owner = _markers if where == "write" else tierkeep.Checkpointer
+    with monkeypatch.context() as patched, pytest.raises(Stop):
+        patched.setattr(owner, where, lambda *given: died())
+        if removes:
+            CheckpointIO(run / "steps").remove_checkpoint(run / "20.ckpt")
+        save(50, "20.ckpt")
+    _runs.close_all()
+    moved = run.rename(run.with_name("moved"))  # What a note says holds there, too.
+    save(60, "link.ckpt", moved)  # What a link named has its own name still.
+    named = [json.loads((moved / name).read_text())["step"] for name in names(moved)]
+    assert sorted([30, *named]) == pinned()
+    assert 10 in named
+    assert not (moved / "steps.pins").exists()
 
 
 def test_a_model_is_made_from_its_checkpoint(run: Path) -> None:

@@ -33,8 +33,10 @@ class CheckpointCallback(_host.Callback):  # type: ignore[misc]
     DDPStrategy as under ModelParallelStrategy (FSDP2, tensor parallelism). It stands beside
     ModelCheckpoint; where that is not wanted, `Trainer(enable_checkpointing=False)`.
 
-    A step is one of `trainer.global_step`. What is due where validation follows is saved after it,
-    at the end of an epoch before the next one begins: then nothing is done twice or left out.
+    A step is one of `trainer.global_step`; where that goes up by several at once, what is due in
+    between is saved with the next one. A save is taken between two batches, when all hooks,
+    schedulers and the validation of the first are done, and at the end of an epoch before the next
+    one begins: then nothing is done twice or left out.
 
     Under DDP every rank has the same model: `ranks=[0]` saves one of them (the others' random
     numbers are then rank 0's after a resume), on CPUs `replicated=["model/*", "optim/*"]` shares it
@@ -80,10 +82,10 @@ class CheckpointCallback(_host.Callback):  # type: ignore[misc]
         self._rng: dict[str, Any] | None = None
         self._handler: Any = None
         self._loaders: list[dict[str, Any]] = []
-        # The step that was looked at last, and whether it waits for validation or the epoch's end.
+        # The step that was looked at last, and whether a save waits for the epoch's end.
         self._seen = 0
-        self._due: int | None = None
-        self._at_epoch_end = False
+        self._is_due = False
+        self._loop: Any = None
 
     @property
     def checkpointer(self) -> Checkpointer | None:
@@ -93,7 +95,7 @@ class CheckpointCallback(_host.Callback):  # type: ignore[misc]
     # -- the beginning -----------------------------------------------------------------------
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Takes its places: what is saved is what the others have made of a step."""
+        """Takes its places: first at the edges of an epoch, else last."""
         if stage == "fit":
             ours = [self, *(c for c in trainer.callbacks if getattr(c, "owner", None) is self)]
             others = [c for c in trainer.callbacks if c not in ours]
@@ -109,8 +111,7 @@ class CheckpointCallback(_host.Callback):  # type: ignore[misc]
         if self._stop_on_sigterm and threading.current_thread() is threading.main_thread():
             ckpt.stop_requested()  # Takes the signal, before Lightning does.
             self._handler = signal.getsignal(signal.SIGTERM)
-        self._seen, self._due, self.restored = trainer.global_step, None, None
-        self._at_epoch_end = False
+        self._seen, self._is_due, self.restored = trainer.global_step, False, None
         if self._seen > 0 and self._seen >= (ckpt.latest_step() or 0):
             ckpt._find(None, None, False, False, False)  # A second `fit`, further than the run.
         else:
@@ -123,6 +124,7 @@ class CheckpointCallback(_host.Callback):  # type: ignore[misc]
                     self.restored.step,
                 )
             self._go_on(trainer)
+        self._watch(trainer)
 
     def _go_on(self, trainer: Any) -> None:
         """The loops have their places back, loaders and random numbers get theirs when made."""
@@ -159,53 +161,65 @@ class CheckpointCallback(_host.Callback):  # type: ignore[misc]
 
     # -- every step --------------------------------------------------------------------------
 
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Saves if it is due, or says when to."""
-        step, loop = trainer.global_step, trainer.fit_loop.epoch_loop
-        self._at_epoch_end = loop._num_ready_batches_reached()
+    def _watch(self, trainer: Any) -> None:
+        """Looks at the training between two batches.
+
+        No hook is called there: after the last one of a batch come its counts, validation and
+        ReduceLROnPlateau, and before the first one of the next its rows are read and it is counted.
+        """
+        self._loop = loop = trainer.fit_loop.epoch_loop
+        finish = loop.on_advance_end
+
+        def on_advance_end(data_fetcher: Any) -> None:
+            if loop._skip_next_val and self.restored is not None:
+                # A resumed loop does the end of the last batch once more, without its validation.
+                # It was saved after all of that (a file of Lightning's was not).
+                loop._skip_next_val = False
+                return
+            finish(data_fetcher)
+            self._look(trainer)
+
+        loop.on_advance_end = on_advance_end
+
+    def _look(self, trainer: Any) -> None:
+        """Saves if it is due, or remembers to at the end of the epoch."""
         # Else ReduceLROnPlateau would be left out at the end of a resumed epoch.
         trainer.fit_loop._restarting = False
-        if self._ckpt is None or step == self._seen:
+        step, before = trainer.global_step, self._seen
+        if self._ckpt is None or step == before:
             return  # Gradients are being gathered.
         self._seen = self._ckpt._completed(step)
-        is_due = step % self._ckpt.every == 0 or step == trainer.max_steps
-        waits = self._at_epoch_end or loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+        every = self._ckpt.every
+        is_last = 0 < trainer.max_steps <= step
         if self._stop_on_sigterm and self._ckpt.stop_requested():
-            is_due = trainer.should_stop = True  # Lightning validates once more, for nobody.
-        if is_due:
-            self._due = step
-            if not waits:
-                self._save()
-
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Saves what waited for it."""
-        if not self._at_epoch_end:
-            self._save()
+            is_last = trainer.should_stop = True
+        if is_last or step // every > before // every:
+            self._is_due = True
+            if not trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+                self._save(trainer)
 
     def save_epoch(self, trainer: Any) -> None:
         """Saves what waited for the end of the epoch before."""
         if self._rest is not None and trainer.current_epoch > 0:
             self._rest.orders = orders(trainer.fit_loop, drawn=False)
-        self._save_boundary()
+        self._save_boundary(trainer)
 
-    def save_end(self) -> None:
+    def save_end(self, trainer: Any) -> None:
         """Saves the end of the training, if it is the end of an epoch."""
-        if self._at_epoch_end and self._ckpt is not None:
-            self._due = self._seen
-        self._save_boundary()
+        self._is_due |= trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+        self._save_boundary(trainer)
 
-    def _save_boundary(self) -> None:
+    def _save_boundary(self, trainer: Any) -> None:
         if self._rest is not None:
             self._rest.at_epoch_start = True
-            self._save()
+            self._save(trainer)
             self._rest.at_epoch_start = False
 
-    def _save(self) -> None:
-        step, self._due = self._due, None
-        if self._ckpt is not None and step is not None:
-            self._ckpt.save(step, self._state)
+    def _save(self, trainer: Any) -> None:
+        is_due, self._is_due = self._is_due, False
+        if self._ckpt is not None and is_due:
+            # The number of what is there now; hooks may have stepped since it became due.
+            self._ckpt.save(trainer.global_step, self._state)
 
     # -- the end -----------------------------------------------------------------------------
 
@@ -224,6 +238,9 @@ class CheckpointCallback(_host.Callback):  # type: ignore[misc]
     def _forget(self) -> Checkpointer | None:
         ckpt, self._ckpt = self._ckpt, None
         self._state, self._rest, self._rng, self._loaders = {}, None, None, []
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            vars(loop).pop("on_advance_end", None)
         return ckpt
 
 
@@ -237,4 +254,4 @@ class _First(_host.Callback):  # type: ignore[misc]
         self.owner.save_epoch(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self.owner.save_end()
+        self.owner.save_end(trainer)

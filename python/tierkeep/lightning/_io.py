@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -28,7 +29,9 @@ class CheckpointIO(_host.CheckpointIO):  # type: ignore[misc]
     `"best"` and `save_top_k` work as ever. While that file is there its checkpoint is pinned; where
     Lightning removes or overwrites it, the checkpoint is given back to retention (`keep_last`, here
     1, newest ones stay). Whoever removes a name by hand takes the pin away, too (`tierkeep pin RUN
-    STEP --remove`). Files that torch wrote are read as before.
+    STEP --remove`). What a process was at when it was killed, the next one ends at its first save;
+    until then a note lies beside the run (`tierkeep.pins`). Files that torch wrote are read as
+    before.
 
     Steps are `global_step`; where a step was saved already (`last.ckpt` beside another), or a
     training has gone back, the next free number. A checkpoint is never overwritten.
@@ -80,17 +83,25 @@ class CheckpointIO(_host.CheckpointIO):  # type: ignore[misc]
         ckpt = self._handle(run)
         if not ckpt._begun:
             ckpt._find(None, None, False, False, False)
+        note = _markers.note_of(run, path)
+        self._settle(run, note)
         step = max(int(checkpoint.get("global_step", 0)), ckpt._newest + 1)
         tree = without_code(checkpoint, self._allow_pickle, self._told)
         save = ckpt.save(step, tree, tags=[os.path.basename(os.fspath(path))])
         level = self._level or ("object" if not save.is_due_for_disk else "disk")
         save.wait(level, self._timeout_s)
-        ckpt.pin(step)
-        before = _markers.read(path)
         attempt = ckpt._handle.attempt
         assert attempt is not None
+        # What a link names has another name, which stays.
+        before = None if os.path.islink(path) else _markers.read(path)
+        replaces = before is not None and os.path.realpath(before.run) == os.path.realpath(run)
+        steps = [step, before.step] if before is not None and replaces else [step]
+        _markers.write_note(note, path, steps)
+        ckpt.pin(step)
         _markers.write(path, _markers.Marker(run, step, attempt))
-        self._unpin(before)
+        self._settle(run, note)
+        if before is not None and not replaces:
+            self._handle(before.run).unpin(before.step)
 
     def load_checkpoint(
         self,
@@ -136,8 +147,13 @@ class CheckpointIO(_host.CheckpointIO):  # type: ignore[misc]
         """Removes the name, and gives the checkpoint back to retention."""
         # Without a link the checkpoint still has its name.
         marker = None if os.path.islink(path) else _markers.read(path)
+        note = "" if marker is None else _markers.note_of(marker.run, path)
+        if marker is not None:
+            self._settle(marker.run, note)
+            _markers.write_note(note, path, [marker.step])
         _host.TorchCheckpointIO().remove_checkpoint(path)
-        self._unpin(marker)
+        if marker is not None:
+            self._settle(marker.run, note)
 
     def teardown(self) -> None:
         """Waits until the newest checkpoint is as durable as it can be here, and closes its run."""
@@ -150,9 +166,21 @@ class CheckpointIO(_host.CheckpointIO):  # type: ignore[misc]
         self._used.add(run)
         return _runs.handle(run, 0, 1, None, self._options, told=False).ckpt
 
-    def _unpin(self, marker: _markers.Marker | None) -> None:
-        if marker is not None:
-            self._handle(marker.run).unpin(marker.step)
+    def _settle(self, run: str, note: str) -> None:
+        """Ends the change that a note tells of, begun now or by a process that was killed: pins of
+        its steps go, but for the one that the path names.
+        """
+        change = _markers.read_note(note)
+        if change is None:
+            return
+        named = _markers.read(change.path)
+        ckpt = self._handle(run)
+        for step in change.steps:
+            if named is not None and named.step == step:
+                continue
+            with contextlib.suppress(CheckpointNotFoundError):  # Neither it nor its pin is there.
+                ckpt.unpin(step)
+        _markers.remove_note(note)
 
 
 def load_from_checkpoint(
