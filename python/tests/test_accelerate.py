@@ -176,6 +176,23 @@ def test_several_models_and_optimizers_have_the_names_of_accelerates_files(run: 
     assert "model_2" in tierkeep.load(run)
 
 
+def test_a_new_run_begins_with_the_weights_of_another(run: Path, tmp_path: Path) -> None:
+    for where, begin, options in (
+        (run, None, {}),
+        (tmp_path / "tuned", None, {"init_from": run}),
+        (tmp_path / "tuned", 1, {"init_from": tmp_path / "gone"}),
+    ):
+        prepared = accelerator()
+        net = prepared.prepare(nn.Linear(2, 2))
+        with Keeper(prepared, where, **options) as keeper:
+            found = keeper.restore()
+            assert (found and found.step) == begin
+            if where == run:
+                torch.nn.init.constant_(net.weight, 5)
+            assert (net.weight == 5).all()
+            keeper.save(begin + 1 if begin else 1)
+
+
 def test_loaders_that_cannot_go_on_in_an_epoch_are_told(
     run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from tierkeep._build import Include
+from tierkeep._build import Include, Make
 from tierkeep._checkpointer import Checkpointer
 from tierkeep._facts import Restored
 from tierkeep._filling import Strict
 from tierkeep._init import Origin
-from tierkeep._restore import Make, Plan, Wish, planned
+from tierkeep._restore import Plan, Wish, planned
 from tierkeep._tierkeep import Found
 from tierkeep.errors import InvalidError, TierkeepError
 from tierkeep.torch import OptimizerState
