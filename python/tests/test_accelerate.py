@@ -21,6 +21,7 @@ from test_ranks import start
 from torch import nn
 
 import tierkeep
+from tierkeep._accelerated import Held
 from tierkeep.accelerate import Keeper
 
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
@@ -175,6 +176,23 @@ def test_several_models_and_optimizers_have_the_names_of_accelerates_files(run: 
     assert "model_2" in tierkeep.load(run)
 
 
+def test_a_new_run_begins_with_the_weights_of_another(run: Path, tmp_path: Path) -> None:
+    for where, begin, options in (
+        (run, None, {}),
+        (tmp_path / "tuned", None, {"init_from": run}),
+        (tmp_path / "tuned", 1, {"init_from": tmp_path / "gone"}),
+    ):
+        prepared = accelerator()
+        net = prepared.prepare(nn.Linear(2, 2))
+        with Keeper(prepared, where, **options) as keeper:
+            found = keeper.restore()
+            assert (found and found.step) == begin
+            if where == run:
+                torch.nn.init.constant_(net.weight, 5)
+            assert (net.weight == 5).all()
+            keeper.save(begin + 1 if begin else 1)
+
+
 def test_loaders_that_cannot_go_on_in_an_epoch_are_told(
     run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -192,6 +210,47 @@ def test_loaders_that_cannot_go_on_in_an_epoch_are_told(
         keeper.restore()
     [told] = [text for text in caplog.messages if "dataloader" in text]
     assert told.startswith("dataloader_1 is shuffled in an order that is not known")
+
+
+class Near:
+    """A rank of a node whose directory is its own: of other ranks' shards its reader sees none."""
+
+    def __init__(self, ckpt: tierkeep.Checkpointer) -> None:
+        self._ckpt = ckpt
+        self._handle = SimpleNamespace(reader=lambda: SimpleNamespace(choose_for=self._none))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ckpt, name)
+
+    def _none(self, rank: int, *_: Any) -> None:
+        raise tierkeep.CorruptError(f"no tier has a good copy of rank {rank}")
+
+
+@pytest.mark.parametrize("world", [1, 2], ids=["of one rank", "of two"])
+def test_what_the_first_rank_saved_comes_from_its_node_where_this_one_has_not_got_it(
+    run: Path, world: int
+) -> None:
+    def opened(start: str, world: int) -> list[Any]:
+        options: Any = {"world_size": world, "attempt_id": start * 32, "agent": False}
+        return [tierkeep.Checkpointer(run, rank=rank, **options) for rank in range(world)]
+
+    job = opened("a", world)
+    for ckpt in job:
+        held = Held(ckpt, {"model": nn.Linear(2, 2)}, {"own": torch.full((2,), ckpt.rank)})
+        assert held.restore() is None
+        torch.nn.init.constant_(held.big["model"].weight, 5)
+        ckpt.save(1, held.saved)
+    for ckpt in job:
+        ckpt.close()
+    job = opened("b", 2)
+    for ckpt in (job[0], Near(job[1])):
+        held = Held(ckpt, {"model": nn.Linear(2, 2)}, {"own": torch.full((2,), 9)})  # type: ignore[arg-type]
+        found = held.restore()
+        assert found is not None and found.step == 1
+        assert (held.big["model"].weight == 5).all()
+        assert held.rest["own"].tolist() == [ckpt.rank if world == 2 else 0] * 2
+    for ckpt in job:
+        ckpt.close()
 
 
 @pytest.mark.parametrize("kind", ["DEEPSPEED", "MEGATRON_LM", "FSDP"])

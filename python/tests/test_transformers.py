@@ -16,6 +16,7 @@ from test_processes import ended
 from test_ranks import start
 from torch import nn
 from transformers import (
+    EarlyStoppingCallback,
     GPT2Config,
     GPT2LMHeadModel,
     Trainer,
@@ -296,6 +297,119 @@ def test_a_training_that_would_not_go_on_is_refused(run: Path, tmp_path: Path) -
     assert keeper.newest(trainer) is None
     trainer.train()
     assert tierkeep.load(run, include=["trainer/*"])["trainer"]["state"]["global_step"] == 2
+
+
+def test_a_node_that_sees_less_than_all_goes_on_from_what_all_have_decided(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed(run, tmp_path / "out", 4)
+    # With a directory of its own, and its agent: only the decision knows the other nodes.
+    monkeypatch.setattr(tierkeep.Checkpointer, "steps", lambda _: [])
+    keeper = CheckpointCallback(run, every=1)
+    trainer = make(tmp_path / "out", 1, keeper, Kill(5))
+    path = keeper.newest(trainer)
+    assert path is not None and path.endswith("/checkpoint-3")
+    with pytest.raises(Killed):
+        trainer.train(resume_from_checkpoint=path)
+    assert trainer._initial_global_step == 3
+    # It has begun: what the run has now is not what that path says.
+    with pytest.raises(tierkeep.InvalidError, match="once for each call of train"):
+        trainer.train(resume_from_checkpoint=path)
+    assert keeper.ckpt is not None
+    keeper.ckpt.close()
+
+
+def test_a_training_that_begins_anew_by_itself_is_refused(run: Path, tmp_path: Path) -> None:
+    trainer = make(tmp_path / "out", 0, auto_find_batch_size=True)
+    with pytest.raises(tierkeep.InvalidError, match="find the size first"):
+        CheckpointCallback(run).newest(trainer)
+
+
+class Stop(TrainerCallback):  # type: ignore[misc]
+    """Ends each epoch before its time, and so the last one: nobody ends the training."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        control.should_epoch_stop = state.global_step % 3 == 0
+
+
+@pytest.mark.parametrize("why", ["evaluation", "epochs"])
+def test_the_last_step_is_saved_whatever_ends_the_training(
+    run: Path, tmp_path: Path, why: str
+) -> None:
+    ends = EarlyStoppingCallback(1) if why == "evaluation" else Stop()
+    keeper = CheckpointCallback(run, every=100)
+    options: dict[str, Any] = {"learning_rate": 0.0, "eval_strategy": "epoch"}
+    trainer = make(tmp_path / "out", 0, keeper, ends, **options)
+    trainer.train(resume_from_checkpoint=keeper.newest(trainer))
+    step = trainer.state.global_step
+    assert step == (2 * STEPS if why == "evaluation" else 3 * 3)
+    saved = tierkeep.load(run)["trainer"]["state"]
+    assert saved["global_step"] == step
+    # Its evaluation too.
+    assert [row["step"] for row in saved["log_history"] if "eval_loss" in row][-1] == step
+
+
+class Wide(nn.Module):
+    """Enough of it for a copy to take a while."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1 << 24))
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (self.weight[:6] * x).sum() * 0, x
+
+
+def test_what_is_put_in_place_of_the_last_weights_is_not_saved(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"optim": "sgd", "max_steps": 1, "eval_strategy": "no"}
+    options |= {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {}, "max_grad_norm": 0}
+    keeper = CheckpointCallback(run, every=1, capture="overlap", threads=1)
+    trainer = make(tmp_path / "out", 0, keeper, **options)
+    trainer.model = Wide()
+    finalize = trainer._finalize_training
+
+    def others(*arguments: Any) -> Any:
+        with torch.no_grad():
+            trainer.model.weight.fill_(7)
+        return finalize(*arguments)
+
+    monkeypatch.setattr(trainer, "_finalize_training", others)
+    trainer.train(resume_from_checkpoint=keeper.newest(trainer))
+    assert (tierkeep.load(run)["model"]["weight"] == 1).all()
+
+
+class Fence(TrainerCallback):  # type: ignore[misc]
+    """Leaves a note of what waits for the copy, and when."""
+
+    def __init__(self, keeper: CheckpointCallback) -> None:
+        self.keeper, self.waited = keeper, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        assert self.keeper.ckpt is not None
+        guarded = self.keeper.ckpt._guarded
+        wait = guarded.wait
+
+        def counted() -> None:
+            self.waited += 1
+            wait()
+
+        guarded.wait = counted  # type: ignore[method-assign]
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        # Before the optimizer, which may be passed over.
+        assert self.waited == 2 * state.global_step + 1
+
+
+def test_a_step_that_the_scaler_leaves_out_waits_for_the_copy_too(
+    run: Path, tmp_path: Path
+) -> None:
+    keeper = CheckpointCallback(run, every=100, capture="overlap")
+    fence = Fence(keeper)
+    trainer = make(tmp_path / "out", 0, keeper, fence, max_steps=2)
+    trainer.train(resume_from_checkpoint=keeper.newest(trainer))
+    assert fence.waited == 4
 
 
 @pytest.mark.parametrize("kind", ["DEEPSPEED", "FSDP"])

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from tierkeep._build import Include
+from tierkeep._build import Include, Make
 from tierkeep._checkpointer import Checkpointer
 from tierkeep._facts import Restored
-from tierkeep._restore import Wish, planned
-from tierkeep.errors import InvalidError
+from tierkeep._filling import Strict
+from tierkeep._init import Origin
+from tierkeep._restore import Plan, Wish, planned
+from tierkeep._tierkeep import Found
+from tierkeep.errors import InvalidError, TierkeepError
 from tierkeep.torch import OptimizerState
 from tierkeep.torch._training import unwrapped
 
@@ -68,6 +72,21 @@ def own(optimizer: Any) -> Any:
     return own(inside) if isinstance(inside, torch.optim.Optimizer) else optimizer
 
 
+def plan(
+    ckpt: Checkpointer,
+    found: Found,
+    state: State,
+    *,
+    strict: Strict = True,
+    include: Iterable[str] | None = None,
+) -> tuple[Plan, Make]:
+    """How `state` is filled from a checkpoint that was decided on (`Checkpointer.restore` would
+    decide again).
+    """
+    savers, allowed = ckpt.settings["savers"], ckpt._allow_pickle
+    return planned(found, state, Wish(None, Include(include), strict, savers, allowed))
+
+
 class Held:
     """What a rank restores, and what of it it saves.
 
@@ -92,18 +111,43 @@ class Held:
 
     def restore(self, step: int | None = None, rollback: bool = False) -> Restored | None:
         """Fills all of it from a checkpoint; `None` where there is none."""
-        found = self.ckpt.restore(self.saved, step=step, rollback=rollback)
-        if found is None or not self._apart:
+        return self.fill(self.ckpt._find(step, None, rollback, False, False))
+
+    def fill(self, found: Found | None) -> Restored | None:
+        """The same with what all ranks have decided on."""
+        ckpt = self.ckpt
+        ckpt.fence()
+        if found is None:
+            if ckpt._init_from is not None:
+                handle, savers = ckpt._handle, ckpt.settings["savers"]
+                agree, shard = handle.agree_on_init, handle.shard_rank
+                origin = Origin(ckpt._init_from, ckpt._ram_dir, savers, shard, agree)
+                how = (None, None, ckpt._allow_pickle, ckpt._threads)
+                handle.tell_init(origin.fill(self.saved, *how))
+            ckpt._prepare_behind(self.saved)
+            return None
+        plans = [plan(ckpt, found, self.saved)]
+        if self._apart:
+            # Before the rest, which has the random numbers.
+            plans.insert(0, plan(ckpt, self._first(found), self.big, strict="state"))
+        for one, _ in plans:
+            one.check()
+        told = [one.fill(ckpt._threads) for one, _ in plans]
+        new = [make() for _, make in plans][-1]
+        ckpt._prepare_behind(self.saved)
+        damaged = tuple(sentence for _, sentences in told for sentence in sentences)
+        return Restored(found.step, found.attempt, told[0][0], new, found.meta, damaged)
+
+    def _first(self, found: Found) -> Found:
+        """The first rank's shard of the same checkpoint."""
+        first = min([found.rank, *found.other_ranks])
+        if found.rank == first:
             return found
-        # The first rank's shard of the step that was just agreed on.
-        first = self.ckpt._handle.reader().choose_for(0, found.step, found.attempt)
-        savers, pickles = self.ckpt.settings["savers"], self.ckpt._allow_pickle
-        wish = Wish(None, Include(None), "state", savers, pickles)
-        plan, make = planned(first, self.big, wish)
-        plan.check()
-        plan.fill(self.ckpt._threads)
-        make()
-        return found
+        # One description in place of all ranks'; they are asked for it where this node has not
+        # got it: with directories that are each node's own.
+        with contextlib.suppress(TierkeepError):
+            return self.ckpt._handle.reader().choose_for(first, found.step, found.attempt)
+        return next(shard for shard in found.others() if shard.rank == first)
 
 
 def _is_sharded(state: State) -> bool:

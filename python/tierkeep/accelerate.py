@@ -55,6 +55,10 @@ class Keeper:
     Models that are the same on all ranks (DistributedDataParallel) the first rank saves, as in
     Accelerate; of sharded ones (FSDP2, tensor parallelism) every rank saves its part.
 
+    With `capture="overlap"` the prepared optimizers wait for the copy before they step. A script
+    that writes parameters in place by itself after a save (an average of the weights swapped in
+    for an evaluation, the best weights loaded at the end) calls `keeper.ckpt.fence()` first.
+
     Args:
         accelerator: after `prepare` and `register_for_checkpointing`, at the first call at least.
         destination, every, options: of `tierkeep.Checkpointer`, which is `keeper.ckpt`.

@@ -24,9 +24,10 @@ of the rows is drawn from them. It goes on bit for bit, but where rows are made 
 of the process itself: one or two of them were fetched before the save, as in the Trainer's own
 resume.
 
-What the Trainer's host forces: one small broadcast at the start, by which the first rank's
-choice between both checkpoints holds on all (and Checkpointer's id of the start). No other
-collective, no second copy.
+What the Trainer's host forces: one small broadcast at the start, by which all ranks know the
+Trainer's own checkpoints that the first rank sees (and Checkpointer's id of the start). No other
+collective, no second copy. `newest` begins the attempt: nodes with directories of their own know
+only then which of the run's checkpoints is whole, and all ranks obey the one decision.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from tierkeep import _accelerated, _ranks
 from tierkeep._accelerated import Held, Order, State
 from tierkeep._checkpointer import Checkpointer
 from tierkeep._rng import Rng
+from tierkeep._tierkeep import Found
 from tierkeep.errors import InvalidError
 
 #: What the Trainer has added up since it last logged, which it keeps in none of its files.
@@ -65,6 +67,11 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
     After SIGTERM the training ends after a step that all ranks agree on, saved; `train` returns,
     and `stopped` is True. See `Checkpointer.stop_requested`.
 
+    With `capture="overlap"` the optimizer waits for the copy before it steps, and the end of an
+    epoch does, after which other weights may be put in place (`load_best_model_at_end`). A
+    callback that writes parameters in place between a step's begin and its optimizer calls
+    `keeper.ckpt.fence()` first.
+
     Args:
         destination, every, options: of `tierkeep.Checkpointer`, which is `keeper.ckpt` from
             `newest` to the end of the training. With `fresh=True` the training begins anew, or
@@ -81,13 +88,14 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
         self._trainer: Trainer | None = None
         self._held: Held | None = None
         self._rng, self._epoch_rng = _Numbers(), _Numbers()
-        #: The run's newest step, and the one that the training goes on from, if it does.
-        self._newest = 0
-        self._restored: int | None = None
+        #: The run's newest checkpoint, which all ranks have agreed on.
+        self._found: Found | None = None
         #: Random numbers are to be put back, in the first epoch and at its first step.
         self._resumes = False
         #: The step that this training begins at.
         self._begun_at = 0
+        #: Between two epochs: the training has come to a step that is not saved.
+        self._unsaved = False
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def newest(self, trainer: Trainer) -> str | None:
@@ -98,35 +106,44 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
         `save_only_model` leaves out.
 
         Raises:
-            InvalidError: DeepSpeed and FSDP1, which keep their state themselves.
+            InvalidError: DeepSpeed and FSDP1, which keep their state themselves;
+                `auto_find_batch_size`.
         """
         _accelerated.check(trainer.accelerator)
+        if trainer.args.auto_find_batch_size:
+            raise InvalidError(
+                "auto_find_batch_size begins one training several times, each anew: find the size "
+                "first, then say it as per_device_train_batch_size"
+            )
         if self.ckpt is not None:
             self.ckpt.close()
-        self._trainer, self._restored, self._resumes = trainer, None, False
+        self._trainer, self._held = trainer, None
+        self._resumes = self._unsaved = False
         if self not in trainer.callback_handler.callbacks:
             trainer.add_callback(self)
         self.ckpt = ckpt = Checkpointer(**self._open)
-        ours: int | None = None
         theirs: tuple[int, str] | None = None
         if ckpt.rank == 0 and not self._open.get("fresh"):
-            ours, theirs = ckpt.latest_step(), _of_trainer(trainer.args.output_dir)
+            theirs = _of_trainer(trainer.args.output_dir)
         group = _ranks.distributed()
         if group is not None and ckpt.world_size > 1:
             # Nodes whose `output_dir` is their own would not see the same.
-            told: list[Any] = [ours, theirs]
+            told: list[Any] = [theirs]
             group.broadcast_object_list(told, src=0)
-            ours, theirs = told
-        self._newest = ours or 0
-        if theirs is not None and theirs[0] > self._newest:
+            [theirs] = told
+        # This node's directory may have less than all of them: the decision is what counts.
+        self._found = found = ckpt._find(None, None, False, False, False)
+        if theirs is not None and theirs[0] > _step_of(found):
             return theirs[1]
-        if ours is None:
+        if found is None:
             return None
-        self._restored = ours
         only: State = {"trainer": {"state": {}}}
-        ckpt.restore(only, read_only=True, step=ours, include=["trainer/state/*"])
+        plan, make = _accelerated.plan(ckpt, found, only, include=["trainer/state/*"])
+        plan.check()
+        plan.fill(ckpt._threads)
+        make()
         self._folder = tempfile.TemporaryDirectory(prefix="tierkeep-")
-        path = os.path.join(self._folder.name, f"{PREFIX_CHECKPOINT_DIR}-{ours}")
+        path = os.path.join(self._folder.name, f"{PREFIX_CHECKPOINT_DIR}-{found.step}")
         os.mkdir(path)
         with open(os.path.join(path, TRAINER_STATE_NAME), "w", encoding="utf-8") as file:
             json.dump(only["trainer"]["state"], file, default=_plain)
@@ -154,10 +171,18 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
                 "the keeper does not know the Trainer: "
                 "trainer.train(resume_from_checkpoint=keeper.newest(trainer))"
             )
-        if self._newest > state.global_step:
+        if self._held is not None:
+            raise InvalidError(
+                "the keeper has begun a training before, which did not end: ask "
+                "keeper.newest(trainer) once for each call of train"
+            )
+        found = self._found
+        # Of a later step the Trainer has loaded one of its own.
+        if state.global_step < _step_of(found):
             raise InvalidError(
                 f"the training begins at step {state.global_step}, the run has step "
-                f"{self._newest}: resume from what keeper.newest(trainer) says, or say fresh=True"
+                f"{_step_of(found)}: resume from what keeper.newest(trainer) says, or say "
+                "fresh=True"
             )
         self._begun_at = state.global_step
         optimizer = _accelerated.own(optimizer)
@@ -173,12 +198,11 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
             rest["scaler"] = scaler
         self._held = Held(ckpt, _accelerated.named([model], [optimizer]), rest)
         ckpt.guard(optimizer)
-        if state.global_step not in (0, self._restored):
-            # The Trainer has loaded one of its own: the run goes on from there.
-            ckpt._find(None, None, False, False, False)
+        if state.global_step > _step_of(found):
+            # The run goes on from there.
             ckpt._prepare_behind(self._held.saved)
             return
-        found = self._held.restore(self._restored)
+        self._held.fill(found)
         self._resumes = found is not None
         if found is not None:
             _put_sums_back(trainer, rest["trainer"]["sums"])
@@ -187,6 +211,7 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
         """The order of the rows is about to be drawn."""
+        self._unsaved = False
         if self._resumes:
             self._epoch_rng.put_back()
         else:
@@ -205,6 +230,13 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
             self._rng.note()
             self._save(state)
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
+    ) -> None:
+        """The gradient scaler may leave the optimizer's step out, which would wait for the copy."""
+        assert self.ckpt is not None
+        self.ckpt._guarded.wait()
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
@@ -220,13 +252,26 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
         """At the end of the training no next step begins. (In `on_train_end` other weights may be
         in place of these: `load_best_model_at_end`.)
         """
-        if control.should_training_stop and state.global_step > self._begun_at:
-            self._rng.note()
-            if float(state.epoch).is_integer():
-                # Who goes on from here begins an epoch, and has these at its begin alone.
-                self._epoch_rng.note()
-                self._rng.forget()
-            self._save(state)
+        assert self.ckpt is not None
+        self._unsaved = state.global_step > self._begun_at
+        if control.should_training_stop:
+            self._save_last(state)
+        # Until an optimizer steps: others may put other weights in place.
+        self.ckpt.fence()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: State | None = None,
+        **more: Any,
+    ) -> None:
+        """An epoch's evaluation may end the training, or the last epoch without anybody's asking:
+        then this, the sum of all, is the last that is heard before other weights are loaded.
+        """
+        if self._unsaved and "train_loss" in (logs or ()):
+            self._save_last(state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
@@ -234,9 +279,24 @@ class CheckpointCallback(TrainerCallback):  # type: ignore[misc]
         """Waits until the newest checkpoint is on disk."""
         assert self.ckpt is not None
         ckpt, self.ckpt, self._held = self.ckpt, None, None
+        self._found, self._unsaved = None, False
         if self._folder is not None:
             self._folder.cleanup()
         ckpt.close()
+
+    def _save_last(self, state: TrainerState) -> None:
+        """Between two epochs, of which the second may never begin."""
+        if not self._unsaved:
+            return
+        assert self.ckpt is not None
+        self._unsaved = False
+        self._rng.note()
+        if float(state.epoch).is_integer():
+            # Who goes on from here begins an epoch, and has these at its begin alone.
+            self._epoch_rng.note()
+            self._rng.forget()
+        self._save(state)
+        self.ckpt.fence()
 
     def _save(self, state: TrainerState) -> None:
         assert self.ckpt is not None and self._held is not None and self._trainer is not None
@@ -273,6 +333,10 @@ class _Numbers:
 
 
 # -- the Trainer ------------------------------------------------------------------------------
+
+
+def _step_of(found: Found | None) -> int:
+    return 0 if found is None else found.step
 
 
 def _exported(trainer: Trainer, state: TrainerState) -> State:
