@@ -16,11 +16,15 @@ use std::{
 use tierkeep::{
     begin::Begin,
     checkpointer::{Checkpointer, SaveRequest},
+    commit::Listing,
     error::Hint,
     manifest::Meta,
     names::*,
     reader::Reader,
-    restore::decide::Wish,
+    restore::{
+        decide::Wish,
+        survey::{Reach, look, survey},
+    },
     save::Level,
     testing::hooked::Hooked,
     tier::TierKind,
@@ -554,4 +558,27 @@ fn a_tier_that_does_not_answer_is_gone_without_only_when_told() {
     assert!(model.is_at(2));
     let told = events(&c);
     assert!(told.iter().any(|e| e.starts_with("tier_silent")), "{told:?}");
+}
+
+/// A rank that closes takes its shard out of RAM once it is on disk: whoever has listed the disk before
+/// that, and reads RAM after it, found it neither here nor there.
+#[test]
+fn a_shard_that_goes_from_ram_to_disk_while_it_is_looked_at_is_whole() {
+    let places = Places::new();
+    let ckpt = places.open();
+    resume(&ckpt, &SIZES).unwrap();
+    let model = Model::at(0, &SIZES, 1);
+    wait(&model.save(&ckpt, 1).unwrap(), Level::Disk);
+    let reader = Reader::open(&places.destination(), Some(places.ram())).unwrap();
+    let tiers = reader.tiers();
+    let mut found = survey(&tiers).unwrap().remove(0);
+    let on_disk = tiers.iter().position(|tier| tier.kind() == TierKind::Disk).unwrap();
+    found.listings[on_disk] = Listing::default(); // As it was before the disk had it.
+    close(&ckpt);
+    drop(ckpt);
+    places.wipe_ram();
+    let whole = |found| matches!(look(&tiers, found, None).unwrap().reach, Reach::Whole(_));
+    assert!(whole(&found));
+    std::fs::remove_dir_all(places.destination().join(found.key.dir())).unwrap();
+    assert!(!whole(&found), "it is nowhere");
 }

@@ -344,11 +344,7 @@ pub(crate) fn reached(
     found: &Found,
     run_id: Option<&Id>,
 ) -> Result<(Reach, Option<Id>)> {
-    let mut look = Look { reach: Reach::Deleted, shards: Vec::new(), saved_unix_ms: 0 };
-    if found.deleted() {
-        return Ok((Reach::Deleted, None));
-    }
-    reach_of(tiers, found, run_id, 1, &mut look)
+    looked(tiers, found, run_id, 1).map(|(look, run)| (look.reach, run))
 }
 
 /// Looks closely at one checkpoint.
@@ -356,11 +352,42 @@ pub(crate) fn reached(
 /// # Errors
 /// A tier did not answer, or holds a newer format.
 pub fn look(tiers: &[&dyn Tier], found: &Found, run_id: Option<&Id>) -> Result<Look> {
-    let mut look = Look { reach: Reach::Deleted, shards: Vec::new(), saved_unix_ms: 0 };
-    if !found.deleted() {
-        (look.reach, _) = reach_of(tiers, found, run_id, usize::MAX, &mut look)?;
+    looked(tiers, found, run_id, usize::MAX).map(|(look, _)| look)
+}
+
+/// How often a checkpoint is listed again that changes while it is looked at.
+const LISTED_AGAIN: usize = 3;
+
+/// A rank that closes takes its shard out of RAM once it is on disk: what was listed before that, and read
+/// after it, is neither here nor there. So what is not whole is listed again, here on this node, and
+/// looked at again if that is something else.
+fn looked(
+    tiers: &[&dyn Tier],
+    found: &Found,
+    run_id: Option<&Id>,
+    enough: usize,
+) -> Result<(Look, Option<Id>)> {
+    let mut found = found.clone();
+    for turn in 0.. {
+        let mut look = Look { reach: Reach::Deleted, shards: Vec::new(), saved_unix_ms: 0 };
+        if found.deleted() {
+            return Ok((look, None));
+        }
+        let (reach, run) = reach_of(tiers, &found, run_id, enough, &mut look)?;
+        look.reach = reach;
+        let before = found.listings.clone();
+        if turn < LISTED_AGAIN && !matches!(look.reach, Reach::Whole(_)) {
+            for (tier, listing) in tiers.iter().zip(&mut found.listings) {
+                if matches!(tier.kind(), TierKind::Ram | TierKind::Disk) {
+                    *listing = unless_a_file(Listing::of(*tier, &found.key))?;
+                }
+            }
+        }
+        if found.listings == before {
+            return Ok((look, run));
+        }
     }
-    Ok(look)
+    unreachable!("the last turn lists nothing again")
 }
 
 fn reach_of(
