@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from test_processes import ended
 from test_ranks import start
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
@@ -152,3 +153,18 @@ def test_what_this_process_saved_itself_is_gone_on_from_where_a_run_is_opened_an
     save(run, 4)
     assert lineage(run) == [1, 2, 3, 4]
     assert tierkeep.load(run, 4)["w"].tolist() == [4.0] * 3
+
+
+def test_a_plan_that_torch_kept_says_nothing_of_what_a_run_goes_on_from(run: Path) -> None:
+    for step in (1, 2):
+        save(run, step)
+    anew()
+    state = {"w": torch.zeros(3)}
+    dcp.load(state, storage_reader=StorageReader(run / "step-1"), no_dist=True)
+    for step in (5, 6, 7, 8):
+        if step == 8:
+            _runs.close_all()
+        planner = DefaultSavePlanner(enable_plan_caching=True)
+        writer = StorageWriter(run / f"step-{step}", keep_last=9)
+        dcp.save(state, storage_writer=writer, planner=planner, no_dist=True)
+    assert lineage(run) == [1, 5, 6, 7, 8]

@@ -208,7 +208,9 @@ class StorageWriter(_StorageWriter, BlockingAsyncStager):
             if step is None:
                 step = _runs.next_step(known.ckpt, told and told.step)
             _runs.check_new(known.ckpt, run, step, overwrite=self._overwrite)
-            before = self._before(run, step) if told is None else told.before
+            # Of an earlier save, where torch kept the plan: this process has gone on since.
+            is_new = told is not None and told.step == step
+            before = told.before if told and is_new else self._before(run, step)
             _runs.begin(known.ckpt, run, step, before)
             self._save = known.ckpt.save(step, _items.tree(plan, planner))
         _runs.note(run, [self._save.step])
