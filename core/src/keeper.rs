@@ -236,7 +236,9 @@ impl Keeper {
         quiet()?;
         let old = locked(&self.running).take();
         if let Some(old) = old {
-            old.stop(place, None, place.config.slot_wait)?;
+            // What the new attempt goes on from it carries on; of the rest its event has told.
+            let newer = Error::Fenced { why: "a newer attempt has begun".into() };
+            old.stop(place, Some(&newer), place.config.slot_wait)?;
         }
         let keep = started.record.parent.map(|p| p.key());
         if !place.is_hosted && place.config.leads() {

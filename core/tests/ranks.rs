@@ -5,7 +5,10 @@ mod common;
 
 use std::{
     collections::BTreeSet,
-    sync::{Arc, atomic::Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -20,7 +23,10 @@ use tierkeep::{
     reader::Reader,
     restore::decide::Wish,
     save::{Level, Save},
-    testing::faulty::{Fault, Faulty},
+    testing::{
+        faulty::{Fault, Faulty},
+        hooked::Hooked,
+    },
     tier::{Tier, TierKind},
 };
 
@@ -202,6 +208,42 @@ fn a_rollback_in_a_running_process_begins_a_new_attempt_on_every_rank() {
         .map(|(rank, ckpt)| Model::at(rank, &SMALL, 3).save(ckpt, 3).unwrap())
         .collect();
     saves.iter().for_each(|s| wait(s, Level::Disk));
+}
+
+/// A `close` is not to raise for it: the new attempt has the step, and brings it to disk.
+#[test]
+fn what_the_disk_has_not_yet_when_a_newer_attempt_begins_is_not_called_closed() {
+    let places = Places::new();
+    let held = Arc::new(AtomicBool::new(false));
+    let hold = |tier| {
+        let held = held.clone();
+        // What carries shards looks at nothing, so that it cannot see the newer attempt by itself.
+        let wrapped = Hooked::before(tier, move |call| {
+            let carries = || std::thread::current().name() != Some("begins");
+            while call.kind == TierKind::Disk && carries() && held.load(Ordering::SeqCst) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            Ok(())
+        });
+        Arc::new(wrapped) as Arc<dyn Tier>
+    };
+    let ckpt = Checkpointer::open_wrapped(places.config_of(0, 1), &hold).unwrap();
+    resume(&ckpt, &SMALL).unwrap();
+    held.store(true, Ordering::SeqCst);
+    let save = Model::at(0, &SMALL, 1).save(&ckpt, 1).unwrap();
+    wait(&save, Level::Ram);
+    std::thread::scope(|scope| {
+        let begins = std::thread::Builder::new().name("begins".into());
+        let again = begins.spawn_scoped(scope, || resume(&ckpt, &SMALL)).unwrap();
+        let reached = save.poll(Level::Disk, false, Duration::from_secs(20));
+        held.store(false, Ordering::SeqCst);
+        let error = reached.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Fenced, "{error}");
+        assert_eq!(again.join().unwrap().unwrap(), 1);
+    });
+    close(&ckpt);
+    places.wipe_ram();
+    assert_eq!(resume(&places.open(), &SMALL).unwrap(), 1);
 }
 
 #[test]
