@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,56 @@ def test_what_cannot_be_meant_is_refused() -> None:
         training_state(model, stranger)
     with pytest.raises(tierkeep.InvalidError, match="rng: that is the name of something else"):
         training_state(model, rng=1)
+
+
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        (lambda model, optimizer: optimizer, "saved by the order of its parameters"),
+        (lambda *both: [OptimizerState(*both)], "saved as something else than an optimizer"),
+        (lambda *both: {"adam": OptimizerState(*both)}, "saved as something else"),
+        (lambda *both: None, "saved as something else than an optimizer"),
+    ],
+    ids=["itself", "list", "dict", "none"],
+)
+def test_an_optimizer_that_was_saved_in_another_form_is_named(
+    run: Path, form: Callable[..., Any], words: str
+) -> None:
+    def made() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.Linear(3, 2)
+        return model, torch.optim.AdamW(model.parameters())
+
+    model, optimizer = made()
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    with tierkeep.Checkpointer(run) as ckpt:
+        saved = {**training_state(model, optimizer), "optim": form(model, optimizer)}
+        ckpt.save(1, saved).wait("ram")
+        model, optimizer = made()
+        before = fingerprint(model.state_dict())
+        for strict in (True, False):
+            with pytest.raises(tierkeep.MismatchError, match=f"optim: {words}"):
+                ckpt.restore(training_state(model, optimizer), strict=strict)
+        assert fingerprint(model.state_dict()) == before
+        assert not optimizer.state
+
+
+def test_parameters_that_only_one_side_steps_are_named(run: Path) -> None:
+    model = nn.Linear(3, 2)
+    weight, bias = (torch.optim.AdamW([param]) for param in (model.weight, model.bias))
+    model(torch.ones(3)).sum().backward()
+    weight.step()
+    with tierkeep.Checkpointer(run) as ckpt:
+        ckpt.save(1, training_state(model, weight)).wait("ram")
+        state = training_state(model, bias)
+        with pytest.raises(tierkeep.MismatchError) as info:
+            ckpt.restore(state)
+        assert info.value.differences == [
+            "optim/bias: not in the checkpoint",
+            "optim/weight: in the checkpoint, not in the state",
+        ]
+        ckpt.restore(state, strict=False)
+        assert not bias.state
 
 
 def test_a_rank_that_had_no_optimizer_gets_one_that_others_saved(run: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from tierkeep import _jax, _merge, _rename, _saved, _torch, _types
@@ -286,12 +286,15 @@ class Plan(Filling):
             return lambda: live
         if torch is not None and isinstance(live, torch.optim.Optimizer):
             return self._match_optimizer(tree, live, keys)
-        if isinstance(tree, _saved.Mapping) and hasattr(live, "tierkeep_params"):
+        if hasattr(live, "tierkeep_params"):
+            difference = _torch.names_differ(tree, live.tierkeep_params())
+            if difference:
+                self._differ(keys, difference)
+                return lambda: live
             # Its tensors are as these parameters are; those that it has are overwritten.
             hints, params = live.state_dict(), live.tierkeep_params()
             self._add_moments(tree, hints, params, keys)
-            if not params.keys() <= _in_groups(tree):
-                self.lacks = True
+            self._match_names(params, _torch.in_groups(tree), keys)
             make_tree = self._make_with(tree, hints, keys)
             return lambda: _torch.load(live, make_tree(), place(keys))
         # New memory, on the devices that its tensors are on now: what it keeps of it is its own.
@@ -380,6 +383,17 @@ class Plan(Filling):
         make_tree = self._make_with(tree, hints, keys)
         return lambda: _torch.load_optimizer(live, make_tree(), place(keys))
 
+    def _match_names(self, params: Collection[Any], saved: Collection[Any], keys: Keys) -> None:
+        """The parameters that an optimizer has, and those that were saved with it."""
+        missing = [name for name in params if name not in saved]
+        self.lacks = self.lacks or bool(missing)
+        # Groups of other ranks do not tell all their parameters: these are looked for by moments.
+        if self.strict and not self.others:
+            for name in missing:
+                self._differ((*keys, name), "not in the checkpoint")
+        for name in sorted(set(saved).difference(params), key=str):
+            self._extra((*keys, name))
+
     def _add_moments(
         self, tree: _saved.Mapping, hints: Any, params: dict[Any, Any], keys: Keys
     ) -> None:
@@ -461,18 +475,6 @@ def planned(found: Found, state: Any, wish: Wish) -> tuple[Plan, Make]:
         return new
 
     return plan, made
-
-
-def _in_groups(tree: _saved.Mapping) -> set[Any]:
-    """The parameters of an optimizer whose groups name them."""
-    groups = dict(row for row in tree.entries if isinstance(row[0], str)).get("param_groups")
-    rows = [row for group in _here(groups) or () for row in getattr(_here(group), "entries", ())]
-    return {_here(name) for key, names in rows if key == "params" for name in _here(names)}
-
-
-def _here(saved: Any) -> Any:
-    """What is saved there, also where only other ranks have the place."""
-    return saved.tree if isinstance(saved, _saved.Foreign) else saved
 
 
 def _items(saved: Any) -> Sequence[Any]:

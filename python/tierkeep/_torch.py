@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import sys
+from collections.abc import Collection
 from typing import Any
 
 from tierkeep import _saved, _sharded, _types
@@ -202,6 +203,31 @@ def groups_differ(tree: Any, live: Any) -> str | None:
     if sizes == now:
         return None
     return f"saved with groups of {sizes} parameters, in the state {now}"
+
+
+def names_differ(tree: Any, params: Collection[Any]) -> str | None:
+    """What differs between the saved groups and those of an optimizer that names `params`."""
+    keys = {key for key, _ in tree.entries} if isinstance(tree, _saved.Mapping) else set()
+    if not {"state", "param_groups"} <= keys:
+        return "saved as something else than an optimizer"
+    if params and any(isinstance(name, int) for name in in_groups(tree) - set(params)):
+        return (
+            "saved by the order of its parameters, in the state by their names "
+            "(restore into the optimizer itself once, then save by name)"
+        )
+    return None
+
+
+def in_groups(tree: _saved.Mapping) -> set[Any]:
+    """The parameters that the groups of an optimizer name."""
+    groups = dict(row for row in tree.entries if isinstance(row[0], str)).get("param_groups")
+    rows = [row for group in _here(groups) or () for row in getattr(_here(group), "entries", ())]
+    return {_here(name) for key, names in rows if key == "params" for name in _here(names)}
+
+
+def _here(saved: Any) -> Any:
+    """What is saved there, also where only other ranks have the place."""
+    return saved.tree if isinstance(saved, _saved.Foreign) else saved
 
 
 def load_optimizer(optimizer: Any, tree: Any, where: str) -> Any:
