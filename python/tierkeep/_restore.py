@@ -61,7 +61,7 @@ class Plan(Filling):
             return self._match_tensor(saved, live, keys) if included else lambda: live
         if is_tensor(live):
             if included:
-                self._differ(keys, f"saved as {_kind(saved)}, a tensor in the state")
+                self._differ(keys, f"saved as {_saved.kind(saved)}, a tensor in the state")
             return lambda: live
         if isinstance(saved, _saved.Mapping):
             return self._match_mapping(saved, live, keys, included)
@@ -297,8 +297,13 @@ class Plan(Filling):
             self._match_names(params, _torch.in_groups(tree), keys)
             make_tree = self._make_with(tree, hints, keys)
             return lambda: _torch.load(live, make_tree(), place(keys))
+        now = live.state_dict()
+        difference = _torch.object_differs(saved, live, now)
+        if difference:
+            self._differ(keys, difference)
+            return lambda: live
         # New memory, on the devices that its tensors are on now: what it keeps of it is its own.
-        make_tree = self._make_beside(tree, live.state_dict(), keys)
+        make_tree = self._make_beside(tree, now, keys)
         if isinstance(live, Rng):
             self.last.append(lambda: _torch.load(live, make_tree(), place(keys)))
             return lambda: live
@@ -307,7 +312,7 @@ class Plan(Filling):
     def _match_module(self, tree: Any, live: Any, keys: Keys, included: bool) -> Make:
         if not isinstance(tree, _saved.Mapping):
             if included:
-                self._differ(keys, f"saved as {_kind(tree)}, a torch module in the state")
+                self._differ(keys, f"saved as {_saved.kind(tree)}, a torch module in the state")
             return lambda: live
         current = _torch.module_state(live)
         in_place = not _torch.needs_load_state_dict(live)
@@ -480,11 +485,6 @@ def planned(found: Found, state: Any, wish: Wish) -> tuple[Plan, Make]:
 def _items(saved: Any) -> Sequence[Any]:
     items: Sequence[Any] = saved.items if isinstance(saved, _saved.Deque) else saved
     return items
-
-
-def _kind(saved: Any) -> str:
-    names = {_saved.Mapping: "a dict", _saved.Tensor: "a tensor", _saved.Object: "an object"}
-    return names.get(type(saved), type(saved).__name__)
 
 
 def _may_hold(saved: Any) -> bool:

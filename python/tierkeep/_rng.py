@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import array
 import importlib
+import logging
 import random
 import sys
 from typing import Any
 
-from tierkeep.errors import InvalidError
+logger = logging.getLogger("tierkeep")
 
 
 class Rng:
@@ -36,11 +37,7 @@ class Rng:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Puts them back.
-
-        Raises:
-            InvalidError: the state has more CUDA devices than this process.
-        """
+        """Puts them back, those of CUDA devices as far as this process has as many."""
         python = state["python"]
         words = array.array("I")
         words.frombytes(python["words"])
@@ -59,11 +56,14 @@ class Rng:
             return
         devices = torch.cuda.device_count()
         if devices < len(states):
-            raise InvalidError(
-                f"the random number state of {len(states)} CUDA devices was saved, this process "
-                f"has {devices}"
+            # A job goes on with fewer devices a process: it is no longer the same in any case.
+            logger.warning(
+                "random numbers of %d CUDA devices were saved, this process has %d: the others' "
+                "are left out",
+                len(states),
+                devices,
             )
-        for device, state in enumerate(states):
+        for device, state in enumerate(states[:devices]):
             torch.cuda.set_rng_state(state.cpu(), device)
 
     def __repr__(self) -> str:

@@ -98,3 +98,9 @@ class TorchDevice:
 @dataclass(slots=True, eq=False)
 class Pickle:
     data: bytes
+
+
+def kind(saved: Any) -> str:
+    """What a place was saved as, in words."""
+    names = {Mapping: "a dict", Tensor: "a tensor", Object: "an object", type(None): "None"}
+    return names.get(type(saved), type(saved).__name__)

@@ -11,6 +11,7 @@ from collections.abc import Collection
 from typing import Any
 
 from tierkeep import _saved, _sharded, _types
+from tierkeep._rng import Rng
 from tierkeep.errors import InvalidError
 
 
@@ -203,6 +204,25 @@ def groups_differ(tree: Any, live: Any) -> str | None:
     if sizes == now:
         return None
     return f"saved with groups of {sizes} parameters, in the state {now}"
+
+
+def object_differs(saved: Any, live: Any, now: Any) -> str | None:
+    """Why what was saved is no state of `live`, whose is `now`, as far as can be told beforehand.
+
+    An object may have any tree as its state. Schedulers take over whatever they are given, and then
+    go wrong in training.
+    """
+    tree = saved.tree if isinstance(saved, _saved.Object) else saved
+    if tree is saved and not isinstance(saved, _saved.Mapping):
+        return f"saved as {_saved.kind(saved)}, an object with state_dict in the state"
+    keys = {key for key, _ in tree.entries} if isinstance(tree, _saved.Mapping) else set()
+    schedulers = sys.modules.get("torch.optim.lr_scheduler")
+    is_scheduler = schedulers is not None and isinstance(live, schedulers.LRScheduler)
+    if is_scheduler and "last_epoch" in now and "last_epoch" not in keys:
+        return "saved as something else than a scheduler"
+    if isinstance(live, Rng) and "python" not in keys:
+        return "saved as something else than random numbers"
+    return None
 
 
 def names_differ(tree: Any, params: Collection[Any]) -> str | None:
