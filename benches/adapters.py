@@ -1,12 +1,12 @@
 """What each adapter adds to a save and a restore of a `Checkpointer`: the training's wait.
 
-    python benches/adapters.py [--rounds 9] [--only dcp,orbax] [--write FILE]
+    python benches/adapters.py [--rounds 9] [--only dcp,orbax]
 
 1 GiB of a GPT's parameters and AdamW's moments, then 2,000 small tensors, in RAM alone (nothing is
 due for disk). A process for each adapter; in it saves and memcpys of the same tensors take turns,
 and medians of the ratios of neighbours are printed, beside those of a `Checkpointer` in a process
-right before. Where a host calls us in its hooks, these open the run and its newest checkpoint,
-which the training before has closed; beside those stands a `Checkpointer` that does the same.
+right before. Where a host calls us in its hooks, these open the run and read from disk, since the
+training before has closed it; beside those stands a `Checkpointer` that does the same.
 """
 
 from __future__ import annotations
@@ -110,16 +110,20 @@ class Hosted(Way):
         return list(zip(save.took, out.took, strict=True))
 
     def restores(self, memcpy: Any, rounds: int, step: int) -> Pairs:
+        weight = next(self.model.parameters())
+        moments = self.optimizer.state.get(weight, {}).values()
+        samples = [weight.data, *(x for x in moments if x.dim())]
         pairs = []
         for _ in range(rounds):
             callback = self.callback()
             hooks = [Timed(getattr(callback, name)) for name in self.hooks]
             back, opened = Timed(memcpy.back), Timed(self.opened)
             back()
-            sample = next(self.model.parameters()).data
-            sample.zero_()
+            self.opened().close()  # What was in RAM is on disk alone now, for both that follow.
+            for sample in samples:
+                sample.zero_()
             opened().close()
-            assert sample.any(), "the names are not the host's: nothing was restored"
+            assert all(sample.any() for sample in samples), "these are not the host's names"
             for name, hook in zip(self.hooks, hooks, strict=True):
                 setattr(callback, name, hook)
             self.train(callback, step)
@@ -136,8 +140,13 @@ class Hosted(Way):
 
         ckpt = tierkeep.Checkpointer(self.run, **OPTIONS)
         model = torch.nn.ModuleDict({"gpt": self.model})
-        ckpt.restore(tierkeep.torch.training_state(model, [self.optimizer]), strict=False)
+        state = self.named(model, tierkeep.torch.OptimizerState(model, self.optimizer))
+        ckpt.restore(state, strict=False)
         return ckpt
+
+    def named(self, model: Any, optimizer: Any) -> Any:
+        """Under the names that the host gives them."""
+        raise NotImplementedError
 
     #: Those that restore.
     hooks: tuple[str, ...] = ()
@@ -324,6 +333,9 @@ class Lightning(Hosted):
 
     hooks = ("on_fit_start",)
 
+    def named(self, model: Any, optimizer: Any) -> Any:
+        return {"model": model, "optim": [optimizer]}
+
     def callback(self) -> Any:
         import tierkeep.lightning
 
@@ -358,6 +370,9 @@ class Transformers(Hosted):
     """The callback of transformers' Trainer"""
 
     hooks = ("newest", "on_train_begin")
+
+    def named(self, model: Any, optimizer: Any) -> Any:
+        return {"model": model, "optimizer": optimizer}
 
     def callback(self) -> Any:
         import tierkeep.transformers

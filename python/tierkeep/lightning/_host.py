@@ -23,3 +23,5 @@ CheckpointIO: Any = importlib.import_module(f"{_fabric}.plugins.io.checkpoint_io
 TorchCheckpointIO: Any = importlib.import_module(f"{_fabric}.plugins.io.torch_io").TorchCheckpointIO
 get_filesystem: Any = importlib.import_module(f"{_fabric}.utilities.cloud_io").get_filesystem
 saving: Any = importlib.import_module(f"{_trainer}.core.saving")
+is_overridden: Any = importlib.import_module(f"{_trainer}.utilities.model_helpers").is_overridden
+CheckpointHooks: Any = importlib.import_module(f"{_trainer}.core.hooks").CheckpointHooks

@@ -14,6 +14,7 @@ from typing import Any
 
 from tierkeep import _restore, _tierkeep
 from tierkeep.errors import InvalidError
+from tierkeep.lightning import _host
 from tierkeep.torch import training_state
 
 logger = logging.getLogger("tierkeep")
@@ -67,9 +68,10 @@ class Rest:
         """Lightning's dump without what the state has beside it."""
         if not self.begun:
             return {}
-        model = self._trainer.lightning_module.state_dict()
-        shown = dict(model)
-        with _live(self._trainer.strategy, shown):
+        # To be shown; the state has them beside it.
+        is_seen = _is_seen(self._trainer)
+        model = self._trainer.lightning_module.state_dict() if is_seen else {}
+        with _live(self._trainer.strategy, dict(model), is_seen):
             dump: dict[str, Any] = self._trainer._checkpoint_connector.dump_checkpoint(False)
         dump.pop("optimizer_states")
         weights = dump["state_dict"]
@@ -98,12 +100,22 @@ class Rest:
             connector._loaded_checkpoint = {}
 
 
+def _is_seen(trainer: Any) -> bool:
+    """Whether any hook looks at a dump before it is saved."""
+    hook, overridden = "on_save_checkpoint", _host.is_overridden
+    return (
+        overridden(hook, trainer.lightning_module)
+        or overridden(hook, trainer.precision_plugin, _host.CheckpointHooks)
+        or any(overridden(hook, callback) for callback in trainer.callbacks)
+    )
+
+
 @contextlib.contextmanager
-def _live(strategy: Any, model: dict[str, Any]) -> Iterator[None]:
+def _live(strategy: Any, model: dict[str, Any], is_seen: bool) -> Iterator[None]:
     """The strategy shows tensors where they lie, with no copy and no collective."""
 
     def of(optimizer: Any) -> Any:
-        return getattr(optimizer, "_optimizer", optimizer).state_dict()
+        return getattr(optimizer, "_optimizer", optimizer).state_dict() if is_seen else {}
 
     vars(strategy).update(lightning_module_state_dict=lambda: model, optimizer_state=of)
     try:
