@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,7 +91,6 @@ WITH_DICTS = ("dict", *KNOWN, "loader")
 
 @pytest.mark.parametrize("saved", KINDS)
 def test_another_kind_fits_or_is_named_before_anything_is_changed(run: Path, saved: str) -> None:
-    logging.getLogger("tierkeep").setLevel(logging.ERROR)
     with tierkeep.Checkpointer(run) as ckpt:
         ckpt.save(1, {"first": torch.ones(4), "x": KINDS[saved]()}).wait("disk")
         for live, make in KINDS.items():
