@@ -20,6 +20,7 @@ mod fail;
 pub mod mesh;
 mod progress;
 mod show;
+mod told;
 mod tree;
 
 use std::{

@@ -67,7 +67,8 @@ impl Serving {
         });
         let pages = runtime.block_on(http::listen("127.0.0.1:0".parse().unwrap())).unwrap();
         let http = pages.local_addr().unwrap();
-        runtime.spawn(http::serve_at(host.clone(), pages, async { drop(http_end.await) }));
+        let seen = http::Seen { host: host.clone(), cluster: None, socket: socket.clone() };
+        runtime.spawn(http::serve(seen, pages, async { drop(http_end.await) }));
         until("the control socket answers", || runtime.block_on(control::connect(&socket)).is_ok());
         Self { place, host, socket, http, runtime, ends: vec![end_control, end_http] }
     }
@@ -274,6 +275,7 @@ fn pages_for_probes_and_prometheus() {
     assert!(number("tierkeep_ram_bytes ") < number("tierkeep_ram_limit_bytes "));
     assert!(number("tierkeep_disk_bytes_total{") > 4e6);
     assert!(number("tierkeep_disk_seconds_total{") > 0.0);
+    assert!(number("tierkeep_captured_seconds_total{") > 0.0);
     // The ram tier is none any more: it lives, and cannot serve.
     drop(trainer);
     std::fs::remove_dir_all(serving.place.ram()).unwrap();
@@ -286,6 +288,42 @@ fn pages_for_probes_and_prometheus() {
         code == 503 && why.starts_with("the ram tier does not answer: could not "),
         "{code} {why}"
     );
+}
+
+#[test]
+fn a_page_for_people_and_the_same_as_json() {
+    let serving = Serving::new();
+    let (code, page) = serving.get("/");
+    assert!(code == 200 && page.starts_with("<!doctype html>"), "{code}");
+    // It needs nothing from elsewhere.
+    assert!(!page.contains("//cdn") && !page.contains("https://"), "{page}");
+    let trainer = serving.trainer(2);
+    saved(&trainer, 2, Level::Disk);
+    let status = || -> serde_json::Value {
+        let (code, text) = serving.get("/status.json");
+        assert_eq!(code, 200, "{text}");
+        serde_json::from_str(&text).unwrap()
+    };
+    let run = serving.place.run().display().to_string();
+    // What is drawn over time is looked at every few seconds.
+    until("a save is in the history", || {
+        status()["history"][&run]["ram"].as_array().is_some_and(|ram| ram.contains(&json!(2)))
+    });
+    saved(&trainer, 3, Level::Ram);
+    until("the time of a copy is known", || {
+        let times = &status()["history"][&run]["capture_ms"];
+        times.as_array().unwrap().iter().any(|ms| ms.as_f64().is_some_and(|ms| ms > 0.0))
+    });
+    let seen = status();
+    assert_eq!((&seen["cluster"], &seen["cluster_trouble"]), (&json!(null), &json!(null)));
+    // In the form of the command.
+    let mut told = serving.tierkeep(&["status", "--json"]).ok().json();
+    for volatile in ["agent", "ram_bytes", "ram_limit_bytes"] {
+        told[volatile] = seen["status"][volatile].clone();
+    }
+    assert_eq!(seen["status"], told);
+    assert_eq!(seen["status"]["ranks"][0]["ram_step"], 3);
+    assert!(seen["status"]["ranks"][0]["counters"]["captured_s"].as_f64().unwrap() > 0.0);
 }
 
 #[test]

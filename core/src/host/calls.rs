@@ -19,11 +19,12 @@ use crate::{
     begin::{fetched::with_remotes, found::with_bucket},
     cascade::Cascade,
     chunk::{CHUNK_BYTES, chunk_count},
-    clock::Deadline,
+    clock::{Clock, Deadline},
     error::{Doing, Error, Result},
     keeper::Ending,
     manifest::{Identity, replicated::TOO_MUCH},
     names::{CheckpointKey, Rank, Step},
+    observe::add,
     owner::Filled,
     passing::FDS_MAX,
     reader::Reader,
@@ -242,6 +243,7 @@ impl Connection {
     }
 
     fn lease(&self, seat: &Seat, id: u64, lease: &wire::Lease) -> Answered {
+        let since = self.host.clock.monotonic();
         let (_, cascade) = running(seat)?;
         // Also by a begin of its own that came to nothing: nothing would carry it.
         seat.keeper.check_open(false)?;
@@ -259,7 +261,7 @@ impl Connection {
         };
         let slot = filling.slot().clone();
         let fd = descriptor(&slot)?; // Before it is the trainer's: without one it is not.
-        let mapped = seat.hand_out(self.id, InHand { filling, cascade, save })?;
+        let mapped = seat.hand_out(self.id, InHand { filling, cascade, save, since })?;
         let fds = if mapped { Vec::new() } else { vec![fd] };
         let leased = wire::Leased { slot: slot.inode(), skipped: String::new() };
         Ok((Answer::Leased(leased), fds))
@@ -308,7 +310,7 @@ impl Connection {
         publish: wire::Publish,
     ) -> Answered {
         let wire::Publish { step, bytes, chunks, manifest, words, .. } = publish;
-        let InHand { filling, cascade, save } = in_hand;
+        let InHand { filling, cascade, save, since } = in_hand;
         let file = filling.slot();
         if bytes > file.capacity() as u64 || chunks.len() as u64 != chunk_count(bytes, CHUNK_BYTES)
         {
@@ -338,6 +340,9 @@ impl Connection {
         let described = Described { manifest, chunks, words };
         let filled = Filled { identity, len: bytes, described, save: save.clone() };
         seat.keeper.publish(filling, filled, &cascade)?;
+        let took = self.host.clock.monotonic().saturating_sub(since);
+        let counters = &seat.keeper.place.observer.counters;
+        add(&counters.stall_ns, u64::try_from(took.as_nanos()).unwrap_or(0));
         published(Some(&save))
     }
 

@@ -32,6 +32,8 @@ pub(super) struct InHand {
     pub(super) filling: Filling,
     pub(super) cascade: Arc<Cascade>,
     pub(super) save: Save,
+    /// When it was asked for.
+    pub(super) since: Duration,
 }
 
 impl Default for Trainer {
@@ -191,7 +193,8 @@ impl Seat {
             match self.keeper.place.arena.refill(*slot) {
                 Some(filling) => {
                     let save = self.follow_save(*step);
-                    let in_hand = InHand { filling, cascade, save };
+                    let since = self.keeper.place.clock.monotonic();
+                    let in_hand = InHand { filling, cascade, save, since };
                     locked(&self.state).in_hand.insert(*slot, in_hand);
                 }
                 None => lost.push(*slot),

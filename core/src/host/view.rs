@@ -57,6 +57,8 @@ pub struct RankView {
     pub saves_skipped: u64,
     /// Bytes that came into slots.
     pub captured_bytes: u64,
+    /// Nanoseconds from a save's wish for a slot until its copy was complete there.
+    pub captured_ns: u64,
     /// Bytes carried to disk.
     pub disk_bytes: u64,
     /// Nanoseconds of carrying to disk.
@@ -180,6 +182,7 @@ impl Seat {
             saves_failed: sum(&counters.saves_failed),
             saves_skipped: sum(&counters.saves_skipped),
             captured_bytes: sum(&counters.captured_bytes),
+            captured_ns: sum(&counters.stall_ns),
             disk_bytes: sum(&counters.disk_bytes),
             disk_ns: sum(&counters.disk_ns),
             disk_sealed: sum(&counters.disk_sealed),

@@ -2,64 +2,13 @@
 
 use std::{collections::BTreeMap, io::Write};
 
-use serde::Serialize;
-use tierkeep_proto::control::{ClusterReply, Holding, Member, RunAcross};
+use tierkeep_proto::control::{ClusterReply, RunAcross};
 
 use crate::{
     fail::{FAILED, Failure, OK, say},
     show,
+    told::{self, labels, name, tier},
 };
-
-#[derive(Serialize)]
-struct Data<'a> {
-    cluster: &'a str,
-    node: &'a str,
-    replaced: bool,
-    refused_packets: u64,
-    members: Vec<MemberData<'a>>,
-    runs: Vec<RunData<'a>>,
-}
-
-#[derive(Serialize)]
-struct RunData<'a> {
-    run: String,
-    newest_step: Option<u64>,
-    held: Vec<HeldData<'a>>,
-    newest_step_without: BTreeMap<&'a str, Option<u64>>,
-    trouble: &'a [String],
-}
-
-#[derive(Serialize)]
-struct HeldData<'a> {
-    rank: u32,
-    node: &'a str,
-    tier: &'static str,
-    step: u64,
-}
-
-fn run_data(run: &RunAcross) -> RunData<'_> {
-    let held = run.held.iter().map(|held| HeldData {
-        rank: held.rank,
-        node: &held.node,
-        tier: tier(held),
-        step: held.step,
-    });
-    RunData {
-        run: name(run),
-        newest_step: run.newest,
-        held: held.collect(),
-        newest_step_without: run.without.iter().map(|w| (w.node.as_str(), w.step)).collect(),
-        trouble: &run.trouble,
-    }
-}
-
-fn tier(held: &Holding) -> &'static str {
-    if held.on_disk { "disk" } else { "ram" }
-}
-
-fn name(run: &RunAcross) -> String {
-    String::from_utf8_lossy(&run.destination).into_owned()
-}
 
 /// A run as people want to know of it: where each rank is, and which node must not die now.
 fn print_run(run: &RunAcross, out: &mut dyn Write) -> Result<(), Failure> {
@@ -92,42 +41,12 @@ fn print_run(run: &RunAcross, out: &mut dyn Write) -> Result<(), Failure> {
     Ok(())
 }
 
-#[derive(Serialize)]
-struct MemberData<'a> {
-    name: &'a str,
-    address: &'a str,
-    began_unix_ms: u64,
-    labels: BTreeMap<&'a str, &'a str>,
-}
-
-fn labels(member: &Member) -> BTreeMap<&str, &str> {
-    member.labels.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect()
-}
-
-pub(super) fn print<'a>(
-    reply: &'a ClusterReply,
-    json: bool,
-    out: &mut dyn Write,
-) -> Result<i32, Failure> {
-    let Some(cluster) = &reply.cluster else {
+pub(super) fn print(reply: &ClusterReply, json: bool, out: &mut dyn Write) -> Result<i32, Failure> {
+    let (Some(cluster), Some(data)) = (&reply.cluster, told::cluster(reply)) else {
         let hint = "give it --gossip, --seeds and --cluster-key to find others";
         return Err(Failure::own(FAILED, "this agent is alone: it does not gossip", hint));
     };
     if json {
-        let member = |member: &'a Member| MemberData {
-            name: &member.name,
-            address: &member.address,
-            began_unix_ms: member.began_ms,
-            labels: labels(member),
-        };
-        let data = Data {
-            cluster,
-            node: &reply.node,
-            replaced: reply.replaced,
-            refused_packets: reply.refused,
-            members: reply.members.iter().map(member).collect(),
-            runs: reply.runs.iter().map(run_data).collect(),
-        };
         show::json(out, &data)?;
         return Ok(OK);
     }

@@ -9,12 +9,12 @@ use tierkeep_proto::control::{Counters, Rank, StatusReply};
 
 use super::{
     reach::Reached,
-    status::{data, has_bucket, headline, notes, numbers, others, steps, tiers, who},
+    status::{has_bucket, headline, notes, numbers, others, steps, tiers, who},
 };
 use crate::{
     cli::Top,
     fail::{Failure, OK, say},
-    show,
+    show, told,
 };
 
 pub(super) fn run(args: &Top, json: bool, out: &mut dyn Write) -> Result<i32, Failure> {
@@ -26,7 +26,8 @@ pub(super) fn run(args: &Top, json: bool, out: &mut dyn Write) -> Result<i32, Fa
     while let Some(look) = agent.look(after, &mut stops) {
         match &look {
             Ok(now) if json => {
-                serde_json::to_writer(&mut *out, &data(&agent, now)).map_err(io::Error::from)?;
+                serde_json::to_writer(&mut *out, &told::status(agent.socket(), now))
+                    .map_err(io::Error::from)?;
                 writeln!(out)?;
             }
             Ok(now) => {

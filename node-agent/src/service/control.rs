@@ -19,9 +19,7 @@ use std::{
 
 use tierkeep::{
     Error, ErrorKind, Result,
-    clock::{Clock, SystemClock},
-    host::{Drained, Held, Host, PeersView, Prefetched, RankPrefetched, RankView, RunAcross},
-    tier::TierKind,
+    host::{Drained, Host, Prefetched, RankPrefetched},
 };
 use tierkeep_proto::control::{
     self as wire,
@@ -39,8 +37,8 @@ use tonic::{
     transport::{Channel, Endpoint, Server},
 };
 
-use super::asking::Asking;
-use crate::cluster::{Cluster, Member};
+use super::{asking::Asking, looking::Looking};
+use crate::cluster::Cluster;
 
 /// A request is a number or two, a path and the ranks of one node.
 const REQUEST_BYTES_MAX: usize = 16 << 10;
@@ -88,11 +86,9 @@ pub async fn serve(
     let (sender, incoming) = mpsc::channel(1);
     let accepting = tokio::spawn(accept(listener, sender));
     let service = AgentServer::new(Service {
-        statuses: Asking::new(host.clone(), STATUSES_MAX),
+        looking: Looking::new(Asking::new(host.clone(), STATUSES_MAX), cluster),
         drains: Asking::new(host.clone(), DRAINS_MAX),
         prefetches: Asking::new(host, PREFETCHES_MAX),
-        cluster,
-        begun: SystemClock.monotonic(),
     });
     let service = service
         .max_decoding_message_size(REQUEST_BYTES_MAX)
@@ -170,11 +166,9 @@ async fn accept(listener: UnixListener, sender: mpsc::Sender<io::Result<UnixStre
 }
 
 struct Service {
-    statuses: Asking,
+    looking: Looking,
     drains: Asking,
     prefetches: Asking,
-    cluster: Option<Arc<Cluster>>,
-    begun: Duration,
 }
 
 #[tonic::async_trait]
@@ -183,18 +177,8 @@ impl Agent for Service {
         &self,
         _: Request<wire::StatusRequest>,
     ) -> std::result::Result<Response<wire::StatusReply>, Status> {
-        let look = |host: &Host| (host.memory(), host.ranks(), host.peers());
-        let asked = self.statuses.ask(ANSWER_WITHIN, look).await;
-        let (memory, ranks, others) = asked.map_err(|e| refused(&e))?;
-        let (ram_bytes, ram_limit_bytes) = memory.map_err(|e| refused(&e))?;
-        Ok(Response::new(wire::StatusReply {
-            version: env!("CARGO_PKG_VERSION").into(),
-            uptime_ms: millis(SystemClock.monotonic().saturating_sub(self.begun)),
-            ram_bytes,
-            ram_limit_bytes,
-            ranks: ranks.into_iter().map(rank).collect(),
-            peers: others.map(peers),
-        }))
+        let status = self.looking.status(ANSWER_WITHIN).await;
+        Ok(Response::new(status.map_err(|e| refused(&e))?))
     }
 
     async fn drain(
@@ -237,48 +221,9 @@ impl Agent for Service {
         &self,
         request: Request<wire::ClusterRequest>,
     ) -> std::result::Result<Response<wire::ClusterReply>, Status> {
-        let Some(cluster) = &self.cluster else {
-            return Ok(Response::new(wire::ClusterReply::default()));
-        };
-        let mut reply = seen(cluster);
-        if request.get_ref().runs {
-            let runs = self.statuses.ask(ACROSS_WITHIN, Host::across).await;
-            reply.runs = runs.map_err(|e| refused(&e))?.into_iter().map(across).collect();
-        }
-        Ok(Response::new(reply))
-    }
-}
-
-fn across(run: RunAcross) -> wire::RunAcross {
-    let held = |held: Held| wire::Holding {
-        rank: held.rank,
-        node: held.node,
-        on_disk: held.tier == TierKind::Disk,
-        step: held.step,
-    };
-    wire::RunAcross {
-        destination: run.destination.as_os_str().as_bytes().to_vec(),
-        newest: run.newest,
-        held: run.held.into_iter().map(held).collect(),
-        without: run.without.into_iter().map(|(node, step)| wire::Without { node, step }).collect(),
-        trouble: run.trouble,
-    }
-}
-
-fn seen(cluster: &Cluster) -> wire::ClusterReply {
-    let member = |member: Member| wire::Member {
-        name: member.name,
-        address: member.address.to_string(),
-        began_ms: member.life,
-        labels: member.labels.into_iter().collect(),
-    };
-    wire::ClusterReply {
-        cluster: Some(cluster.name().into()),
-        node: cluster.own().into(),
-        members: cluster.members().into_iter().map(member).collect(),
-        replaced: cluster.is_replaced(),
-        refused: cluster.refused(),
-        runs: Vec::new(),
+        let runs = request.get_ref().runs;
+        let cluster = self.looking.cluster(runs, ACROSS_WITHIN).await;
+        Ok(Response::new(cluster.map_err(|e| refused(&e))?))
     }
 }
 
@@ -295,74 +240,6 @@ fn refused(error: &Error) -> Status {
     Status::new(code, error.chain())
 }
 
-fn millis(time: Duration) -> u64 {
-    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
-}
-
-fn rank(view: RankView) -> wire::Rank {
-    wire::Rank {
-        destination: bytes(&view.destination),
-        rank: view.rank,
-        world: view.world,
-        uid: view.uid,
-        pid: view.pid,
-        gone_ms: view.gone.map(millis),
-        attempt: view.attempt,
-        ram_step: view.in_ram,
-        disk_step: view.on_disk,
-        peer_step: view.on_peers,
-        copies_wanted: view.copies_wanted,
-        copies_there: view.copies_there,
-        carrying: view.carrying,
-        busy: view.busy,
-        slot_bytes: view.slot_bytes,
-        trouble: view.trouble,
-        bucket: view.bucket,
-        object_step: view.to_bucket.sealed,
-        sending: view.to_bucket.sending,
-        object_next: view.to_bucket.next,
-        object_trouble: view.to_bucket.trouble,
-        object_trouble_ms: view.to_bucket.trouble_for.map(millis),
-        counters: Some(wire::Counters {
-            saves: view.saves,
-            saves_failed: view.saves_failed,
-            saves_skipped: view.saves_skipped,
-            captured_bytes: view.captured_bytes,
-            disk_bytes: view.disk_bytes,
-            disk_ns: view.disk_ns,
-            disk_sealed: view.disk_sealed,
-            disk_passed_over: view.disk_passed_over,
-            checksum_failures: view.checksum_failures,
-            repairs: view.repairs,
-            peer_bytes: view.peer_bytes,
-            peer_ns: view.peer_ns,
-            peer_whole: view.peer_whole,
-            peer_failed: view.peer_failed,
-            peer_refused: view.peer_refused,
-            peer_fetched_bytes: view.peer_fetched_bytes,
-            object_bytes: view.object_bytes,
-            object_ns: view.object_ns,
-            object_sealed: view.object_sealed,
-            object_passed_over: view.object_passed_over,
-            object_failed: view.object_failed,
-            object_fetched_bytes: view.object_fetched_bytes,
-        }),
-    }
-}
-
-fn peers(view: PeersView) -> wire::Peers {
-    wire::Peers {
-        nodes_alive: view.nodes_alive,
-        nodes_lost: view.nodes_lost,
-        held_shards: view.held_shards,
-        held_bytes: view.held_bytes,
-        received_bytes: view.received_bytes,
-        given_bytes: view.given_bytes,
-        healed_bytes: view.healed_bytes,
-        offers_refused: view.offers_refused,
-    }
-}
-
 fn drained(rank: Drained) -> wire::Drained {
     wire::Drained {
         destination: bytes(&rank.destination),
@@ -374,7 +251,8 @@ fn drained(rank: Drained) -> wire::Drained {
     }
 }
 
-fn bytes(path: &Path) -> Vec<u8> {
+/// A path on the wire.
+pub(super) fn bytes(path: &Path) -> Vec<u8> {
     path.as_os_str().as_bytes().to_vec()
 }
 

@@ -1,4 +1,4 @@
-//! Pages for probes and for Prometheus, over HTTP/1.1.
+//! Pages for probes, for Prometheus and for people, over HTTP/1.1.
 //!
 //! Whoever reaches the port may read them: they hold no state and no secrets, and change nothing.
 //!
@@ -6,12 +6,18 @@
 //!
 //! - A connection carries one request and ends, in time: none is held open by being slow.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use axum::{
     Router,
     extract::{DefaultBodyLimit, State},
-    http::{StatusCode, header::CONTENT_TYPE},
+    http::{
+        StatusCode,
+        header::{
+            CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERRER_POLICY,
+            X_CONTENT_TYPE_OPTIONS,
+        },
+    },
     response::{IntoResponse, Response},
     routing::get,
 };
@@ -26,7 +32,13 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::{asking::Asking, metrics};
+use super::{
+    asking::Asking,
+    looking::Looking,
+    metrics,
+    page::{self, Page},
+};
+use crate::cluster::Cluster;
 
 /// Connections at once: a probe, a scraper, somebody who looks. Others wait in the kernel's queue.
 const CONNECTIONS_MAX: usize = 32;
@@ -44,20 +56,17 @@ const BODY_BYTES_MAX: usize = 1 << 10;
 /// How long the host may take to answer. Kubernetes asks for less, and asks again.
 const ANSWER_WITHIN: Duration = Duration::from_secs(5);
 
-/// Questions to the host at once.
+/// Questions to the host at once; those of the status page are apart, so that no probe waits for them.
 const QUESTIONS_MAX: usize = 2;
 
-/// Answers at `addr` until `ending`.
-///
-/// # Errors
-/// The address cannot be had.
-pub async fn serve(
-    host: Arc<Host>,
-    addr: SocketAddr,
-    ending: impl Future<Output = ()>,
-) -> Result<()> {
-    serve_at(host, listen(addr).await?, ending).await;
-    Ok(())
+/// What the pages are about.
+pub struct Seen {
+    /// The agent's ranks.
+    pub host: Arc<Host>,
+    /// The others, where it has some.
+    pub cluster: Option<Arc<Cluster>>,
+    /// Where trainers come.
+    pub socket: PathBuf,
 }
 
 /// Takes the address; nobody is answered yet.
@@ -70,8 +79,9 @@ pub async fn listen(addr: SocketAddr) -> Result<TcpListener> {
 }
 
 /// Answers whoever comes to `listener`, until `ending`.
-pub async fn serve_at(host: Arc<Host>, listener: TcpListener, ending: impl Future<Output = ()>) {
-    let pages = pages(host);
+pub async fn serve(seen: Seen, listener: TcpListener, ending: impl Future<Output = ()>) {
+    let about = About::new(seen);
+    let pages = pages(about.clone());
     let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let accepting = async {
         loop {
@@ -95,6 +105,7 @@ pub async fn serve_at(host: Arc<Host>, listener: TcpListener, ending: impl Futur
     };
     tokio::select! {
         () = accepting => {}
+        () = about.page.watch(ANSWER_WITHIN) => {}
         () = ending => {}
     }
 }
@@ -111,13 +122,56 @@ async fn answer(stream: TcpStream, pages: Router) {
     }
 }
 
-fn pages(host: Arc<Host>) -> Router {
+#[derive(Clone)]
+struct About {
+    asking: Asking,
+    page: Arc<Page>,
+}
+
+impl About {
+    fn new(Seen { host, cluster, socket }: Seen) -> Self {
+        let looking = Looking::new(Asking::new(host.clone(), QUESTIONS_MAX), cluster);
+        let page = Arc::new(Page::new(looking, socket));
+        Self { asking: Asking::new(host, QUESTIONS_MAX), page }
+    }
+}
+
+fn pages(about: About) -> Router {
     Router::new()
+        .route("/", get(whole))
+        .route("/status.json", get(status))
         .route("/healthz", get(health))
         .route("/readyz", get(ready))
         .route("/metrics", get(numbers))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
-        .with_state(Asking::new(host, QUESTIONS_MAX))
+        .with_state(about)
+}
+
+/// What a person reads.
+async fn whole() -> Response {
+    let head = [
+        (CONTENT_TYPE, "text/html; charset=utf-8"),
+        (CONTENT_SECURITY_POLICY, page::POLICY),
+        (X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (REFERRER_POLICY, "no-referrer"),
+        (CACHE_CONTROL, "no-store"),
+    ];
+    (head, page::HTML).into_response()
+}
+
+/// The same for programs.
+async fn status(State(about): State<About>) -> Response {
+    match about.page.data(ANSWER_WITHIN).await {
+        Ok(data) => {
+            let head = [(CONTENT_TYPE, "application/json"), (CACHE_CONTROL, "no-store")];
+            (head, data.to_string()).into_response()
+        }
+        Err(e) => unavailable(&e),
+    }
+}
+
+fn unavailable(error: &Error) -> Response {
+    (StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", error.chain())).into_response()
 }
 
 /// It runs: whoever hears this need not restart it.
@@ -126,8 +180,8 @@ async fn health() -> &'static str {
 }
 
 /// It can serve trainers: its ram tier answers.
-async fn ready(State(asking): State<Asking>) -> Response {
-    let memory = asking.ask(ANSWER_WITHIN, Host::memory).await.flatten();
+async fn ready(State(about): State<About>) -> Response {
+    let memory = about.asking.ask(ANSWER_WITHIN, Host::memory).await.flatten();
     match memory {
         Ok(_) => "ok\n".into_response(),
         Err(e) => {
@@ -137,9 +191,9 @@ async fn ready(State(asking): State<Asking>) -> Response {
     }
 }
 
-async fn numbers(State(asking): State<Asking>) -> Response {
+async fn numbers(State(about): State<About>) -> Response {
     let look = |host: &Host| (host.memory(), host.ranks(), host.peers());
-    let seen = asking.ask(ANSWER_WITHIN, look).await;
+    let seen = about.asking.ask(ANSWER_WITHIN, look).await;
     let page = seen.and_then(|(memory, ranks, peers)| {
         // Ranks are told whatever the file system does.
         let memory = memory.inspect_err(|e| tracing::warn!("no RAM to count: {}", e.chain()));
@@ -147,6 +201,6 @@ async fn numbers(State(asking): State<Asking>) -> Response {
     });
     match page {
         Ok(page) => ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], page).into_response(),
-        Err(e) => (StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", e.chain())).into_response(),
+        Err(e) => unavailable(&e),
     }
 }

@@ -98,7 +98,13 @@ const COUNTERS: [Number<RankView>; 19] = [
     ("repairs", "Copies written anew from a good one", None, |r| r.repairs),
 ];
 
-const SECONDS: [Number<RankView>; 3] = [
+const SECONDS: [Number<RankView>; 4] = [
+    (
+        "captured",
+        "From saves' wishes for a slot until their copies were complete",
+        Some(Unit::Seconds),
+        |r| r.captured_ns,
+    ),
     ("disk", "Time spent carrying to disk", Some(Unit::Seconds), |r| r.disk_ns),
     ("peer", "Time spent sending to other nodes", Some(Unit::Seconds), |r| r.peer_ns),
     ("object", "Time spent sending to the bucket", Some(Unit::Seconds), |r| r.object_ns),

@@ -6,8 +6,11 @@
 
 mod asking;
 pub mod control;
+mod history;
 pub mod http;
+mod looking;
 mod metrics;
+mod page;
 mod peers;
 pub(crate) mod settings;
 mod transport;
@@ -67,7 +70,7 @@ fn serve(settings: &Settings) -> Result<i32, Failure> {
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
-        .max_blocking_threads(8)
+        .max_blocking_threads(24) // More than all questions to the host at once.
         .enable_all()
         .build()
         .map_err(failed("start an async runtime"))?;
@@ -121,9 +124,11 @@ async fn attend(
     servers.spawn(async move { control::serve(its_host, its_cluster, &control, its_end).await });
     if let Some(address) = settings.http {
         let listener: TcpListener = http::listen(address).await?;
-        let (its_host, its_end) = (host.clone(), over(ending));
+        let socket = settings.socket.clone();
+        let seen = http::Seen { host: host.clone(), cluster: cluster.clone(), socket };
+        let its_end = over(ending);
         servers.spawn(async move {
-            http::serve_at(its_host, listener, its_end).await;
+            http::serve(seen, listener, its_end).await;
             Ok(())
         });
     }

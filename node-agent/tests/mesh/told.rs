@@ -15,8 +15,9 @@ use crate::world::{Agent, PATIENCE, bytes, run_in, save};
 fn page(agent: &Agent, runtime: &tokio::runtime::Runtime) -> String {
     let pages = runtime.block_on(http::listen("127.0.0.1:0".parse().unwrap())).unwrap();
     let at = pages.local_addr().unwrap();
-    let serving =
-        runtime.spawn(http::serve_at(agent.host.clone(), pages, std::future::pending::<()>()));
+    let socket = agent.ram.path().join("agent.sock");
+    let seen = http::Seen { host: agent.host.clone(), cluster: None, socket };
+    let serving = runtime.spawn(http::serve(seen, pages, std::future::pending::<()>()));
     let mut stream = TcpStream::connect(at).unwrap();
     write!(stream, "GET /metrics HTTP/1.1\r\nHost: agent\r\n\r\n").unwrap();
     let mut answer = String::new();
