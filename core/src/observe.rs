@@ -51,7 +51,8 @@ pub struct Counters {
     pub saves_skipped: AtomicU64,
     /// Bytes copied into slots.
     pub captured_bytes: AtomicU64,
-    /// Nanoseconds in the copy, on the caller's thread.
+    /// Nanoseconds in the copy, on the caller's thread; at an agent from the wish for a slot until it was
+    /// published.
     pub stall_ns: AtomicU64,
     /// Bytes carried to disk.
     pub disk_bytes: AtomicU64,
