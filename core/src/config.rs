@@ -27,6 +27,9 @@ pub struct Config {
     pub destination: PathBuf,
     /// The socket of the agent that owns the ram tier and this rank; `None`: this process does.
     pub agent: Option<PathBuf>,
+    /// The file with the token by which an agent of tenants knows this process. `TIERKEEP_TOKEN_FILE`; else
+    /// `/var/run/secrets/tierkeep/token`, where there is one.
+    pub token_file: Option<PathBuf>,
     /// The directory that all runs of this user share for the ram tier. `TIERKEEP_RAM_DIR`; else
     /// `/dev/shm/tierkeep-<uid>`.
     pub ram_root: PathBuf,
@@ -99,6 +102,7 @@ impl Config {
         Ok(Self {
             destination,
             agent: None,
+            token_file: crate::link::token_file(),
             ram_root: default_ram_root(),
             ram_bytes_max: ram_bytes_max()?,
             rank: 0,

@@ -32,6 +32,7 @@ mod rounds;
 mod seat;
 mod shelves;
 mod tell;
+mod tenants;
 mod users;
 mod view;
 
@@ -51,6 +52,7 @@ pub use self::{
     drain::Drained,
     peers::Outgoing,
     prefetch::{Prefetched, RankPrefetched},
+    tenants::{Identify, NAMESPACE, Tenancy, Tenant},
     users::UID,
     view::{PeersView, RankView},
 };
@@ -91,8 +93,10 @@ pub struct Settings {
     /// Limit of one run's slots on this node, all ranks together.
     pub run_bytes_max: Option<u64>,
     /// Places in buckets, as in `s3://bucket/team/`, where users other than the agent's own may have their
-    /// checkpoints carried with the agent's credentials.
+    /// checkpoints carried with the agent's credentials. For tenants each has [`NAMESPACE`] in it.
     pub buckets: Vec<String>,
+    /// How trainers are told apart, where it is not by the kernel's word for their user.
+    pub tenancy: Option<Tenancy>,
     /// Trainers that are connected at once.
     pub trainers_max: usize,
     /// A rank whose trainer has been gone for this long goes to disk, whatever the schedule, and then
@@ -169,7 +173,8 @@ impl Host {
         let listener = UnixListener::bind(&settings.socket);
         let listener = listener.at("listen at", &settings.socket)?;
         // Who connects is asked who it is.
-        let mode = std::fs::Permissions::from_mode(if users.are_many() { 0o666 } else { 0o600 });
+        let is_open = users.are_many() || settings.tenancy.is_some();
+        let mode = std::fs::Permissions::from_mode(if is_open { 0o666 } else { 0o600 });
         std::fs::set_permissions(&settings.socket, mode).at("set the mode of", &settings.socket)?;
         let host = Self {
             settings,

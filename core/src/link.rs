@@ -17,6 +17,7 @@ mod going;
 mod hear;
 mod slots;
 mod tier;
+mod token;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -31,6 +32,7 @@ use std::{
 use tierkeep_proto::trainer::{self as wire, reply::Answer, request::Call};
 
 pub use self::find::{Agent, default_sockets, find_agent};
+pub use self::token::token_file;
 use self::{dial::Dial, going::FarGoing, tier::FarTier};
 use crate::{
     attempt::AttemptRecord,
@@ -215,7 +217,7 @@ impl Far {
         let start = config.attempt_id.map_or_else(Id::random, Ok)?;
         let nonce = Id::random()?;
         let open = convert::open(&config, start, nonce);
-        let dial = Dial::new(socket, open, clock.clone());
+        let dial = Dial::new(socket, open, config.token_file.clone(), clock.clone());
         let (stream, opened) = dial.first(config.lock_wait)?;
         config.ram_root = find::ram_root(&opened, config.ram_root);
         let desk = Desk {

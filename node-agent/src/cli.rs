@@ -129,6 +129,10 @@ pub(crate) struct AgentArgs {
     /// the ram tier's directory]
     #[arg(long, value_name = "PATH")]
     socket: Option<OsString>,
+    /// The socket where this command asks a running agent; only its user and root may
+    /// [default: control.sock beside the other]
+    #[arg(long, value_name = "PATH")]
+    control: Option<OsString>,
     /// Limit of the ram tier, as in 160GiB [default: 80 % of its tmpfs, or of what the memory control
     /// group allows]
     #[arg(long, value_name = "SIZE")]
@@ -140,6 +144,20 @@ pub(crate) struct AgentArgs {
     /// go, with the agent's credentials; several with commas [default: none]
     #[arg(long, value_name = "URLS")]
     buckets: Option<OsString>,
+    /// How trainers are told apart: by the kernel's word for their user, or by the token of a
+    /// Kubernetes service account [default: kernel]
+    #[arg(long, value_name = "kernel|kubernetes")]
+    identity: Option<OsString>,
+    /// With --identity kubernetes: where all destinations lie, each tenant's below NAMESPACE/ACCOUNT
+    /// [default: /var/lib/tierkeep]
+    #[arg(long, value_name = "PATH")]
+    disk_dir: Option<OsString>,
+    /// The keys that tokens are signed with, as an https:// address or a file [default: the API server's]
+    #[arg(long, value_name = "URL|FILE")]
+    token_keys: Option<OsString>,
+    /// The audience that tokens must be for [default: tierkeep]
+    #[arg(long, value_name = "NAME")]
+    token_audience: Option<OsString>,
     /// Serve /healthz, /readyz and /metrics here, as in 127.0.0.1:9177 [default: off]
     #[arg(long, value_name = "ADDRESS:PORT")]
     http: Option<OsString>,
@@ -200,12 +218,17 @@ pub(crate) struct AgentArgs {
 
 impl AgentArgs {
     /// The settings among them, by key.
-    pub(crate) fn given(&self) -> [(&'static str, Option<OsString>); 22] {
+    pub(crate) fn given(&self) -> [(&'static str, Option<OsString>); 27] {
         [
             ("socket", self.socket.clone()),
+            ("control", self.control.clone()),
             ("ram_bytes_max", self.ram_bytes_max.clone()),
             ("run_bytes_max", self.run_bytes_max.clone()),
             ("buckets", self.buckets.clone()),
+            ("identity", self.identity.clone()),
+            ("disk_dir", self.disk_dir.clone()),
+            ("token_keys", self.token_keys.clone()),
+            ("token_audience", self.token_audience.clone()),
             ("http", self.http.clone()),
             ("trainers_max", self.trainers_max.clone()),
             ("idle", self.idle.clone()),

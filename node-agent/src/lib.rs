@@ -17,6 +17,7 @@ mod export;
 pub mod service;
 
 mod fail;
+pub mod identity;
 pub mod mesh;
 mod progress;
 mod show;

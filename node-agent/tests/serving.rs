@@ -49,6 +49,7 @@ impl Serving {
             ram_bytes_max: None,
             run_bytes_max: None,
             buckets: Vec::new(),
+            tenancy: None,
             trainers_max: 8,
             idle: Duration::from_secs(3600),
         };

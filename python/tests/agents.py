@@ -6,23 +6,26 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 COMMAND = str(Path(sys.executable).with_name("tierkeep"))
 
 
 class Agent:
-    """`tierkeep agent`, killed at the end."""
+    """`tierkeep agent`, killed at the end; started by ``before``, with ``more`` flags."""
 
-    def __init__(self, ram: Path) -> None:
+    def __init__(self, ram: Path, before: Sequence[str] = (), more: Sequence[str] = ()) -> None:
         self.socket = ram / "agent.sock"
+        self._before, self._more = before, more
         self.log = ram.with_name(ram.name + ".log")
         self.process: subprocess.Popen[bytes] | None = None
         self.start()
 
     def start(self) -> None:
         ram = self.socket.parent
-        command = [COMMAND, "agent", "--ram-dir", str(ram), "--socket", str(self.socket)]
+        command = [*self._before, COMMAND, "agent", "--ram-dir", str(ram)]
+        command += ["--socket", str(self.socket), *self._more]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
         end = time.monotonic() + 20

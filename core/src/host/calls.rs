@@ -136,6 +136,7 @@ impl Connection {
             return Err(Error::invalid("it has a rank already"));
         }
         let host = &self.host;
+        let open = &self.own(open)?;
         let config = convert::config(open, host.users.root_of(self.peer.who.uid))?;
         let (start, nonce) = (convert::id(&open.start)?, convert::id(&open.nonce)?);
         let chair = host.chair(&config);
@@ -191,6 +192,14 @@ impl Connection {
             lost,
         };
         Ok((Answer::Opened(opened), Vec::new()))
+    }
+
+    /// What is asked for, with the places where it really is.
+    fn own(&self, open: &wire::Open) -> Result<wire::Open> {
+        let settings = self.host.settings();
+        let Some(tenancy) = &settings.tenancy else { return Ok(open.clone()) };
+        let tenant = self.tenant.get().ok_or_else(|| Error::Bug("nobody's trainer".into()))?;
+        tenancy.own(tenant, &settings.buckets, open)
     }
 
     /// Says beside the slots whose they are. Without it, only a trainer that comes back is known to the

@@ -8,7 +8,7 @@ use std::{
         unix::net::UnixStream,
     },
     sync::{
-        Arc, Mutex,
+        Arc, Mutex, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -19,9 +19,10 @@ use tierkeep_proto::trainer::{Reply, Request, Welcome, reply::Answer, request::C
 use super::{
     Host,
     hands::{Hands, OPEN_MAX},
-    peer::{Came, Peer, wait},
+    peer::{Came, Peer, Who, wait},
     seat::Seat,
     tell,
+    tenants::Tenant,
 };
 use crate::{
     clock::Deadline,
@@ -42,6 +43,8 @@ pub(super) struct Connection {
     pub(super) host: Arc<Host>,
     pub(super) id: u64,
     pub(super) peer: Arc<Peer>,
+    /// Whose it is, where the agent serves tenants.
+    pub(super) tenant: OnceLock<Tenant>,
     socket: UnixStream,
     writing: Mutex<()>,
     seat: Mutex<Option<Arc<Seat>>>,
@@ -59,11 +62,15 @@ impl Connection {
             socket.set_write_timeout(Some(GREETING))?;
             Peer::of(&socket)
         };
-        let peer = Arc::new(set_up().doing(|| "set up a trainer's socket".into())?);
+        let mut peer = set_up().doing(|| "set up a trainer's socket".into())?;
+        if host.settings.tenancy.is_some() {
+            peer.who = Who::own(); // All files are the agent's.
+        }
         Ok(Arc::new(Self {
             host,
             id,
-            peer,
+            peer: Arc::new(peer),
+            tenant: OnceLock::new(),
             socket,
             writing: Mutex::default(),
             seat: Mutex::default(),
@@ -112,14 +119,12 @@ impl Connection {
             self.answer(request.id, Answer::Failure(convert::failure(error)), &[]);
             Ok(false)
         };
-        // From here on this thread, and those that it starts, are the trainer's in all that concerns
-        // files.
-        if let Err(e) = self.host.users.act_for(&self.peer) {
-            return refused(&e);
-        }
         let Some(Call::Hello(hello)) = request.call else {
             return refused(&Error::invalid("a trainer greets first"));
         };
+        if let Err(e) = self.know(&hello.token) {
+            return refused(&e);
+        }
         let (oldest, newest) = PROTOCOLS;
         let protocol = newest.min(hello.newest);
         if protocol < oldest.max(hello.oldest) {
@@ -134,6 +139,23 @@ impl Connection {
         }
         let welcome = Welcome { protocol, program: program() };
         Ok(self.answer(request.id, Answer::Welcome(welcome), &[]))
+    }
+
+    /// Whose trainer it is.
+    ///
+    /// # Errors
+    /// It is of nobody who is served here.
+    fn know(&self, token: &str) -> Result<()> {
+        let Some(tenancy) = &self.host.settings.tenancy else {
+            // From here on this thread, and those that it starts, are the trainer's in all that
+            // concerns files.
+            return self.host.users.act_for(&self.peer);
+        };
+        let tenant = tenancy.tenant(token).inspect_err(|e| {
+            tracing::warn!("process {} is refused: {}", self.peer.pid, e.chain());
+        })?;
+        self.tenant.get_or_init(|| tenant);
+        Ok(())
     }
 
     /// True: the process is dead.

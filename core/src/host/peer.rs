@@ -36,6 +36,14 @@ pub(super) struct Peer {
     pidfd: Option<OwnedFd>,
 }
 
+impl Who {
+    /// This process.
+    pub(super) fn own() -> Self {
+        let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
+        Self { uid: uid.as_raw(), gid: gid.as_raw(), groups: Vec::new() }
+    }
+}
+
 impl Peer {
     pub(super) fn of(socket: &UnixStream) -> io::Result<Self> {
         let creds = sys::peer_creds(socket)?;

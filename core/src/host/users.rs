@@ -186,6 +186,7 @@ mod tests {
             ram_bytes_max: None,
             run_bytes_max: None,
             buckets: Vec::new(),
+            tenancy: None,
             trainers_max: 1,
             idle: Duration::ZERO,
         };

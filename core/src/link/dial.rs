@@ -56,6 +56,8 @@ struct State {
 pub(super) struct Dial {
     path: PathBuf,
     open: Open,
+    /// By which an agent of tenants knows this process.
+    token: Option<PathBuf>,
     clock: SharedClock,
     state: Mutex<State>,
     changed: Condvar,
@@ -74,10 +76,16 @@ pub(super) fn odd(question: &str) -> Error {
 }
 
 impl Dial {
-    pub(super) fn new(path: PathBuf, open: Open, clock: SharedClock) -> Arc<Self> {
+    pub(super) fn new(
+        path: PathBuf,
+        open: Open,
+        token: Option<PathBuf>,
+        clock: SharedClock,
+    ) -> Arc<Self> {
         Arc::new(Self {
             path,
             open,
+            token,
             clock,
             state: Mutex::default(),
             changed: Condvar::new(),
@@ -127,13 +135,14 @@ impl Dial {
             source,
         };
         let socket = UnixStream::connect(&self.path).map_err(away)?;
-        super::find::check_host_of(&socket, &self.path)?;
+        super::find::check_host_of(&socket, &self.path, self.token.is_some())?;
+        let token = super::token::read(self.token.as_deref())?;
         let limits = socket
             .set_write_timeout(Some(MESSAGE_WAIT))
             .and_then(|()| socket.set_read_timeout(Some(MESSAGE_WAIT)));
         limits.map_err(away)?;
         let (oldest, newest) = PROTOCOLS;
-        let hello = Call::Hello(Hello { oldest, newest, program: program() });
+        let hello = Call::Hello(Hello { oldest, newest, program: program(), token });
         match exchange(&socket, 1, hello).map_err(away)? {
             Answer::Welcome(_) => {}
             Answer::Failure(failure) => return Err(convert::error(failure)),

@@ -2,13 +2,14 @@
 
 use std::{
     ffi::OsStr,
-    os::unix::{ffi::OsStrExt, net::UnixStream},
+    os::unix::{ffi::OsStrExt, fs::MetadataExt, net::UnixStream},
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use tierkeep_proto::trainer::Opened;
 
+use super::token::token_file;
 use crate::{
     clock::{Clock, Deadline, SystemClock},
     config::default_ram_root,
@@ -128,18 +129,33 @@ fn listens(socket: &Path, wait: Duration) -> std::io::Result<()> {
 }
 
 fn is_trusted(socket: &Path) -> bool {
-    UnixStream::connect(socket).is_ok_and(|there| check_host_of(&there, socket).is_ok())
+    let has_token = token_file().is_some();
+    UnixStream::connect(socket).is_ok_and(|there| check_host_of(&there, socket, has_token).is_ok())
 }
 
-/// Whoever listens is root or this user: an agent sees the state, and gives it back.
-pub(super) fn check_host_of(socket: &UnixStream, path: &Path) -> Result<()> {
+/// Whoever listens is root or this user: an agent sees the state, and gives it back. For a process that has a
+/// token, whoever wrote its pod's description has said by a mount where the agent is: then it is enough that
+/// nobody but that user could have put the socket there.
+pub(super) fn check_host_of(socket: &UnixStream, path: &Path, has_token: bool) -> Result<()> {
     let creds = rustix::net::sockopt::socket_peercred(socket);
     let uid = creds.at("ask who listens at", path)?.uid;
     if uid.is_root() || uid == rustix::process::geteuid() {
         return Ok(());
     }
+    let dir = path.parent().unwrap_or(path);
+    let is_its_own = || {
+        let meta = std::fs::metadata(dir).ok();
+        meta.is_some_and(|meta| meta.uid() == uid.as_raw() && meta.mode() & 0o022 == 0)
+    };
+    if has_token && is_its_own() {
+        return Ok(());
+    }
+    let hint = match has_token {
+        true => format!("; and {} is not that user's alone", dir.display()),
+        false => String::new(),
+    };
     Err(Error::invalid(format!(
-        "user {} listens at {}, who is neither root nor this user: that is nobody's agent",
+        "user {} listens at {}, who is neither root nor this user: that is nobody's agent{hint}",
         uid.as_raw(),
         path.display()
     )))

@@ -163,6 +163,7 @@ pub(crate) fn config(open: &wire::Open, ram_root: PathBuf) -> Result<Config> {
     let config = Config {
         destination: crate::config::absolute(&destination)?,
         agent: None,
+        token_file: None,
         ram_root,
         ram_bytes_max: None,
         rank: open.rank,

@@ -83,7 +83,7 @@ impl Client {
     }
 
     fn greet(&mut self) {
-        let hello = Hello { oldest: 1, newest: 1, program: "a liar".into() };
+        let hello = Hello { oldest: 1, newest: 1, program: "a liar".into(), ..Hello::default() };
         assert!(matches!(self.ask(Call::Hello(hello)), Some((Answer::Welcome(_), _))));
     }
 
@@ -148,7 +148,7 @@ fn another_protocol_and_an_unknown_question_are_answered_with_a_sentence() {
     let places = Places::new();
     let _hosted = Hosted::new(settings(places.ram()));
     let refusal = |oldest, newest| {
-        let hello = Hello { oldest, newest, program: "tierkeep 9.0".into() };
+        let hello = Hello { oldest, newest, program: "tierkeep 9.0".into(), ..Hello::default() };
         let failure = Client::new(places.ram()).refused(Call::Hello(hello));
         assert_eq!(failure.kind(), Kind::Invalid);
         failure.message

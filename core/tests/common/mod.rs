@@ -71,6 +71,7 @@ pub fn settings(ram: &Path) -> Settings {
         ram_bytes_max: None,
         run_bytes_max: None,
         buckets: Vec::new(),
+        tenancy: None,
         trainers_max: 64,
         idle: Duration::from_secs(3600),
     }

@@ -147,6 +147,10 @@ fn answered<T>(answer: Result<Response<T>, Status>, socket: &Path) -> Result<T, 
 
 /// Where the agent is asked.
 fn control_socket(named: Option<&Path>) -> Result<PathBuf, Failure> {
+    let variable = std::env::var_os("TIERKEEP_CONTROL").filter(|value| !value.is_empty());
+    if let (None, Some(control)) = (named, variable) {
+        return Ok(control.into());
+    }
     let named = named.map(whole).transpose()?;
     match find_agent(named.as_deref())? {
         Agent::At { socket, .. } => Ok(socket_beside(&socket)),

@@ -8,6 +8,7 @@ mod asking;
 pub mod control;
 mod history;
 pub mod http;
+mod identity;
 mod looking;
 mod metrics;
 mod page;
@@ -116,7 +117,7 @@ async fn attend(
         (signals(SignalKind::terminate())?, signals(SignalKind::interrupt())?);
     let (end, ending) = watch::channel(false);
     let mut servers = JoinSet::new();
-    let control = control::socket_beside(&settings.socket);
+    let control = settings.control.clone();
     let met = meet(host, settings, others, over(ending.clone())).await?;
     let cluster = met.as_ref().map(|(cluster, _)| cluster.clone());
     let (its_host, its_end) = (host.clone(), over(ending.clone()));

@@ -32,7 +32,6 @@ pub(super) fn settings<'a>(
             "labels",
             "cluster",
             "cluster_key",
-            "node",
             "tls_cert",
             "tls_key",
             "tls_ca",

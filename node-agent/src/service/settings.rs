@@ -20,7 +20,11 @@ use tierkeep::{
     tier::object::address::is_url,
 };
 
-use super::{peers, transport};
+use super::{
+    control::socket_beside,
+    identity::{self, Tokens},
+    peers, transport,
+};
 use crate::{
     cli::AgentArgs,
     cluster,
@@ -32,12 +36,17 @@ use crate::{
 const FILE: &str = "/etc/tierkeep/agent.toml";
 
 /// Which keys there are, the variable of each, and what it means.
-const KEYS: [(&str, &str); 23] = [
+const KEYS: [(&str, &str); 28] = [
     ("socket", "TIERKEEP_AGENT"),
+    ("control", "TIERKEEP_CONTROL"),
     ("ram_dir", "TIERKEEP_RAM_DIR"),
     ("ram_bytes_max", "TIERKEEP_RAM_BYTES_MAX"),
     ("run_bytes_max", "TIERKEEP_RUN_BYTES_MAX"),
     ("buckets", "TIERKEEP_BUCKETS"),
+    ("identity", "TIERKEEP_IDENTITY"),
+    ("disk_dir", "TIERKEEP_DISK_DIR"),
+    ("token_keys", "TIERKEEP_TOKEN_KEYS"),
+    ("token_audience", "TIERKEEP_TOKEN_AUDIENCE"),
     ("http", "TIERKEEP_AGENT_HTTP"),
     ("trainers_max", "TIERKEEP_AGENT_TRAINERS_MAX"),
     ("idle", "TIERKEEP_AGENT_IDLE"),
@@ -62,11 +71,15 @@ const KEYS: [(&str, &str); 23] = [
 #[derive(Clone, Debug)]
 pub(crate) struct Settings {
     pub(crate) socket: PathBuf,
+    /// Where the command asks.
+    pub(crate) control: PathBuf,
     pub(crate) ram_dir: PathBuf,
     pub(crate) ram_bytes_max: Option<u64>,
     pub(crate) run_bytes_max: Option<u64>,
     /// Where other users' checkpoints may go.
     pub(crate) buckets: Vec<String>,
+    /// Where trainers are known by tokens.
+    tokens: Option<Tokens>,
     pub(crate) http: Option<SocketAddr>,
     pub(crate) trainers_max: usize,
     pub(crate) idle: Duration,
@@ -144,6 +157,7 @@ impl Settings {
             true => "/run/tierkeep/agent.sock".into(),
             false => ram_dir.join("agent.sock"),
         };
+        let socket = path("socket", socket)?;
         let duration = |key: &str, default: Duration| match last(key) {
             Some(given) => humantime::parse_duration(&given.text)
                 .map_err(|e| wrong(key, given, &e.to_string(), "as in 30s, 10m or 1h")),
@@ -189,7 +203,9 @@ impl Settings {
         });
         let cluster = peers::settings(&last)?;
         Ok(Self {
-            socket: path("socket", socket)?,
+            control: path("control", socket_beside(&socket))?,
+            socket,
+            tokens: identity::settings(&last, &buckets)?,
             ram_bytes_max: size("ram_bytes_max")?,
             run_bytes_max: size("run_bytes_max")?,
             buckets,
@@ -213,6 +229,7 @@ impl Settings {
             ram_bytes_max: self.ram_bytes_max,
             run_bytes_max: self.run_bytes_max,
             buckets: self.buckets.clone(),
+            tenancy: self.tokens.as_ref().map(Tokens::tenancy),
             trainers_max: self.trainers_max,
             idle: self.idle,
         }
@@ -223,6 +240,7 @@ impl Settings {
         let text = |time: Duration| humantime::format_duration(time).to_string();
         let values = [
             self.socket.display().to_string(),
+            self.control.display().to_string(),
             self.ram_dir.display().to_string(),
             self.ram_bytes_max.map_or_else(
                 || "80 % of the tmpfs, or of the control group".into(),
@@ -230,13 +248,15 @@ impl Settings {
             ),
             self.run_bytes_max.map_or_else(|| "no limit of its own".into(), |n| n.to_string()),
             if self.buckets.is_empty() { "none".into() } else { self.buckets.join(",") },
+        ];
+        let values = values.into_iter().chain(identity::words(self.tokens.as_ref()));
+        let values = values.chain([
             self.http.map_or_else(|| "off".into(), |address| address.to_string()),
             self.trainers_max.to_string(),
             text(self.idle),
             text(self.drain_on_sigterm),
-        ];
-        let values =
-            values.into_iter().chain(peers::words(self.cluster.as_ref(), self.key_file.as_deref()));
+        ]);
+        let values = values.chain(peers::words(self.cluster.as_ref(), self.key_file.as_deref()));
         let values = values.chain(transport::words(self.mesh.as_ref()));
         let rows = self.from.iter().zip(values);
         if json {

@@ -64,6 +64,7 @@ impl Agent {
             ram_bytes_max: None,
             run_bytes_max: None,
             buckets: Vec::new(),
+            tenancy: None,
             trainers_max: 64,
             idle: Duration::from_secs(3600),
         })
