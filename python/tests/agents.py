@@ -14,7 +14,8 @@ COMMAND = str(Path(sys.executable).with_name("tierkeep"))
 class Agent:
     """`tierkeep agent`, killed at the end."""
 
-    def __init__(self, ram: Path) -> None:
+    def __init__(self, ram: Path, *settings: str) -> None:
+        self.settings = settings
         self.socket = ram / "agent.sock"
         self.log = ram.with_name(ram.name + ".log")
         self.process: subprocess.Popen[bytes] | None = None
@@ -23,6 +24,7 @@ class Agent:
     def start(self) -> None:
         ram = self.socket.parent
         command = [COMMAND, "agent", "--ram-dir", str(ram), "--socket", str(self.socket)]
+        command += self.settings
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
         end = time.monotonic() + 20
