@@ -37,7 +37,11 @@ def served(ram: Path, *settings: str) -> tuple[Agent, str]:
     port = servers.ports(1)[0]
     agent = Agent(ram, "--http", f"127.0.0.1:{port}", *settings)
     url = f"http://127.0.0.1:{port}/"
-    until(f"{url} answers", lambda: answers(url + "readyz"))
+    try:
+        until(f"{url} answers", lambda: answers(url + "readyz"))
+    except BaseException:
+        agent.stop(signal.SIGKILL)
+        raise
     return agent, url
 
 
@@ -65,7 +69,7 @@ def shown(n: float) -> str:
     unit = 0
     while n >= 1024:
         n, unit = n / 1024, unit + 1
-    return f"{n:.1f} {'B KiB MiB GiB TiB'.split()[unit]}"
+    return f"{n:.1f} {('B', 'KiB', 'MiB', 'GiB')[unit]}"
 
 
 def box(tab: Tab, tier: str) -> Any:
@@ -137,17 +141,16 @@ def test_a_node_is_told_live_and_an_agent_that_is_gone_is_not_taken_for_one(
             tab.screenshot("real-node-gone")
 
             agent.start()
-            expect(said).to_have_class("verdict warn", timeout=PATIENCE_MS)
             ckpt.save(5, state(5)).wait("ram", timeout_s=60)
             expect(box(tab, "ram")).to_have_text("5", timeout=PATIENCE_MS)
-            expect(when).to_have_text(tab.page.locator("#when").inner_text())
-            assert "no answer" not in when.inner_text()
+            expect(said).to_have_class("verdict warn")
+            expect(when).not_to_contain_text("no answer")
             assert tab.page.locator(".stale").count() == 0
             assert tab.page.title().startswith("tierkeep: 127.0.0.1")
             agrees(tab, tab.next(), run)
             # All that it complained of is the agent that was away.
-            refused = "Failed to load resource: net::ERR_CONNECTION_REFUSED"
-            assert set(tab.complaints) == {refused}
+            away = "Failed to load resource: net::ERR_"
+            assert tab.complaints and all(c.startswith(away) for c in tab.complaints)
     finally:
         tab.close()
         agent.stop(signal.SIGKILL)
@@ -159,7 +162,7 @@ def test_nodes_are_told_of_each_other_and_of_one_that_is_lost(
 ) -> None:
     key = tmp_path / "cluster.key"
     key.write_text("a key of this test's own")
-    ports = [servers.ports(1)[0] for _ in range(2)]
+    ports = servers.ports(2)
     seeds = ",".join(f"127.0.0.1:{port}" for port in ports)
     agents, urls = [], []
     tab = Tab(browser)
@@ -188,7 +191,8 @@ def test_nodes_are_told_of_each_other_and_of_one_that_is_lost(
             row = tab.page.locator("[data-node=n1] td")
             words = ["n1", "step 1 (1 shard)", "\u2013", "nothing", "host h1"]
             expect(row).to_have_text(words, timeout=PATIENCE_MS)
-            data = tab.next()
+            while not (data := tab.next())["history"]:
+                pass  # It is looked at every few seconds.
             # The form of data that other tests make up is this one.
             wanted = page_data.document(
                 [page_data.rank(destination=str(run))],
@@ -207,6 +211,7 @@ def test_nodes_are_told_of_each_other_and_of_one_that_is_lost(
             agents[1].stop(signal.SIGKILL)
             lost = f"If n0 were lost now, {run} would lose everything"
             expect(said).to_have_text(lost, timeout=PATIENCE_MS)
+            expect(tab.page.locator(".tier.peer")).to_contain_text("copies missing")
             expect(nodes).to_contain_text("1 agent alive, 1 lost, as n0 sees it")
             expect(tab.page.locator("body")).to_contain_text("rank 0: 0 of 1 copy on other nodes")
             tab.screenshot("real-nodes-one-lost")

@@ -149,7 +149,7 @@ STATES: list[tuple[str, dict[str, Any], str, str, tuple[str, ...]]] = [
         three(100, dict.fromkeys(THREE, 100), copies=(1, 2)),
         "warn",
         "Any one node can be lost, but fewer copies are on other nodes than are wanted: see below",
-        ("rank 0: 1 of 2 copies on other nodes",),
+        ("on other nodes 100 copies missing", "rank 0: 1 of 2 copies on other nodes"),
     ),
     (
         "one_did_not_answer",
