@@ -81,7 +81,7 @@ WHEEL_SOURCES := Cargo.toml $(wildcard Cargo.lock) rust-toolchain.toml \
 
 PYTHON_PATHS := python examples $(wildcard benches)
 
-.PHONY: help setup wheel demo test check test-rust test-python lab lab-tools bench bench-nodes \
+.PHONY: help setup wheel demo test check test-rust test-python lab lab-tools browser bench bench-nodes \
 	bench-torch bench-object bench-compress clean
 
 help:
@@ -160,7 +160,7 @@ test-rust: $(SETUP) $(SERVERS)
 	fi
 	cargo test --quiet --doc $(RUST_TESTED)
 
-test-python: wheel lab-tools $(SERVERS)
+test-python: wheel lab-tools browser $(SERVERS)
 	$(BIN)/pytest python/tests --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 
 lab: wheel lab-tools
@@ -178,6 +178,15 @@ lab-tools:
 			echo "note: no lab of several nodes without $${tool##*:}: install it" >&2; \
 		fi; \
 	done
+
+# The agent's page is looked at in it. Without it that is not tested: tests say so, or fail (CI).
+browser:
+	@command -v chromium >/dev/null || { \
+		[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+		echo "installing chromium, to look at the agent's page" >&2 && \
+		{ apt-get install -qq -y --no-install-recommends chromium || { apt-get update -qq && \
+			apt-get install -qq -y --no-install-recommends chromium; }; } >/dev/null; \
+	} || echo "note: the agent's page is not tested without chromium: install it" >&2
 
 bench: wheel
 	@command -v fio >/dev/null || { echo "error: fio is needed; on Debian: apt-get install fio" >&2; exit 1; }

@@ -13,11 +13,11 @@ COMMAND = str(Path(sys.executable).with_name("tierkeep"))
 
 
 class Agent:
-    """`tierkeep agent`, killed at the end; started by ``before``, with ``more`` flags."""
+    """`tierkeep agent`, killed at the end; with these ``settings``, started by ``before``."""
 
-    def __init__(self, ram: Path, before: Sequence[str] = (), more: Sequence[str] = ()) -> None:
+    def __init__(self, ram: Path, *settings: str, before: Sequence[str] = ()) -> None:
+        self.settings, self._before = settings, before
         self.socket = ram / "agent.sock"
-        self._before, self._more = before, more
         self.log = ram.with_name(ram.name + ".log")
         self.process: subprocess.Popen[bytes] | None = None
         self.start()
@@ -25,7 +25,7 @@ class Agent:
     def start(self) -> None:
         ram = self.socket.parent
         command = [*self._before, COMMAND, "agent", "--ram-dir", str(ram)]
-        command += ["--socket", str(self.socket), *self._more]
+        command += ["--socket", str(self.socket), *self.settings]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
         end = time.monotonic() + 20

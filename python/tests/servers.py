@@ -37,7 +37,7 @@ def _free(port: int) -> bool:
     return True
 
 
-def _ports(count: int) -> list[int]:
+def ports(count: int) -> list[int]:
     """Free ones, and free 10,000 above, where the server has gRPC.
 
     Below those that the kernel gives to whoever connects: they stay free until the server is there.
@@ -68,7 +68,7 @@ def s3(
     directory.mkdir(parents=True, exist_ok=True)
     identities = directory / "s3.json"
     identities.write_text(_IDENTITY % (KEY, SECRET))
-    master, volume, filer, port = _ports(4)
+    master, volume, filer, port = ports(4)
     command = [
         *within, _weed(), "server", f"-ip={ip}", f"-ip.bind={ip}", f"-dir={directory}",
         f"-master.port={master}", f"-volume.port={volume}", "-filer", f"-filer.port={filer}",

@@ -59,9 +59,9 @@ class Node:
             os.chown(path, AGENT, AGENT)
         self.disk.chmod(0o700)
         self._tokens.mkdir()
-        more = ["--identity", "kubernetes", "--disk-dir", str(self.disk)]
-        more += ["--token-keys", str(self.cluster.keys)]
-        self.agent = Agent(ram, _as(AGENT), more)
+        settings = ["--identity", "kubernetes", "--disk-dir", str(self.disk)]
+        settings += ["--token-keys", str(self.cluster.keys)]
+        self.agent = Agent(ram, *settings, before=_as(AGENT))
 
     def train(
         self, token: str, uid: int, steps: int = 1, destination: str = "/runs/gpt"
