@@ -11,7 +11,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     prost_build::Config::new().compile_fds(files)?;
     #[cfg(feature = "control")]
     {
-        let files = protox::compile(["control.proto"], ["proto"])?;
+        let files = protox::compile(["control.proto", "deviceplugin.proto"], ["proto"])?;
         // Whoever connects brings the transport: a unix socket, or what agents have between them.
         tonic_prost_build::configure().build_transport(false).compile_fds(files)?;
         let ask = tonic_prost_build::manual::Method::builder()

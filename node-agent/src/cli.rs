@@ -259,6 +259,31 @@ pub(crate) enum AgentCommand {
     /// Fetch what ranks that are to come to this node would resume from, before their trainers ask
     #[command(after_help = EXIT_CODES)]
     Prefetch(Prefetch),
+    /// Offer this node's agent to pods that may mount nothing of the host, by the kubelet's device plugins
+    ///
+    /// A pod that asks for the resource gets the directory of the agent's socket. Needs a user who may
+    /// write to the kubelet's directory (root), and nothing else of one.
+    #[command(after_help = EXIT_CODES)]
+    DevicePlugin(DevicePlugin),
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct DevicePlugin {
+    /// The agent's socket, as this process reaches it
+    #[arg(long, value_name = "PATH", default_value = "/run/tierkeep/agent.sock")]
+    pub(crate) socket: PathBuf,
+    /// The directory of that socket on the host, which pods get at /run/tierkeep
+    #[arg(long, value_name = "PATH", default_value = "/run/tierkeep")]
+    pub(crate) host_dir: PathBuf,
+    /// The kubelet's directory for plugins
+    #[arg(long, value_name = "PATH", default_value = "/var/lib/kubelet/device-plugins")]
+    pub(crate) kubelet_dir: PathBuf,
+    /// What pods ask for
+    #[arg(long, value_name = "NAME", default_value = "tierkeep.dev/agent")]
+    pub(crate) resource: String,
+    /// How many containers of this node may have it at once
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = places())]
+    pub(crate) places: u16,
 }
 
 #[derive(Debug, Args)]
@@ -276,6 +301,10 @@ pub(crate) struct Prefetch {
     /// How long it may take, as in 2min
     #[arg(long, value_name = "TIME", default_value = "10min", value_parser = time)]
     pub(crate) deadline: Duration,
+}
+
+fn places() -> clap::builder::RangedI64ValueParser<u16> {
+    clap::value_parser!(u16).range(1..=4096)
 }
 
 /// `3` or `8-15`.

@@ -12,6 +12,7 @@
 mod cli;
 pub mod cluster;
 mod commands;
+mod device_plugin;
 mod doctor;
 mod export;
 pub mod service;

@@ -23,6 +23,13 @@ pub mod peer_service {
     include!(concat!(env!("OUT_DIR"), "/tierkeep.peer.Peer.rs"));
 }
 
+/// A kubelet, and what offers an agent's socket to its pods.
+#[cfg(feature = "control")]
+#[allow(missing_docs, unreachable_pub, clippy::all)]
+pub mod deviceplugin {
+    include!(concat!(env!("OUT_DIR"), "/v1beta1.rs"));
+}
+
 /// People and programs, and an agent: gRPC over a unix socket that only the agent's user can open.
 #[cfg(feature = "control")]
 #[allow(missing_docs, unreachable_pub, clippy::all)]

@@ -24,7 +24,7 @@ use tierkeep::{
 
 use crate::{
     cli::{AgentCommand, Cli, Command, Which},
-    doctor, export,
+    device_plugin, doctor, export,
     fail::{Failure, NOT_FOUND, runs_below, say},
     service, show,
 };
@@ -63,6 +63,7 @@ pub(crate) fn run(cli: &Cli, out: &mut dyn Write) -> Result<i32, Failure> {
                 drain::run(args.node.agent.as_deref(), args.deadline, json, out)
             }
             Some(AgentCommand::Prefetch(args)) => prefetch::run(args, json, out),
+            Some(AgentCommand::DevicePlugin(args)) => device_plugin::run(args),
         },
         Command::Status(args) => status::run(args, json, out),
         Command::Top(args) => top::run(args, json, out),

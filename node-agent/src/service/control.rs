@@ -273,20 +273,24 @@ const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 /// # Errors
 /// Nobody answers there.
 pub async fn connect(socket: &Path) -> Result<Client> {
-    let fault = |source| failed("reach the agent at", socket, source);
+    Ok(AgentClient::new(channel(socket).await?)
+        .max_decoding_message_size(REPLY_BYTES_MAX)
+        .max_encoding_message_size(REQUEST_BYTES_MAX))
+}
+
+/// A way to whoever serves at `socket`.
+pub(crate) async fn channel(socket: &Path) -> Result<Channel> {
+    let fault = |source| failed("reach who serves at", socket, source);
     let late = || io::Error::from(io::ErrorKind::TimedOut);
     // The transport's errors hide the system's: ask the system first.
     let there = timeout(CONNECT_WITHIN, UnixStream::connect(socket)).await;
     there.unwrap_or_else(|_| Err(late())).map_err(fault)?;
     let Some(address) = socket.to_str() else {
-        let why = format!("{}: the path of an agent's socket is UTF-8", socket.display());
+        let why = format!("{}: the path of a socket is UTF-8", socket.display());
         return Err(Error::Invalid { why });
     };
     let endpoint = Endpoint::from_shared(format!("unix:{address}"));
     let endpoint = endpoint.map_err(|e| fault(io::Error::other(e)))?;
     let channel = timeout(CONNECT_WITHIN, endpoint.connect()).await.map_err(|_| fault(late()))?;
-    let channel = channel.map_err(|e| fault(io::Error::other(e)))?;
-    Ok(AgentClient::new(channel)
-        .max_decoding_message_size(REPLY_BYTES_MAX)
-        .max_encoding_message_size(REQUEST_BYTES_MAX))
+    channel.map_err(|e| fault(io::Error::other(e)))
 }

@@ -48,13 +48,18 @@ pub(crate) fn run(
         settings.print(json, out)?;
         return Ok(OK);
     }
+    log();
+    serve(&settings)
+}
+
+/// Says what happens on stderr, as `TIERKEEP_LOG` has it.
+pub(crate) fn log() {
     let filter = EnvFilter::try_from_env("TIERKEEP_LOG");
     let filter = filter.unwrap_or_else(|_| EnvFilter::new("info"));
     // Without colours: it goes to a journal.
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false);
     // Whoever embeds this may have one already.
     let _ = log.with_writer(io::stderr).try_init();
-    serve(&settings)
 }
 
 fn serve(settings: &Settings) -> Result<i32, Failure> {
