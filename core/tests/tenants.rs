@@ -12,6 +12,7 @@ use tierkeep::{
     config::Config,
     host::{Host, Identify, Settings, Tenancy, Tenant},
     save::Level,
+    tier::TierKind,
 };
 
 /// Takes a token by its word: what a signature proves is tried where signatures are.
@@ -35,7 +36,9 @@ struct Agent {
 
 impl Agent {
     fn new() -> Self {
-        let (ram, disk) = (ram(), tempfile::tempdir().unwrap());
+        // By a name that a tenant could give.
+        let disk = tempfile::Builder::new().prefix("disk-").tempdir().unwrap();
+        let ram = ram();
         let host = Some(Self::start(&ram, &disk));
         Self { host, ram, disk }
     }
@@ -166,5 +169,31 @@ fn what_a_tenant_left_in_ram_is_there_after_an_upgrade_for_that_tenant_alone() {
     close(&ckpt);
     let ckpt = agent.open("team-a/trainer", "/runs/gpt").unwrap();
     assert_eq!(resume(&ckpt), step);
+    close(&ckpt);
+}
+
+/// What a rank records is a link whose text is its own: nobody is led by it to what is another's.
+#[test]
+fn what_a_tenant_has_recorded_leads_nowhere() {
+    let agent = Agent::new();
+    let secret = agent.disk.path().join("secret");
+    std::fs::write(&secret, "another's").unwrap();
+    let mut config = agent.config("/runs/gpt");
+    let token = agent.ram.path().join("token");
+    std::fs::write(&token, "team-b/trainer").unwrap();
+    (config.token_file, config.world, config.savers) = (Some(token), 2, vec![0, 1]);
+    let ckpt = Checkpointer::open(config).unwrap();
+    assert_eq!(resume(&ckpt), 0);
+    let said = ckpt.agree_on_init(secret.to_str().unwrap()).unwrap();
+    assert_eq!(said, secret.to_str().unwrap(), "the decision itself is as it was said");
+    let run = agent.disk.path().join("team-b/trainer/runs/gpt");
+    let links: Vec<_> = common::files(&run.join("_decisions"));
+    let link = links.iter().find(|path| path.ends_with("init")).expect("it was recorded");
+    let name = format!("_decisions/{}", link.display());
+    assert!(std::fs::metadata(run.join(&name)).is_err(), "{name} leads somewhere");
+    let tiers = ckpt.tiers();
+    let disk = tiers.iter().find(|tier| tier.kind() == TierKind::Disk).unwrap();
+    let e = disk.open(&name).map(drop).unwrap_err();
+    assert!(e.is_not_found(), "{}", e.chain());
     close(&ckpt);
 }

@@ -29,6 +29,10 @@ use crate::{
     tier::publish::{make_dirs, remove},
 };
 
+/// Before every text, which is a rank's own: as a link it leads nowhere, or an agent that serves tenants would
+/// follow it into another's directory. Nothing of this name is ever made.
+const MARK: &str = "=:";
+
 /// Changes that are kept for those who listen: who comes later is told everything.
 const NEWS_MAX: usize = 4096;
 
@@ -135,7 +139,7 @@ impl Board {
         let path = self.dir.join(name);
         for _ in 0..8 {
             let mut known = self.changing();
-            match symlink(text, &path) {
+            match symlink(format!("{MARK}{text}"), &path) {
                 Ok(()) => {
                     if let Some(Some(names)) = known.as_deref_mut() {
                         names.insert(name.into());
@@ -253,7 +257,11 @@ fn is_own(name: &str) -> bool {
 
 fn read(path: &Path) -> Result<Option<String>> {
     match fs::read_link(path) {
-        Ok(text) => Ok(Some(text.to_string_lossy().into_owned())),
+        Ok(text) => {
+            let text = text.to_string_lossy();
+            // Without the mark somebody else put it there: whoever reads it says so.
+            Ok(Some(text.strip_prefix(MARK).unwrap_or(&text).to_owned()))
+        }
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(e).at("read", path),
     }

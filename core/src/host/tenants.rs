@@ -131,8 +131,8 @@ impl Tenancy {
         for part in named.components() {
             match part {
                 Component::RootDir | Component::CurDir => {}
-                // No byte of it may be read as an end, or as a way out.
-                Component::Normal(name) if !name.as_bytes().contains(&0) => real.push(name),
+                // Beside what tierkeep makes in a run's directory, and nowhere in it.
+                Component::Normal(name) if is_plain(name.as_bytes()) => real.push(name),
                 _ => {
                     let named = named.display();
                     return Err(Error::invalid(format!("{named} is no place of {tenant}'s own")));
@@ -141,6 +141,11 @@ impl Tenancy {
         }
         Ok(real)
     }
+}
+
+/// No name of tierkeep's own, and no byte that may be read as an end.
+fn is_plain(name: &[u8]) -> bool {
+    !name.contains(&0) && !matches!(name.first(), Some(b'_' | b'.'))
 }
 
 /// A bucket has no directories that could be entered, but a server of one may have, and so has `file://`.
@@ -218,7 +223,13 @@ mod tests {
             let own = tenancy().own(&tenant(), &[], &open(named)).expect(named);
             assert_eq!(String::from_utf8(own.destination).expect("a path"), real);
         }
-        for bad in ["/../team-b/gpt", "/runs/../../../team-b/gpt", "/runs/a\0b/gpt"] {
+        for bad in [
+            "/../team-b/gpt",
+            "/runs/../../../team-b/gpt",
+            "/runs/a\0b/gpt",
+            "/runs/gpt/_decisions/00001-x/init/gpt",
+            "/.token-keys.json/gpt",
+        ] {
             let e = tenancy().own(&tenant(), &[], &open(bad)).expect_err(bad);
             assert!(e.chain().contains("no place of team-a/trainer's own"), "{}", e.chain());
         }
