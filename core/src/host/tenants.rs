@@ -125,10 +125,10 @@ impl Tenancy {
         Ok(own)
     }
 
-    /// Where a tenant's directory really is.
+    /// Where a tenant's directory really is. What already is such a place, as a message named it, is that one.
     fn below(&self, tenant: &Tenant, named: &Path) -> Result<PathBuf> {
         let mut real = self.disk_dir.join(&tenant.namespace).join(&tenant.account);
-        for part in named.components() {
+        for part in named.strip_prefix(&real).unwrap_or(named).components() {
             match part {
                 Component::RootDir | Component::CurDir => {}
                 // Beside what tierkeep makes in a run's directory, and nowhere in it.
@@ -217,6 +217,7 @@ mod tests {
         for (named, real) in [
             ("/runs/gpt", "/disk/team-a/trainer/runs/gpt"),
             ("//runs/./gpt/", "/disk/team-a/trainer/runs/gpt"),
+            ("/disk/team-a/trainer/runs/gpt", "/disk/team-a/trainer/runs/gpt"),
             // Nobody's but its own, whatever it looks like.
             ("/disk/team-b/trainer/gpt", "/disk/team-a/trainer/disk/team-b/trainer/gpt"),
         ] {
@@ -229,6 +230,7 @@ mod tests {
             "/runs/a\0b/gpt",
             "/runs/gpt/_decisions/00001-x/init/gpt",
             "/.token-keys.json/gpt",
+            "/disk/team-a/trainer/../../team-b/trainer/gpt",
         ] {
             let e = tenancy().own(&tenant(), &[], &open(bad)).expect_err(bad);
             assert!(e.chain().contains("no place of team-a/trainer's own"), "{}", e.chain());
