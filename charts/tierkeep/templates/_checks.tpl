@@ -30,6 +30,9 @@
 {{- if and (eq .tls.mode "secret") (not .tls.secretName) .peers.enabled }}
 {{- fail "tls.secretName: tls.mode is secret: name the Secret that has tls.crt, tls.key and ca.crt" }}
 {{- end }}
+{{- if and .devicePlugin.enabled (ne .agent.identity "kubernetes") }}
+{{- fail "devicePlugin.enabled: with identity kernel the agent serves its own user alone; set agent.identity to kubernetes" }}
+{{- end }}
 {{- if and (not .serviceAccount.create) (not .serviceAccount.name) }}
 {{- fail "serviceAccount.name: serviceAccount.create is false: name the one to use" }}
 {{- end }}
