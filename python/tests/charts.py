@@ -86,6 +86,7 @@ MATRIX: dict[str, Values] = {
             "certManager": {"issuerRef": {"name": "corp", "kind": "ClusterIssuer"}},
         }
     },
+    "device-plugin": {"devicePlugin": {"enabled": True, "places": 8}},
     "openshift": {"openshift": {"enabled": True}},
     "selinux": {"seLinuxOptions": {"level": "s0:c1,c2"}},
     "service-monitor": {"serviceMonitor": {"enabled": True}, "dashboard": {"enabled": True}},

@@ -38,9 +38,6 @@ from charts import (
 
 EACH = pytest.mark.parametrize("name", MATRIX)
 
-#: Settings that came with the chart; AGENT.md's table has them from then on.
-NEW_SETTINGS = {"identity", "disk_dir", "token_audience", "token_keys", "control"}
-
 GIB = 1 << 30
 
 
@@ -76,18 +73,14 @@ def test_a_wrong_object_would_be_found() -> None:
 @EACH
 def test_the_agents_settings_are_ones_that_it_knows(name: str) -> None:
     settings = settings_of(rendered(name))
-    assert set(settings) - known_settings() - NEW_SETTINGS == set()
-    assert {"socket", "ram_dir", "ram_bytes_max", "disk_dir", "identity", "control"} <= set(settings)
+    assert set(settings) - known_settings() == set()
+    assert {"socket", "ram_dir", "ram_bytes_max", "identity", "control"} <= set(settings)
 
 
 @EACH
 def test_the_agent_itself_takes_its_settings(name: str, tmp_path: Path) -> None:
-    # Without those that the agent of this tree has not yet.
-    later = NEW_SETTINGS - known_settings()
-    lines = settings_text(rendered(name)).splitlines()
-    text = "\n".join(line for line in lines if line.split(" = ")[0] not in later)
     file = tmp_path / "agent.toml"
-    file.write_text(text.replace("/etc/tierkeep/", f"{tmp_path}/"))
+    file.write_text(settings_text(rendered(name)).replace("/etc/tierkeep/", f"{tmp_path}/"))
     # What the pod has mounted there.
     (tmp_path / "tls").mkdir()
     for secret in [o for o in rendered("defaults") if o["kind"] == "Secret"]:
@@ -105,8 +98,7 @@ def test_the_agent_itself_takes_its_settings(name: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     in_force = json.loads(done.stdout)
     for key, value in settings_of(rendered(name)).items():
-        if key not in later:
-            assert in_force[key]["from"] == str(file), key
+        assert in_force[key]["from"] == str(file), key
         if key in ("ram_bytes_max", "run_bytes_max", "socket", "ram_dir", "cluster"):
             assert in_force[key]["value"] == str(value)
 
