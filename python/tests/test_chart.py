@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from charts import (
+from chart import (
     CHART,
     EVERYTHING,
     MATRIX,
@@ -77,7 +77,9 @@ def test_a_wrong_object_would_be_found() -> None:
 def test_the_agents_settings_are_ones_that_it_knows(name: str) -> None:
     settings = settings_of(rendered(name))
     assert set(settings) - known_settings() - NEW_SETTINGS == set()
-    assert {"socket", "ram_dir", "ram_bytes_max", "disk_dir", "identity", "control"} <= set(settings)
+    assert {"socket", "ram_dir", "ram_bytes_max", "disk_dir", "identity", "control"} <= set(
+        settings
+    )
 
 
 @EACH
@@ -167,12 +169,18 @@ REFUSED: list[tuple[Values, str]] = [
     ({"ram": {"hostPath": "/"}}, "/ram/hostPath"),
     ({"disk": {"hostPath": "/var/lib/../../etc"}}, "/disk/hostPath"),
     ({"socket": {"hostPath": "run/tierkeep"}}, "/socket/hostPath"),
-    ({"disk": {"hostPath": "/dev/shm/tierkeep/disk"}}, "disk.hostPath: /dev/shm/tierkeep/disk lies"),
+    (
+        {"disk": {"hostPath": "/dev/shm/tierkeep/disk"}},
+        "disk.hostPath: /dev/shm/tierkeep/disk lies",
+    ),
     ({"socket": {"hostPath": "/var/lib/tierkeep"}}, "/var/lib/tierkeep lies in"),
     ({"ram": {"hostPath": "/run/tierkeep-control/x"}}, "ram.hostPath"),
     ({"agent": {"uid": 0}}, "/agent/uid"),
     ({"agent": {"identity": "uid"}}, "/agent/identity"),
-    ({"agent": {"buckets": ["s3://models/all"]}}, "agent.buckets: s3://models/all has no {namespace}"),
+    (
+        {"agent": {"buckets": ["s3://models/all"]}},
+        "agent.buckets: s3://models/all has no {namespace}",
+    ),
     ({"agent": {"buckets": ["models/{namespace}"]}}, "/agent/buckets/0"),
     ({"agent": {"tokenKeys": ""}}, "agent.tokenKeys"),
     ({"agent": {"tokenKeys": "http://plain"}}, "/agent/tokenKeys"),
@@ -273,7 +281,7 @@ def test_a_key_is_long_enough_and_the_pods_mount_what_was_made() -> None:
     secret = the(found, "Secret", "-cluster")
     assert len(b64decode(secret["data"]["cluster.key"])) >= 32
     assert secret["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
-    sources = [v for v in pod_of(found)["volumes"] if v["name"] == "settings"][0]["projected"]
+    sources = next(v for v in pod_of(found)["volumes"] if v["name"] == "settings")["projected"]
     named = {s["secret"]["name"] for s in sources["sources"] if "secret" in s}
     assert named == {secret["metadata"]["name"], the(found, "Secret", "-tls")["metadata"]["name"]}
 
