@@ -15,6 +15,7 @@ from typing import Any
 import pod_security
 import pytest
 from chart import (
+    CHART,
     EXAMPLES,
     MATRIX,
     NAMESPACE,
@@ -324,8 +325,10 @@ def test_images_run_as_users_that_the_pods_have() -> None:
     trainer = (EXAMPLES / "Containerfile").read_text()
     for script in re.findall(r"examples/kubernetes/\w+\.py", trainer):
         assert (ROOT / script).exists()
+    [chart] = re.findall(r'appVersion: "(.*)"', (CHART / "Chart.yaml").read_text())
+    assert f"tierkeep-agent:{chart}\n" in (EXAMPLES / "restore-job.yaml").read_text()
     toolchain = (ROOT / "rust-toolchain.toml").read_text()
-    [channel] = re.findall(r'channel = "(\d+\.\d+)', toolchain)
+    [channel] = re.findall(r'channel = "([\d.]+)"', toolchain)
     assert f"rust:{channel}-" in agent and f"rust:{channel}-" in trainer
 
 
