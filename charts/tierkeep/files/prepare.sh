@@ -36,7 +36,7 @@ for dir in "$RAM_DIR" "$DISK_DIR" "$SOCKET_DIR"; do
     other=$(cat "$mark")
     if [ "$other" != "$RELEASE" ]; then
         refuse "$dir is in use by the release $other on this node, and this is $RELEASE" \
-            "one release a node; if $other is gone for good, set prepare.takeOver, and its state is taken over"
+            "one release a node; where $other is gone for good, prepare.takeOver takes its state over"
     fi
     # All of it only where agent.uid has changed: a disk may hold millions of files.
     if [ "$owner" != "$AGENT_UID" ]; then

@@ -45,7 +45,7 @@
 {{- if and .podMonitor.enabled .serviceMonitor.enabled }}
 {{- fail "serviceMonitor.enabled: podMonitor is enabled too, and every sample would be taken twice; choose one" }}
 {{- end }}
-{{- $set := list "TIERKEEP_NODE" "TIERKEEP_ADVERTISE" "TIERKEEP_CONTROL" "TIERKEEP_LOG" "TIERKEEP_AGENT_CONFIG" }}
+{{- $set := list "TIERKEEP_NODE" "TIERKEEP_ADVERTISE" "TIERKEEP_CONTROL" "TIERKEEP_LOG" "TIERKEEP_AGENT_CONFIG" "TIERKEEP_RAM_BYTES_MAX" }}
 {{- range .extraEnv }}
 {{- if has .name $set }}
 {{- fail (printf "extraEnv: the chart sets %s itself" .name) }}
