@@ -298,10 +298,14 @@ impl Host {
             seat.look_for_death(&self.clock);
             let Some(pid) = seat.other_trainer(newcomer) else { return Ok(()) };
             if self.is_ending() || deadline.left(&self.clock).is_none() {
+                let who = match pid {
+                    0 => "a live process of another container".to_owned(),
+                    pid => format!("live process {pid}"),
+                };
                 return Err(Error::Fenced {
                     why: format!(
-                        "{} is owned by live process {pid}: stop that process, or give this one \
-                         another rank or destination",
+                        "{} is owned by {who}: stop that process, or give this one another rank or \
+                         destination",
                         seat.name()
                     ),
                 });

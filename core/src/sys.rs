@@ -7,7 +7,10 @@
 use std::{
     fs::{File, OpenOptions},
     io,
-    os::{fd::AsRawFd, unix::fs::OpenOptionsExt},
+    os::{
+        fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
+        unix::fs::OpenOptionsExt,
+    },
     path::Path,
     sync::atomic::{AtomicU64, Ordering},
 };
@@ -205,6 +208,35 @@ pub(crate) fn peer_creds(socket: &std::os::unix::net::UnixStream) -> io::Result<
         )
     };
     if rc == 0 { Ok(creds) } else { Err(io::Error::last_os_error()) }
+}
+
+/// The process at the other end of a unix socket, as it was when it connected, to be waited for: also where it is
+/// in another pid namespace, and whatever its number is given to. `None`: this kernel is older than 6.5.
+pub(crate) fn peer_pidfd(socket: &std::os::unix::net::UnixStream) -> Option<OwnedFd> {
+    const SO_PEERPIDFD: libc::c_int = 77;
+    let mut fd: libc::c_int = -1;
+    let mut bytes = libc::socklen_t::try_from(size_of::<libc::c_int>()).unwrap_or_default();
+    // SAFETY: the descriptor is open for the whole call, `fd` has so many bytes.
+    let rc = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_PEERPIDFD,
+            (&raw mut fd).cast(),
+            &raw mut bytes,
+        )
+    };
+    // SAFETY: the kernel has just made it for us, and nobody else has it.
+    (rc == 0 && fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// What tells this process from every other one since the boot, where the kernel has that (6.9).
+pub(crate) fn process_of(pidfd: impl AsFd) -> Option<u64> {
+    const PID_FS_MAGIC: u64 = 0x5049_4446;
+    let kind = rustix::fs::fstatfs(&pidfd).ok()?.f_type;
+    // Before, all of them were one anonymous file.
+    (u64::try_from(kind).ok()? == PID_FS_MAGIC).then_some(())?;
+    rustix::fs::fstat(&pidfd).ok().map(|stat| stat.st_ino)
 }
 
 /// The groups of the process at the other end of a unix socket, as they were when it connected.

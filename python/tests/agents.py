@@ -16,7 +16,7 @@ class Agent:
     """`tierkeep agent`, killed at the end; with these ``settings``, started by ``before``."""
 
     def __init__(self, ram: Path, *settings: str, before: Sequence[str] = ()) -> None:
-        self.settings, self._before = settings, before
+        self.settings, self.before = settings, before
         self.socket = ram / "agent.sock"
         self.log = ram.with_name(ram.name + ".log")
         self.process: subprocess.Popen[bytes] | None = None
@@ -24,7 +24,7 @@ class Agent:
 
     def start(self) -> None:
         ram = self.socket.parent
-        command = [*self._before, COMMAND, "agent", "--ram-dir", str(ram)]
+        command = [*self.before, COMMAND, "agent", "--ram-dir", str(ram)]
         command += ["--socket", str(self.socket), *self.settings]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)

@@ -6,6 +6,7 @@ trainers run as users that can enter none of them.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -36,6 +37,8 @@ print(step, int(state["x"][0]), flush=True)
 for step in range(step + 1, step + 1 + int(sys.argv[2])):
     state["x"][:] = step
     ckpt.save(step, state).wait("ram", 60)
+if sys.argv[3:] and os.fork() == 0:
+    os.close(1), os.close(2), __import__("time").sleep(60)
 os._exit(0)  # As if it were killed: what is in RAM is the agent's.
 """
 
@@ -64,7 +67,12 @@ class Node:
         self.agent = Agent(ram, *settings, before=_as(AGENT))
 
     def train(
-        self, token: str, uid: int, steps: int = 1, destination: str = "/runs/gpt"
+        self,
+        token: str,
+        uid: int,
+        steps: int = 1,
+        destination: str = "/runs/gpt",
+        fork: bool = False,
     ) -> subprocess.CompletedProcess[str]:
         file = self._tokens / f"{time.monotonic_ns()}"
         file.write_text(token)
@@ -72,6 +80,7 @@ class Node:
         env = os.environ | {"TIERKEEP_AGENT": str(self.agent.socket), "HOME": "/"}
         env |= {"TIERKEEP_TOKEN_FILE": str(file)} if token else {}
         command = [*_as(uid), sys.executable, "-c", TRAIN, destination, str(steps)]
+        command += ["fork"] * fork
         return subprocess.run(command, env=env, capture_output=True, text=True, cwd="/")
 
 
@@ -102,6 +111,21 @@ def test_a_namespace_is_who_it_is_under_any_uid_and_no_other_namespace_is(node: 
     assert node.train(team_a, 2003).stdout == "4 4\n"
     entries = sorted(str(p.relative_to(node.disk)) for p in node.disk.glob("*/*"))
     assert entries == ["team-a/trainer", "team-b/trainer"]
+
+
+def test_a_trainer_that_an_agent_cannot_see_is_followed_in_place_when_it_dies(node: Node) -> None:
+    """As in a pod of its own: the agent knows no process of others, not even by a number."""
+    node.agent.stop(signal.SIGTERM)
+    node.agent.before = ["unshare", "--pid", "--fork", "--kill-child", *_as(AGENT)]
+    node.agent.start()
+    token = node.cluster.token("team-a", "trainer")
+    # A fork of it, as of a data loader, has the socket open for a minute more.
+    first = node.train(token, 2001, fork=True)
+    assert first.stdout == "0 0\n", first.stderr
+    status = [COMMAND, "status", "--json", "--agent", str(node.agent.socket)]
+    shown = json.loads(subprocess.check_output(status))["ranks"]
+    assert [rank["pid"] for rank in shown] == [None], shown
+    assert node.train(token, 2001).stdout == "1 1\n"
 
 
 def test_without_a_good_token_nobody_is_served(node: Node) -> None:

@@ -47,8 +47,9 @@ impl Who {
 impl Peer {
     pub(super) fn of(socket: &UnixStream) -> io::Result<Self> {
         let creds = sys::peer_creds(socket)?;
-        let pidfd =
-            Pid::from_raw(creds.pid).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+        let by_number =
+            || Pid::from_raw(creds.pid).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+        let pidfd = sys::peer_pidfd(socket).or_else(by_number);
         let pid = creds.pid.unsigned_abs();
         let started = started(pid).unwrap_or(0);
         let groups = sys::peer_groups(socket)?;
@@ -70,7 +71,11 @@ impl Peer {
 
     /// True where both are known to be one process.
     pub(super) fn is(&self, other: &Self) -> bool {
-        self.pid != 0 && self.pid == other.pid && self.started == other.started
+        let process = |peer: &Self| peer.pidfd().and_then(sys::process_of);
+        match (process(self), process(other)) {
+            (Some(ours), Some(theirs)) => ours == theirs,
+            _ => self.pid != 0 && self.pid == other.pid && self.started == other.started,
+        }
     }
 
     pub(super) fn pidfd(&self) -> Option<BorrowedFd<'_>> {
