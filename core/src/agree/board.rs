@@ -29,8 +29,8 @@ use crate::{
     tier::publish::{make_dirs, remove},
 };
 
-/// Before every text, which is a rank's own: as a link it leads nowhere, or an agent that serves tenants would
-/// follow it into another's directory. Nothing of this name is ever made.
+/// Before every text, which is a rank's own: as a link it leads nowhere, or an agent that serves tenants
+/// would follow it into another's directory. Nothing of this name is ever made.
 const MARK: &str = "=:";
 
 /// Changes that are kept for those who listen: who comes later is told everything.

@@ -125,7 +125,8 @@ impl Tenancy {
         Ok(own)
     }
 
-    /// Where a tenant's directory really is. What already is such a place, as a message named it, is that one.
+    /// Where a tenant's directory really is. What already is such a place, as a message named it, is that
+    /// one.
     fn below(&self, tenant: &Tenant, named: &Path) -> Result<PathBuf> {
         let mut real = self.disk_dir.join(&tenant.namespace).join(&tenant.account);
         for part in named.strip_prefix(&real).unwrap_or(named).components() {
