@@ -211,7 +211,8 @@ pub(crate) fn peer_creds(socket: &std::os::unix::net::UnixStream) -> io::Result<
 }
 
 /// The process at the other end of a unix socket, as it was when it connected, to be waited for: also where
-/// it is in another pid namespace, and whatever its number is given to. `None`: this kernel is older than 6.5.
+/// it is in another pid namespace, and whatever its number is given to. `None`: this kernel is older than
+/// 6.5.
 pub(crate) fn peer_pidfd(socket: &std::os::unix::net::UnixStream) -> Option<OwnedFd> {
     const SO_PEERPIDFD: libc::c_int = 77;
     let mut fd: libc::c_int = -1;
