@@ -169,7 +169,7 @@ lab: wheel lab-tools
 
 # Without them, or the rights to use them, what is between nodes is not tested: that is said.
 lab-tools:
-	@for tool in ip:iproute2 iperf3:iperf3 nsenter:util-linux; do \
+	@for tool in ip:iproute2 iperf3:iperf3 nsenter:util-linux openssl:openssl; do \
 		command -v $${tool%%:*} >/dev/null && continue; \
 		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 			echo "installing $${tool##*:}, for a lab of several nodes" >&2; \

@@ -84,8 +84,17 @@ class Node:
         return subprocess.run(command, env=env, capture_output=True, text=True, cwd="/")
 
 
+@pytest.fixture(scope="module")
+def anybody() -> None:
+    """Other users can run this interpreter: it may lie where they have no way to."""
+    command = [*_as(2001), sys.executable, "-c", "import numpy, tierkeep"]
+    tried = subprocess.run(command, capture_output=True, text=True, cwd="/")
+    if tried.returncode != 0:
+        pytest.skip(f"NOT TESTED: tenants of an agent; other users cannot run {sys.executable}")
+
+
 @pytest.fixture
-def node() -> Iterator[Node]:
+def node(anybody: None) -> Iterator[Node]:
     # A test's own directory is root's alone: other users have to get through it.
     place = Path(f"/tmp/tierkeep-tenants-{os.getpid()}-{time.monotonic_ns()}")
     place.mkdir()
@@ -94,7 +103,11 @@ def node() -> Iterator[Node]:
         yield node
     finally:
         node.agent.stop(signal.SIGKILL)
-        subprocess.run(["rm", "-rf", str(place), str(node.ram), str(node.agent.log)], check=True)
+        end = time.monotonic() + 20
+        # Whoever was started by another program outlives that one for a moment.
+        remove = ["rm", "-rf", str(place), str(node.ram), str(node.agent.log)]
+        while subprocess.run(remove, stderr=subprocess.DEVNULL).returncode:
+            assert time.monotonic() < end, f"{place} or {node.ram} is still written to"
 
 
 def test_a_namespace_is_who_it_is_under_any_uid_and_no_other_namespace_is(node: Node) -> None:
@@ -123,7 +136,10 @@ def test_a_trainer_that_an_agent_cannot_see_is_followed_in_place_when_it_dies(no
     first = node.train(token, 2001, fork=True)
     assert first.stdout == "0 0\n", first.stderr
     status = [COMMAND, "status", "--json", "--agent", str(node.agent.socket)]
-    shown = json.loads(subprocess.check_output(status))["ranks"]
+    end, said = time.monotonic() + 30, ""
+    while not said and time.monotonic() < end:
+        said = subprocess.run(status, capture_output=True, text=True).stdout
+    shown = json.loads(said)["ranks"]
     assert [rank["pid"] for rank in shown] == [None], shown
     assert node.train(token, 2001).stdout == "1 1\n"
 
@@ -161,7 +177,8 @@ def test_an_upgrade_of_an_agent_of_tenants_loses_nothing(node: Node) -> None:
     end, shown = time.monotonic() + 30, ""
     # What a dead trainer has left is owned again once the living had time to come back.
     while "team-a/trainer/runs/gpt" not in shown and time.monotonic() < end:
-        shown = subprocess.run(status, capture_output=True, text=True, check=True).stdout
+        # Nor does it answer questions from its first moment on.
+        shown = subprocess.run(status, capture_output=True, text=True).stdout
     assert "team-a/trainer/runs/gpt" in shown, shown
     assert node.train(token, 2002).stdout == "2 2\n"
     # Trainers can ask the agent for their own checkpoints, and for nothing that is for its user.
