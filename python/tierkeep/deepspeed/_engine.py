@@ -229,8 +229,14 @@ class CheckpointEngine(_CheckpointEngine):  # type: ignore[misc]
         """The tags of all checkpoints that are complete, with their steps, oldest first."""
         reader = self.ckpt._handle.reader()
         infos = [info for info in self.ckpt.steps() if info.complete and info.in_lineage]
-        shards = [reader.choose_for(self.ckpt.rank, info.step, info.attempt) for info in infos]
-        return {tag_of(found): found.step for found in shards}
+        tags = {}
+        for info in infos:
+            try:
+                found = reader.choose_for(self.ckpt.rank, info.step, info.attempt)
+            except CheckpointNotFoundError:
+                continue  # Deleted since it was listed: the policy does not keep it.
+            tags[tag_of(found)] = found.step
+        return tags
 
     def begin(
         self, load_dir: str, tag: str | None = None, *, accept_older: bool = False
