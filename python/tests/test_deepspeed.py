@@ -11,6 +11,7 @@ import shutil
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -175,6 +176,17 @@ def test_a_run_that_is_moved_with_its_directories_is_read_where_it_is(
     moved = tmp_path / "moved"
     run.rename(moved)
     assert w_of(opened(), moved, "global_step3") == [3.0, 3.0]
+
+
+def test_a_checkpoint_that_is_deleted_while_tags_are_listed_is_none_of_them(
+    run: Path, opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = opened()
+    save(engine, run, "global_step3", **filled(3))
+    gone = SimpleNamespace(step=2, attempt=1, complete=True, in_lineage=True)
+    listed = [gone, *engine.ckpt.steps()]
+    monkeypatch.setattr(engine.ckpt, "steps", lambda: listed)
+    assert engine.tags() == {"global_step3": 3}
 
 
 def test_what_was_loaded_is_where_it_goes_on_from(
