@@ -22,6 +22,7 @@ mod again;
 pub(crate) mod asked;
 mod below;
 mod in_bucket;
+mod leaving;
 mod needed;
 mod release;
 mod scrub;
@@ -37,7 +38,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -184,6 +185,8 @@ pub(crate) struct Cascade {
     last: AtomicU64,
     /// This step goes to disk though its turn would not come; `u64::MAX`: none.
     hurried: AtomicU64,
+    /// A node of this run is to go away.
+    leaving: AtomicBool,
 }
 
 impl std::fmt::Debug for Cascade {
@@ -214,7 +217,8 @@ impl Cascade {
             Work { copies, newest, parent_waits, read_until, shards, unchecked, ..Work::default() };
         let (last, hurried) = (AtomicU64::new(u64::MAX), AtomicU64::new(u64::MAX));
         let sending = Mutex::new(Sending::beginning_with(parts.first_for_bucket, parts.in_bucket));
-        let cascade = Arc::new(Self { parts, work: Mutex::new(work), sending, last, hurried });
+        let (work, leaving) = (Mutex::new(work), AtomicBool::new(false));
+        let cascade = Arc::new(Self { parts, work, sending, last, hurried, leaving });
         cascade.resume_carry()?;
         Ok(cascade)
     }
@@ -238,33 +242,6 @@ impl Cascade {
             whole.into_iter().for_each(|step| self.offer_to_bucket(step));
         }
         self.parts.signal.notify();
-    }
-
-    /// What is newest in RAM goes to disk, whatever the schedule says: this host goes away, or nobody
-    /// will save anything newer. Where it was given up for disk before, it is tried again, now and then
-    /// for as long as this is asked.
-    pub(crate) fn hurry(&self) {
-        let Some(newest) = self.newest() else { return };
-        let step = newest.step.0;
-        let now = self.parts.clock.monotonic();
-        let mut work = locked(&self.work);
-        let before = self.hurried.swap(step, Ordering::AcqRel);
-        work.read_until = None;
-        work.shards.get(&step).iter().for_each(|shard| self.mark_due(&shard.save));
-        let given_up = work.carry.is_none() && work.given_up.contains(&step);
-        let again = given_up && work.again.is_none() && now >= work.again_after;
-        if again {
-            work.again = Some(step);
-            work.again_pause = (2 * work.again_pause).clamp(AGAIN_PAUSE, 60 * AGAIN_PAUSE);
-            work.again_after = now + work.again_pause;
-        }
-        drop(work);
-        if again || before != step {
-            if self.is_bucket_only() {
-                self.offer_to_bucket(step);
-            }
-            self.parts.signal.notify();
-        }
     }
 
     /// True for the step that the job stops after, and what may follow.
@@ -336,10 +313,6 @@ impl Cascade {
                 || self.is_parent(step)
                 || self.is_last(step)
                 || self.is_hurried(step))
-    }
-
-    fn is_hurried(&self, step: u64) -> bool {
-        step == self.hurried.load(Ordering::Acquire)
     }
 
     fn is_parent(&self, step: u64) -> bool {

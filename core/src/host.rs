@@ -128,6 +128,8 @@ pub struct Host {
     prefetching: Mutex<HashSet<(PathBuf, u32)>>,
     /// In the hands of whoever heals them.
     healer: Arc<()>,
+    /// This node is to go away.
+    leaving: AtomicBool,
     commons: Arc<Commons>,
     /// What went to and from other agents.
     tally: Arc<Tally>,
@@ -190,6 +192,7 @@ impl Host {
             healing: Mutex::default(),
             prefetching: Mutex::default(),
             healer: Arc::default(),
+            leaving: AtomicBool::new(false),
             commons: Arc::default(),
             tally: Arc::default(),
             network: OnceLock::new(),

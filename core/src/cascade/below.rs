@@ -1,5 +1,5 @@
-//! Copies of the newest step that is held elsewhere, while the training runs: where a holder is lost, another
-//! node gets one, and nobody waits for the next step to do it.
+//! Copies of the newest step that is held elsewhere, while the training runs: where a holder is lost or is to
+//! go away, another node gets one, and nobody waits for the next step to do it.
 //!
 //! # Invariants
 //!
@@ -29,10 +29,17 @@ impl Cascade {
         };
         let alive: BTreeSet<String> =
             peers.network.nodes().into_iter().map(|node| node.name).collect();
+        let leaving = peers.network.leaving();
+        let holders: BTreeSet<&String> = receipts.iter().map(|receipt| &receipt.node).collect();
+        let me = peers.network.me();
+        let stays = |node: &&String| !leaving.contains(*node) && **node != me;
+        let others = alive.iter().filter(stays).any(|node| !holders.contains(node));
+        // One that is to go away counts as lost where somebody could take its place.
+        let is_safe = |node: &String| alive.contains(node) && !(leaving.contains(node) && others);
         let now = self.parts.clock.monotonic();
         {
             let mut work = locked(&self.work);
-            if receipts.iter().all(|receipt| alive.contains(&receipt.node)) {
+            if holders.into_iter().all(is_safe) {
                 work.copies.below = None;
                 return Ok(false);
             }
@@ -48,9 +55,13 @@ impl Cascade {
         let mut work = locked(&self.work);
         if work.copies.whole.as_ref() == Some(&shard.key) {
             work.copies.holders.extend(receipts.iter().map(|receipt| receipt.node.clone()));
+            // Those that stay may be full: then it is tried again.
+            let stay = receipts.iter().all(|receipt| !leaving.contains(&receipt.node));
             work.copies.receipts = receipts;
-            work.copies.below = None;
-            tracing::info!("{} has all its copies again", shard.key);
+            if stay {
+                work.copies.below = None;
+                tracing::info!("{} has all its copies again", shard.key);
+            }
         }
         Ok(true)
     }

@@ -71,7 +71,7 @@ impl Cascade {
         let chosen = step.is_multiple_of(far.settings.every) || self.is_last(step);
         match self.is_bucket_only() {
             true => chosen || self.is_parent(step) || self.is_hurried(step),
-            false => chosen && self.is_due(step),
+            false => (chosen || self.leaves()) && self.is_due(step),
         }
     }
 
@@ -145,7 +145,7 @@ impl Cascade {
     /// A step that waits may be chosen now. What the job stops with is chosen whatever the clock says.
     fn is_time(&self, far: &Far, step: u64) -> bool {
         let (minutes, now) = (far.settings.every_minutes, self.parts.clock.monotonic());
-        if minutes.is_none() || self.is_last(step) || self.is_hurried(step) {
+        if minutes.is_none() || self.is_last(step) || self.is_hurried(step) || self.leaves() {
             return true;
         }
         // The others do not know when: they wait for nothing.

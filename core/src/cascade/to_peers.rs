@@ -281,19 +281,20 @@ impl Cascade {
         refused: &BTreeSet<String>,
         wanted: usize,
     ) -> Vec<String> {
-        let me = peers.network.me();
-        let mut nodes = peers.network.nodes();
-        nodes.retain(|node| !refused.contains(&node.name));
-        let Some(own) = nodes.iter().position(|node| node.name == me) else { return Vec::new() };
-        // All ranks are placed, so that no node has more than its share of them.
-        let (index, shards) = self.placed(peers, &nodes, own);
-        let copies = self.parts.replicas;
-        let placed = match refused.is_empty() {
-            true => peers.commons.placed(&peers.site, &nodes, shards, copies),
-            false => place(&nodes, &shards, copies).into(),
+        let next = |nodes: Vec<Node>| {
+            let own = nodes.iter().position(|node| node.name == peers.network.me())?;
+            // All ranks are placed, so that no node has more than its share of them.
+            let (index, shards) = self.placed(peers, &nodes, own);
+            let copies = self.parts.replicas;
+            let placed = match refused.is_empty() {
+                true => peers.commons.placed(&peers.site, &nodes, shards, copies),
+                false => place(&nodes, &shards, copies).into(),
+            };
+            let chosen = placed.holders[index].iter().map(|index| nodes[*index].name.clone());
+            let chosen = chosen.filter(|node| !held.contains(node)).take(wanted);
+            Some(chosen.collect::<Vec<_>>()).filter(|chosen| !chosen.is_empty())
         };
-        let chosen = placed.holders[index].iter().map(|index| nodes[*index].name.clone());
-        chosen.filter(|node| !held.contains(node)).take(wanted).collect()
+        peers.grounds(refused).into_iter().find_map(next).unwrap_or_default()
     }
 
     /// This rank's shard and those of the other ranks whose nodes are alive, and which one is this rank's.

@@ -7,7 +7,12 @@
 //! - A run whose disk hangs keeps no other from its turn: each has its share of the time.
 //! - What is reported as durable is sealed.
 
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use super::{Host, seat::Seat};
 use crate::clock::{Clock, Deadline};
@@ -67,6 +72,27 @@ impl Host {
             runs.iter().flatten().for_each(|seat| seat.hurry());
         }
         runs.iter().flatten().map(|seat| seat.drained()).chain(unseen).collect()
+    }
+
+    /// This node is to go away, or stays after all. Until it stays, what is newest goes on from here as soon as
+    /// it is complete: to disk, and to the bucket. Other nodes are told by whoever told this one
+    /// ([`Network::leaving`](crate::peers::Network::leaving)): they send nothing here that can go elsewhere.
+    pub fn leave(&self, leaving: bool) {
+        if self.leaving.swap(leaving, Ordering::AcqRel) != leaving {
+            self.changed.notify();
+        }
+    }
+
+    /// Tells the ranks whose run has a rank on a node that is to go away.
+    pub(super) fn take_leave(&self) {
+        let away = self.network.get().map(|network| network.leaving()).unwrap_or_default();
+        let own = self.leaving.load(Ordering::Acquire);
+        for seat in self.seats() {
+            let Some((_, cascade)) = seat.keeper.running() else { continue };
+            // Whoever leads knows where the others are, and chooses for them.
+            let mut others = seat.keeper.roster().into_iter().map(|(_, node)| node);
+            cascade.leave(own || (!away.is_empty() && others.any(|node| away.contains(&node))));
+        }
     }
 
     /// Every rank, those too that somebody opens or closes at this moment; and what is said of one that

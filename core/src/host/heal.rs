@@ -24,7 +24,7 @@ use crate::{
         hold::{Owner, Shelf},
         send::{Outbound, inform, send},
     },
-    placement::{Shard, place},
+    placement::{Node, Shard, place},
 };
 
 /// A node that is away for no longer is being restarted.
@@ -64,7 +64,8 @@ impl Host {
             return; // Somebody is at it.
         }
         let alive: BTreeSet<String> = network.nodes().into_iter().map(|node| node.name).collect();
-        let patients = self.patients(&alive);
+        let staying = alive.difference(&network.leaving()).cloned().collect();
+        let patients = self.patients(&alive, &staying);
         if patients.is_empty() {
             return;
         }
@@ -83,7 +84,7 @@ impl Host {
     }
 
     /// Those that have waited long enough, the newest step first.
-    fn patients(&self, alive: &BTreeSet<String>) -> Vec<Patient> {
+    fn patients(&self, alive: &BTreeSet<String>, staying: &BTreeSet<String>) -> Vec<Patient> {
         let now = self.clock.monotonic();
         let mut healing = locked(&self.healing);
         let mut due = Vec::new();
@@ -98,8 +99,8 @@ impl Host {
             known.insert(place.clone());
             let new = || Healing { next: now.saturating_add(HEAL_AFTER), copies: None };
             let one = healing.entry(place.clone()).or_insert_with(new);
-            // Whoever had a copy may be lost as well.
-            let enough = one.copies.as_ref().is_some_and(|all| all.is_subset(alive));
+            // Whoever had a copy may be lost as well, or about to be.
+            let enough = one.copies.as_ref().is_some_and(|all| all.is_subset(staying));
             if enough || now < one.next {
                 continue;
             }
@@ -241,12 +242,12 @@ fn next_holder(
     copies: &BTreeSet<String>,
     refused: &BTreeSet<String>,
 ) -> Option<String> {
-    let me = peers.network.me();
-    let mut nodes = peers.network.nodes();
-    nodes.retain(|node| !refused.contains(&node.name));
-    let node = nodes.iter().position(|node| node.name == me)?;
-    let name = format!("{}#{}", peers.site.destination.display(), rank.0);
-    let placed = place(&nodes, &[Shard { name, node }], replicas.min(nodes.len()));
-    let holders = placed.holders.into_iter().flatten().map(|index| nodes[index].name.clone());
-    holders.into_iter().find(|node| !copies.contains(node))
+    let next = |nodes: Vec<Node>| {
+        let node = nodes.iter().position(|node| node.name == peers.network.me())?;
+        let name = format!("{}#{}", peers.site.destination.display(), rank.0);
+        let placed = place(&nodes, &[Shard { name, node }], replicas.min(nodes.len()));
+        let holders = placed.holders.into_iter().flatten().map(|index| nodes[index].name.clone());
+        holders.into_iter().find(|node| !copies.contains(node))
+    };
+    peers.grounds(refused).into_iter().find_map(next)
 }

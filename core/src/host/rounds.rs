@@ -29,6 +29,7 @@ impl Host {
             // Sealing reads the manifests of all ranks: what that took is given back.
             self.end_transfers();
             self.heal();
+            self.take_leave();
             let works = self.seats().iter().any(|seat| seat.is_busy());
             let due = works || worked;
             let done = due && crate::sys::give_free_memory_back(self.clock.monotonic());

@@ -27,6 +27,7 @@ pub(crate) mod remote;
 pub(crate) mod send;
 
 use std::{
+    collections::BTreeSet,
     os::unix::ffi::{OsStrExt, OsStringExt},
     path::PathBuf,
     sync::Arc,
@@ -70,6 +71,8 @@ pub trait Network: Send + Sync + std::fmt::Debug {
     fn is_settled(&self) -> bool;
     /// Nodes whose agents were alive and are not any more, by name.
     fn lost(&self) -> Vec<String>;
+    /// Live nodes that are to go away, by name: what is there is not there for long.
+    fn leaving(&self) -> BTreeSet<String>;
     /// Asks another agent.
     ///
     /// # Errors
@@ -169,6 +172,20 @@ impl Peers {
         let mut nodes = self.network.nodes();
         nodes.retain(|node| node.name != me);
         nodes
+    }
+
+    /// Where copies of this node's shards may go: live nodes, this one among them, in the order in which they
+    /// are to be asked. Those that are to go away come last, with the others.
+    pub(crate) fn grounds(&self, refused: &BTreeSet<String>) -> Vec<Vec<Node>> {
+        let (me, leaving) = (self.network.me(), self.network.leaving());
+        let mut nodes = self.network.nodes();
+        nodes.retain(|node| !refused.contains(&node.name));
+        let stays = |node: &&Node| node.name == me || !leaving.contains(&node.name);
+        let staying: Vec<Node> = nodes.iter().filter(stays).cloned().collect();
+        match staying.len() < nodes.len() {
+            true => vec![staying, nodes],
+            false => vec![nodes],
+        }
     }
 }
 

@@ -8,6 +8,7 @@ mod full;
 mod heal;
 mod prefetch;
 mod killed;
+mod leaving;
 mod told;
 mod world;
 

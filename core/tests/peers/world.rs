@@ -42,6 +42,8 @@ impl Machine {
 pub(crate) struct World {
     pub(crate) machines: Mutex<BTreeMap<String, Arc<Machine>>>,
     pub(crate) lost: Mutex<BTreeSet<String>>,
+    /// Nodes that are to go away.
+    pub(crate) leaving: Mutex<BTreeSet<String>>,
     /// Pairs that do not hear each other.
     pub(crate) cut: Mutex<BTreeSet<(String, String)>>,
     /// So many of the next chunks have one bit flipped on their way.
@@ -106,6 +108,18 @@ impl World {
         let machine = self.machines.lock().unwrap().remove(name).unwrap();
         self.lost.lock().unwrap().insert(name.into());
         machine.host.end();
+    }
+
+    /// All hear that the node is to go away.
+    pub(crate) fn leave(&self, name: &str) {
+        self.leaving.lock().unwrap().insert(name.into());
+        self.machine(name).host.leave(true);
+    }
+
+    /// It stays after all.
+    pub(crate) fn stay(&self, name: &str) {
+        self.leaving.lock().unwrap().remove(name);
+        self.machine(name).host.leave(false);
     }
 
     /// The same at this moment, by whoever of its own threads it may be.
@@ -262,6 +276,10 @@ impl Network for Sim {
     fn lost(&self) -> Vec<String> {
         let world = self.world();
         world.map_or_else(|_| Vec::new(), |w| w.lost.lock().unwrap().iter().cloned().collect())
+    }
+
+    fn leaving(&self) -> BTreeSet<String> {
+        self.world().map(|world| world.leaving.lock().unwrap().clone()).unwrap_or_default()
     }
 
     fn ask(&self, node: &str, mut request: wire::Request, _: Duration) -> Result<wire::Reply> {

@@ -2,6 +2,7 @@
 //! agent is a whole one; the others are answers in memory, with manifests of the size that real ones have.
 
 use std::{
+    collections::BTreeSet,
     path::Path,
     sync::Arc,
     time::{Duration, Instant},
@@ -178,6 +179,10 @@ impl Network for Answers {
 
     fn lost(&self) -> Vec<String> {
         Vec::new()
+    }
+
+    fn leaving(&self) -> BTreeSet<String> {
+        BTreeSet::new()
     }
 
     fn ask(&self, node: &str, request: wire::Request, _: Duration) -> Result<wire::Reply> {

@@ -190,6 +190,10 @@ impl Network for Sim {
         self.world.lost.lock().unwrap().iter().cloned().collect()
     }
 
+    fn leaving(&self) -> BTreeSet<String> {
+        BTreeSet::new()
+    }
+
     fn ask(&self, node: &str, mut request: wire::Request, _: Duration) -> Result<wire::Reply> {
         let (own, machine) = (self.world.machine(&self.me)?, self.world.machine(node)?);
         let (kind, bytes) = (kind(&request), request.encoded_len());

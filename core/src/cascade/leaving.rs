@@ -1,0 +1,65 @@
+//! What goes before its turn: a host is to go away, or nobody will save anything newer.
+//!
+//! # Invariants
+//!
+//! - The newest step first; nothing older goes for its own sake.
+//! - A host that stays after all has its schedules back.
+
+use std::sync::atomic::Ordering;
+
+use super::{AGAIN_PAUSE, Cascade};
+use crate::observe::locked;
+
+impl Cascade {
+    /// What is newest in RAM goes to disk, whatever the schedule says: this host goes away, or nobody
+    /// will save anything newer. Where it was given up for disk before, it is tried again, now and then
+    /// for as long as this is asked.
+    pub(crate) fn hurry(&self) {
+        let Some(newest) = self.newest() else { return };
+        let step = newest.step.0;
+        let now = self.parts.clock.monotonic();
+        let mut work = locked(&self.work);
+        let before = self.hurried.swap(step, Ordering::AcqRel);
+        work.read_until = None;
+        work.shards.get(&step).iter().for_each(|shard| self.mark_due(&shard.save));
+        let given_up = work.carry.is_none() && work.given_up.contains(&step);
+        let again = given_up && work.again.is_none() && now >= work.again_after;
+        if again {
+            work.again = Some(step);
+            work.again_pause = (2 * work.again_pause).clamp(AGAIN_PAUSE, 60 * AGAIN_PAUSE);
+            work.again_after = now + work.again_pause;
+        }
+        drop(work);
+        if again || before != step {
+            if self.is_bucket_only() {
+                self.offer_to_bucket(step);
+            }
+            self.parts.signal.notify();
+        }
+    }
+
+    /// A node that has a rank of this run is to go away, or stays after all. While it is to go, what is newest
+    /// goes to disk as soon as it is complete and from there to the bucket, whatever the schedules say: the
+    /// node's own disk goes with it.
+    ///
+    /// The leader chooses for all ranks, so it is told whoever's node it is.
+    pub(crate) fn leave(&self, leaving: bool) {
+        let before = self.leaving.swap(leaving, Ordering::AcqRel);
+        if !leaving {
+            return;
+        }
+        self.hurry();
+        // What is there already was not due for the bucket when it came.
+        if !before && let Some(step) = self.sealed() {
+            self.offer_to_bucket(step);
+        }
+    }
+
+    pub(super) fn leaves(&self) -> bool {
+        self.leaving.load(Ordering::Acquire)
+    }
+
+    pub(super) fn is_hurried(&self, step: u64) -> bool {
+        step == self.hurried.load(Ordering::Acquire)
+    }
+}
