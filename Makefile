@@ -127,11 +127,11 @@ $(SERVERS): $(SETUP)
 wheel: $(WHEEL)
 
 $(WHEEL): $(SETUP) $(WHEEL_SOURCES)
-	@rm -rf build/wheel
+	@rm -rf build/wheel && touch $@.begun # What is edited from here on is newer than this wheel.
 	$(BIN)/maturin build --release --quiet --manifest-path python/Cargo.toml \
 		--interpreter $(BIN)/python --auditwheel skip --out build/wheel
 	$(BIN)/python -m pip install --quiet --force-reinstall --no-deps build/wheel/*.whl
-	@touch $@
+	@mv $@.begun $@
 
 demo: wheel
 	$(BIN)/python examples/demo/demo.py $(if $(SEED),--seed $(SEED))

@@ -128,8 +128,8 @@ pub struct Host {
     prefetching: Mutex<HashSet<(PathBuf, u32)>>,
     /// In the hands of whoever heals them.
     healer: Arc<()>,
-    /// This node is to go away.
-    leaving: AtomicBool,
+    /// Why this node is to go away, where it is.
+    leaving: Mutex<Option<String>>,
     commons: Arc<Commons>,
     /// What went to and from other agents.
     tally: Arc<Tally>,
@@ -192,7 +192,7 @@ impl Host {
             healing: Mutex::default(),
             prefetching: Mutex::default(),
             healer: Arc::default(),
-            leaving: AtomicBool::new(false),
+            leaving: Mutex::default(),
             commons: Arc::default(),
             tally: Arc::default(),
             network: OnceLock::new(),

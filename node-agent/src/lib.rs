@@ -19,6 +19,7 @@ pub mod service;
 
 mod fail;
 pub mod identity;
+mod kubernetes;
 pub mod mesh;
 mod progress;
 mod show;

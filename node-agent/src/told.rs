@@ -15,6 +15,7 @@ pub(crate) struct Data {
     agent: AgentData,
     ram_bytes: u64,
     ram_limit_bytes: u64,
+    leaving: Option<String>,
     ranks: Vec<RankData>,
     peers: Option<PeersData>,
 }
@@ -125,6 +126,7 @@ struct MemberData<'a> {
     address: &'a str,
     began_unix_ms: u64,
     labels: BTreeMap<&'a str, &'a str>,
+    leaving: Option<&'a str>,
 }
 
 /// One agent; its trainers come to `socket`.
@@ -137,6 +139,7 @@ pub(crate) fn status(socket: &Path, status: &StatusReply) -> Data {
         },
         ram_bytes: status.ram_bytes,
         ram_limit_bytes: status.ram_limit_bytes,
+        leaving: status.leaving.clone(),
         ranks: status.ranks.iter().map(rank_data).collect(),
         peers: status.peers.as_ref().map(peers_data),
     }
@@ -230,6 +233,7 @@ fn member_data(member: &Member) -> MemberData<'_> {
         address: &member.address,
         began_unix_ms: member.began_ms,
         labels: labels(member),
+        leaving: member.leaving.as_deref(),
     }
 }
 

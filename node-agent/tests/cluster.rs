@@ -34,7 +34,7 @@ fn settings(name: &str, key: &[u8], seeds: &[SocketAddr]) -> Settings {
 async fn join(name: &str, seeds: &[SocketAddr]) -> (Cluster, SocketAddr) {
     let settings = settings(name, b"key", seeds);
     let at = settings.listen;
-    (Cluster::join(settings).await.unwrap(), at)
+    (Cluster::join(settings, BTreeMap::new()).await.unwrap(), at)
 }
 
 fn names(cluster: &Cluster) -> Vec<String> {
@@ -98,11 +98,31 @@ async fn of_two_with_one_name_the_later_counts_and_the_other_knows() {
 }
 
 #[tokio::test]
+async fn where_a_node_is_and_that_it_is_to_go_away_is_heard_by_the_others() {
+    let (a, seed) = join("a", &[]).await;
+    let (b, _) = join("b", &[seed]).await;
+    until(&[&a, &b], &["a", "b"]).await;
+    let told = |by: &Cluster| by.members().into_iter().find(|member| member.name == "a").unwrap();
+    let found = [("zone", "z1"), ("rack", "found")].map(|(k, v)| (k.to_owned(), v.to_owned()));
+    let found = BTreeMap::from(found);
+    for (leaving, labels) in [(Some("it is cordoned"), Some(&found)), (None, None)] {
+        a.say(leaving, labels).await;
+        let end = Instant::now() + Duration::from_secs(20);
+        while told(&b).leaving.as_deref() != leaving || told(&a).leaving.as_deref() != leaving {
+            assert!(Instant::now() < end, "{:?}", told(&b));
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+    assert_eq!(told(&b).labels["zone"], "z1");
+    assert_eq!(told(&b).labels["rack"], "rack of a", "what it was given counts more");
+}
+
+#[tokio::test]
 async fn strangers_and_noise_change_nothing() {
     let (a, seed) = join("a", &[]).await;
     let (b, _) = join("b", &[seed]).await;
     let other = settings("stranger", b"another key", &[seed]);
-    let stranger = Cluster::join(other).await.unwrap();
+    let stranger = Cluster::join(other, BTreeMap::new()).await.unwrap();
     let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
     for n in 0..2_000_usize {
         let noise: Vec<u8> = (0..n % 1_400).map(|i| (i * n * 31 % 251) as u8).collect();
@@ -120,7 +140,7 @@ async fn a_cluster_of_another_name_is_not_listened_to() {
     let (a, seed) = join("a", &[]).await;
     let mut elsewhere = settings("b", b"key", &[seed]);
     elsewhere.cluster = "other".into();
-    let b = Cluster::join(elsewhere).await.unwrap();
+    let b = Cluster::join(elsewhere, BTreeMap::new()).await.unwrap();
     tokio::time::sleep(Duration::from_secs(2)).await;
     assert_eq!((names(&a), names(&b)), (vec!["a".into()], vec!["b".into()]));
 }

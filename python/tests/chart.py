@@ -42,6 +42,11 @@ EVERYTHING: Values = {
     },
     "terminationGracePeriodSeconds": 120,
     "peers": {"rate": "1GiB", "connections": 8},
+    "node": {
+        "labels": {"zone": "topology.kubernetes.io/zone", "rack": "example.com/rack"},
+        "taints": ["example.com/retire", "example.com/broken"],
+        "hold": "1h",
+    },
     "doctor": {"bucket": "s3://models/preflight"},
     "cpu": {"request": "1.5", "limit": "4"},
     "accelerators": {"only": True},
@@ -86,6 +91,9 @@ MATRIX: dict[str, Values] = {
             "certManager": {"issuerRef": {"name": "corp", "kind": "ClusterIssuer"}},
         }
     },
+    "no-watch": {"node": {"watch": False}},
+    "no-server": {"node": {"watch": False}, "agent": {"identity": "kernel"}},
+    "no-hold": {"node": {"hold": "0s"}},
     "device-plugin": {"devicePlugin": {"enabled": True, "places": 8}},
     "openshift": {"openshift": {"enabled": True}},
     "selinux": {"seLinuxOptions": {"level": "s0:c1,c2"}},

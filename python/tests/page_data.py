@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 HTML = Path(__file__).parents[2] / "node-agent" / "src" / "service" / "page.html"
@@ -69,14 +71,20 @@ def across(
     }
 
 
-def cluster(nodes: list[str], *runs: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """As the first of `nodes` sees it."""
+def cluster(
+    nodes: list[str],
+    *runs: dict[str, Any],
+    leaving: Mapping[str, str] = MappingProxyType({}),
+    **more: Any,
+) -> dict[str, Any]:
+    """As the first of `nodes` sees it; `leaving`: why some of them are to go away."""
     members = [
         {
             "name": name,
             "address": f"10.0.0.{index + 1}:9178",
             "began_unix_ms": NOW_MS - 7_000_000,
             "labels": {"zone": "ab"[index % 2], "rack": f"r{index // 2}"},
+            "leaving": leaving.get(name),
         }
         for index, name in enumerate(nodes)
     ]
@@ -116,6 +124,7 @@ def document(
     peers: dict[str, int] | None = None,
     trouble: str | None = None,
     history: dict[str, Any] | None = None,
+    leaving: str | None = None,
 ) -> dict[str, Any]:
     """All of `/status.json`."""
     return {
@@ -124,6 +133,7 @@ def document(
             "agent": {"version": "0.1.0", "uptime_s": 7000.5, "socket": "/run/agent.sock"},
             "ram_bytes": 6 << 30,
             "ram_limit_bytes": 16 << 30,
+            "leaving": leaving,
             "ranks": ranks,
             "peers": peers,
         },

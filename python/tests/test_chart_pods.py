@@ -73,16 +73,6 @@ def test_the_control_socket_is_not_where_trainers_look() -> None:
     assert variables["TIERKEEP_CONTROL"]["value"].startswith(f"{mounts['control']}/")
 
 
-@pytest.mark.parametrize(
-    ("name", "asks"), [("defaults", True), ("kernel", False), ("keys-in-a-file", False)]
-)
-def test_a_token_of_the_agents_own_is_there_only_to_ask_for_keys(name: str, asks: bool) -> None:
-    found = rendered(name)
-    assert pod_of(found)["automountServiceAccountToken"] is asks
-    assert the(found, "ServiceAccount")["automountServiceAccountToken"] is asks
-    assert not [o for o in found if o["kind"].startswith(("Role", "ClusterRole"))]
-
-
 def test_the_service_has_the_addresses_of_agents_that_are_not_ready() -> None:
     spec = the(rendered("defaults"), "Service")["spec"]
     assert (spec["clusterIP"], spec["publishNotReadyAddresses"]) == ("None", True)

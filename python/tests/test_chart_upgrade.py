@@ -22,12 +22,29 @@ def resources(group: str, **kinds: str) -> dict[str, Any]:
     return {"kind": "APIResourceList", "groupVersion": group, "resources": told}
 
 
-APPS = {"groupVersion": "apps/v1", "version": "v1"}
-GROUP = {"name": "apps", "versions": [APPS], "preferredVersion": APPS}
+#: Kinds of the groups beside the core's.
+GROUPS = {
+    "apps": {"daemonsets": "DaemonSet"},
+    "rbac.authorization.k8s.io": {
+        "clusterroles": "ClusterRole",
+        "clusterrolebindings": "ClusterRoleBinding",
+    },
+    "admissionregistration.k8s.io": {
+        "validatingadmissionpolicies": "ValidatingAdmissionPolicy",
+        "validatingadmissionpolicybindings": "ValidatingAdmissionPolicyBinding",
+    },
+}
+
+
+def group(name: str) -> dict[str, Any]:
+    version = {"groupVersion": f"{name}/v1", "version": "v1"}
+    return {"name": name, "versions": [version], "preferredVersion": version}
+
+
 KNOWN: dict[str, Any] = {
     "/version": {"major": "1", "minor": "37", "gitVersion": "v1.37.0"},
     "/api": {"kind": "APIVersions", "versions": ["v1"]},
-    "/apis": {"kind": "APIGroupList", "apiVersion": "v1", "groups": [GROUP]},
+    "/apis": {"kind": "APIGroupList", "apiVersion": "v1", "groups": [*map(group, GROUPS)]},
     "/api/v1": resources(
         "v1",
         secrets="Secret",
@@ -35,8 +52,8 @@ KNOWN: dict[str, Any] = {
         services="Service",
         serviceaccounts="ServiceAccount",
     ),
-    "/apis/apps/v1": resources("apps/v1", daemonsets="DaemonSet"),
 }
+KNOWN |= {f"/apis/{name}/v1": resources(f"{name}/v1", **kinds) for name, kinds in GROUPS.items()}
 
 
 class Server(ThreadingHTTPServer):

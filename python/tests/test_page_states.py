@@ -208,6 +208,25 @@ STATES: list[tuple[str, dict[str, Any], str, str, tuple[str, ...]]] = [
         ("1 packet of gossip had not this cluster's key",),
     ),
     (
+        "to_go_away",
+        document(
+            [rank(peer=100, copies=(1, 1))],
+            cluster(
+                THREE,
+                across(100, dict.fromkeys(THREE, 100), HELD),
+                leaving={"n1": "it is cordoned", "n3": "Karpenter takes it down"},
+            ),
+            peers=peers(3),
+            leaving="it is cordoned",
+        ),
+        "good",
+        "Any one node can be lost: no step is lost with it",
+        (
+            "This node is to go away: it is cordoned. What is newest goes to disk and bucket",
+            "to go away: Karpenter takes it down",
+        ),
+    ),
+    (
         "only_holds",
         document(
             [],

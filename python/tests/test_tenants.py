@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from agents import COMMAND, Agent
+from api_server import ApiServer
 from tokens import Cluster
 
 AGENT = 9177
@@ -55,7 +56,7 @@ class Node:
     """An agent of tenants, and trainers beside it."""
 
     def __init__(self, place: Path, ram: Path) -> None:
-        self.cluster = Cluster(place / "cluster")
+        self.place, self.cluster = place, Cluster(place / "cluster")
         self.disk, self.ram, self._tokens = place / "disk", ram, place / "tokens"
         for path in (self.disk, self.ram):
             path.mkdir()
@@ -124,6 +125,23 @@ def test_a_namespace_is_who_it_is_under_any_uid_and_no_other_namespace_is(node: 
     assert node.train(team_a, 2003).stdout == "4 4\n"
     entries = sorted(str(p.relative_to(node.disk)) for p in node.disk.glob("*/*"))
     assert entries == ["team-a/trainer", "team-b/trainer"]
+
+
+def test_keys_are_the_api_servers_and_the_last_ones_where_it_is_away(node: Node) -> None:
+    server = ApiServer(node.place / "api", "gpu-1", node.cluster)
+    asks = ["--kubernetes-api", server.url, "--kubernetes-dir", str(server.dir)]
+    node.agent.stop(signal.SIGTERM)
+    node.agent.settings = (*node.agent.settings[:-2], *asks)
+    node.agent.start()
+    token = node.cluster.token("team-a", "trainer")
+    first = node.train(token, 2001)
+    assert first.stdout == "0 0\n", first.stderr
+    assert server.asked == {"GET /openid/v1/jwks": 1} and server.strangers == 0
+    server.stop()
+    node.agent.stop(signal.SIGKILL)
+    node.agent.start()
+    assert node.train(token, 2001).stdout == "1 1\n"
+    assert "is not kept" not in node.agent.log.read_text()
 
 
 def test_a_trainer_that_an_agent_cannot_see_is_followed_in_place_when_it_dies(node: Node) -> None:

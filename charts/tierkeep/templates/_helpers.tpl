@@ -90,6 +90,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- mul (regexFind "^[0-9]+" . | int64) (get $units (regexFind "[a-z]+$" .)) }}
 {{- end }}
 
+{{- /* A name that has the addresses of all agents. */}}
+{{- define "tierkeep.seed" -}}
+{{ printf "%s.%s.svc:9178" (include "tierkeep.fullname" .) .Release.Namespace }}
+{{- end }}
+
 {{- define "tierkeep.control" -}}
 /run/tierkeep-control/control.sock
 {{- end }}
@@ -103,9 +108,11 @@ type: spc_t
 {{- end }}
 {{- end }}
 
-{{- /* Whether the agent asks the API server for the keys that trainers' tokens are signed with. */}}
-{{- define "tierkeep.asksForKeys" -}}
-{{- if and (eq .Values.agent.identity "kubernetes") (hasPrefix "https://" .Values.agent.tokenKeys) -}}
+{{- /* Whether the agent asks the API server: for its Node, or for the keys that trainers' tokens are signed
+       with. */}}
+{{- define "tierkeep.asksServer" -}}
+{{- $keys := and (eq .Values.agent.identity "kubernetes") (hasPrefix "https://" .Values.agent.tokenKeys) }}
+{{- if or $keys .Values.node.watch -}}
 true
 {{- end }}
 {{- end }}

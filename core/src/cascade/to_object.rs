@@ -45,11 +45,12 @@ impl Cascade {
         let step = save.step();
         let why = match &self.parts.far {
             Some(far) if self.is_due_for_bucket(far, step) => {
-                // Which one is, the clock of the leader says.
-                if far.settings.every_minutes.is_none() {
-                    save.set_due_for_object();
-                }
+                // One that was told that it is not due stays so, though it goes there after all.
                 if save.is_pending(Level::Object) {
+                    // Which one is, the clock of the leader says.
+                    if far.settings.every_minutes.is_none() {
+                        save.set_due_for_object();
+                    }
                     locked(&self.sending).saves.insert(step, save.clone());
                 }
                 return;

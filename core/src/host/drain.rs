@@ -7,15 +7,13 @@
 //! - A run whose disk hangs keeps no other from its turn: each has its share of the time.
 //! - What is reported as durable is sealed.
 
-use std::{
-    collections::BTreeMap,
-    path::PathBuf,
-    sync::{Arc, atomic::Ordering},
-    time::Duration,
-};
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
 use super::{Host, seat::Seat};
-use crate::clock::{Clock, Deadline};
+use crate::{
+    clock::{Clock, Deadline},
+    observe::locked,
+};
 
 /// What a drain did for one rank.
 #[derive(Clone, Debug)]
@@ -74,19 +72,27 @@ impl Host {
         runs.iter().flatten().map(|seat| seat.drained()).chain(unseen).collect()
     }
 
-    /// This node is to go away, or stays after all. Until it stays, what is newest goes on from here as soon as
-    /// it is complete: to disk, and to the bucket. Other nodes are told by whoever told this one
+    /// This node is to go away, and why; or it stays after all. While it is to go, what is newest goes on from
+    /// here as soon as it is complete: to disk, and to the bucket. Other nodes are told by whoever told this one
     /// ([`Network::leaving`](crate::peers::Network::leaving)): they send nothing here that can go elsewhere.
-    pub fn leave(&self, leaving: bool) {
-        if self.leaving.swap(leaving, Ordering::AcqRel) != leaving {
+    pub fn leave(&self, why: Option<&str>) {
+        let mut leaving = locked(&self.leaving);
+        if leaving.as_deref() != why {
+            *leaving = why.map(String::from);
             self.changed.notify();
         }
+    }
+
+    /// Why this node is to go away, where it is.
+    #[must_use]
+    pub fn leaving(&self) -> Option<String> {
+        locked(&self.leaving).clone()
     }
 
     /// Tells the ranks whose run has a rank on a node that is to go away.
     pub(super) fn take_leave(&self) {
         let away = self.network.get().map(|network| network.leaving()).unwrap_or_default();
-        let own = self.leaving.load(Ordering::Acquire);
+        let own = locked(&self.leaving).is_some();
         for seat in self.seats() {
             let Some((_, cascade)) = seat.keeper.running() else { continue };
             // Whoever leads knows where the others are, and chooses for them.

@@ -11,7 +11,7 @@ use super::{Host, seat::Seat};
 use crate::{cascade::asked::ToBucket, clock::Clock, observe::locked};
 
 /// A rank as people see it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct RankView {
     /// The run's directory.
     pub destination: PathBuf,

@@ -4,12 +4,12 @@
 //!
 //! - A name that appears has all its bytes, and on a durable tier they are on the medium before the
 //!   name is.
-//! - A name that is taken is never given again.
+//! - A name that is taken is never given again, but that of a process's own note ([`write_note`]).
 //! - Two processes never write under one staging name, also where both have the same number.
 
 use std::{
     fs::{self, File, OpenOptions},
-    io,
+    io::{self, Write as _},
     os::fd::IntoRawFd,
     path::{Path, PathBuf},
     sync::{
@@ -171,6 +171,30 @@ impl Drop for Staged {
         // Nothing is there where it has appeared; what cannot be removed now is only a hidden file.
         let _ = remove(&self.path);
     }
+}
+
+/// Writes a file outside any tier anew: until the new one is there, whole, the old one is. It is its writer's own
+/// note, which nobody else writes; where it is as it should be already, nothing is written.
+///
+/// # Errors
+/// The file system did not answer, or refuses.
+#[allow(clippy::disallowed_methods)] // What is replaced is nobody's checkpoint.
+pub fn write_note(dest: &Path, bytes: &[u8]) -> Result<()> {
+    if fs::read(dest).is_ok_and(|there| there == bytes) {
+        return Ok(());
+    }
+    let name = dest.file_name().unwrap_or_default().to_string_lossy();
+    let staged = dest.with_file_name(format!(".{name}.{}.part", own_word()));
+    let written = || -> Result<()> {
+        let mut file = create_staged(&staged)?;
+        file.write_all(bytes).at("write", &staged)?;
+        file.sync_data().at("sync", &staged)?;
+        fs::rename(&staged, dest).at("write", dest)?;
+        sync_dir(dest.parent().unwrap_or(dest))
+    };
+    written().inspect_err(|_| {
+        let _ = remove(&staged); // What cannot be removed now is only a hidden file.
+    })
 }
 
 /// Moves a file out of sight, or a free one to a new owner, and syncs both directories.

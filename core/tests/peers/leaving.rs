@@ -79,11 +79,17 @@ fn what_is_newest_goes_to_disk_and_bucket_before_its_turn_while_a_ranks_node_is_
         let steps = reader.steps().unwrap().into_iter().filter(|info| info.sealed);
         steps.map(|info| info.key.step.0).collect()
     };
-    job.train([1, 2], Level::Ram);
+    job.train([1], Level::Ram);
+    let saves = job.each(|ckpt| Model::at(ckpt.config().rank, &SIZES, 2).save(ckpt, 2).unwrap());
+    saves.iter().for_each(|save| wait(save, Level::Ram));
     assert_eq!(sealed(), [0; 0], "nothing was due");
     // Rank 0, which chooses for both, is on the other one.
     world.leave("b");
     until("what was there", || sealed() == [2]);
+    for save in &saves {
+        let (is_due, error) = (save.is_due_for_object(), save.progress().error);
+        assert_eq!((is_due, error), (false, None), "what it was told stays so");
+    }
     job.train([3], Level::Ram);
     until("what comes", || sealed().contains(&3));
     world.stay("b");

@@ -16,7 +16,7 @@ use std::{sync::atomic::Ordering, time::Duration};
 
 use common::{Model, SIZES, SMALL, read_whole, wait};
 use tierkeep::{begin::Begin, checkpointer::Checkpointer, save::Level};
-use tierkeep_proto::peer as wire;
+use tierkeep_proto::peer::{self as wire, reply::Answer, request::Ask};
 use world::{Job, World};
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -170,6 +170,36 @@ fn too_few_nodes_are_named_after_the_deadline_and_none_at_once() {
     let error = save.poll(Level::Peer, false, Duration::ZERO).unwrap_err().chain();
     assert!(error.contains("replicas = 0"), "{error}");
     assert_eq!(save.progress().error, None, "what was not asked for has not failed");
+}
+
+#[test]
+fn what_a_newer_agent_asks_is_refused_in_words_and_what_it_adds_is_not_in_the_way() {
+    use prost::Message as _;
+    let world = World::new(&["a", "b"]);
+    let mut model = Model::new(0, &SIZES);
+    let ckpt = world.open("a", 1);
+    ckpt.begin(&Begin::default()).unwrap();
+    wait(&train(&ckpt, &mut model, 1), Level::Peer);
+    let (a, b) = (world.machine("a"), world.machine("b"));
+    let mut site = wire::Site {
+        destination: a.destination().into_os_string().into_encoded_bytes(),
+        uid: rustix::process::getuid().as_raw(),
+        ..Default::default()
+    };
+    world::elsewhere(&a, &b, &mut site);
+    // A question of the next version, and a field of it.
+    let unknown = [0xC2, 0x3E, 0x01, 0x78]; // Field 1000: one byte.
+    let asked = |ask: Option<Ask>| {
+        let request = wire::Request { from: "a".into(), site: Some(site.clone()), ask };
+        let bytes = [request.encode_to_vec(), unknown.to_vec()].concat();
+        b.host.answer(wire::Request::decode(&bytes[..]).unwrap()).answer.unwrap()
+    };
+    let Answer::Failure(refused) = asked(None) else { panic!("answered") };
+    assert!(format!("{refused:?}").contains("it does not know this question: it is older"));
+    let look = wire::Look { tier: 1, names_only: true, ..Default::default() };
+    let Answer::Seen(seen) = asked(Some(Ask::Look(look))) else { panic!("no answer") };
+    assert!(seen.files.iter().any(|file| file.name.ends_with("rank-000000.json")), "{seen:?}");
+    wait(&train(&ckpt, &mut model, 2), Level::Peer);
 }
 
 #[test]

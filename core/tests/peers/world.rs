@@ -113,13 +113,13 @@ impl World {
     /// All hear that the node is to go away.
     pub(crate) fn leave(&self, name: &str) {
         self.leaving.lock().unwrap().insert(name.into());
-        self.machine(name).host.leave(true);
+        self.machine(name).host.leave(Some("it is cordoned"));
     }
 
     /// It stays after all.
     pub(crate) fn stay(&self, name: &str) {
         self.leaving.lock().unwrap().remove(name);
-        self.machine(name).host.leave(false);
+        self.machine(name).host.leave(None);
     }
 
     /// The same at this moment, by whoever of its own threads it may be.

@@ -52,6 +52,9 @@ const FORGET: Duration = Duration::from_secs(24 * 3600);
 /// Before each label.
 const LABEL: &str = "label.";
 
+/// The key of an agent whose node is to go away; why.
+const LEAVING: &str = "leaving";
+
 /// What an agent is to the others.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -84,6 +87,8 @@ pub struct Member {
     pub address: SocketAddr,
     /// As it gave them.
     pub labels: BTreeMap<String, String>,
+    /// Why its node is to go away, where that is so.
+    pub leaving: Option<String>,
 }
 
 /// This agent among the others.
@@ -100,14 +105,17 @@ pub struct Cluster {
     changed: Arc<Mutex<Duration>>,
     /// It was given others to begin with.
     has_seeds: bool,
+    /// Keys of the labels that it was given: they stay as they are.
+    given: BTreeSet<String>,
 }
 
 impl Cluster {
-    /// Begins to tell the others, and to listen.
+    /// Begins to tell the others, and to listen. `found`: where this node is, as something else than its
+    /// settings says; they count more.
     ///
     /// # Errors
     /// The address to listen at is taken, or is none of this host's.
-    pub async fn join(settings: Settings) -> anyhow::Result<Self> {
+    pub async fn join(settings: Settings, found: BTreeMap<String, String>) -> anyhow::Result<Self> {
         let life = SystemClock.unix_ms();
         let own = ChitchatId::new(settings.name, life, settings.advertise);
         let config = ChitchatConfig {
@@ -130,11 +138,12 @@ impl Cluster {
         };
         let own_seed = settings.advertise.to_string();
         let has_seeds = config.seed_nodes.iter().any(|seed| *seed != own_seed);
-        let labels =
-            settings.labels.into_iter().map(|(key, value)| (format!("{LABEL}{key}"), value));
+        let told = |(key, value): (String, String)| (format!("{LABEL}{key}"), value);
+        let given = settings.labels.keys().map(|key| format!("{LABEL}{key}")).collect();
+        let labels: BTreeMap<_, _> = found.into_iter().chain(settings.labels).map(told).collect();
         let refused = Refused::default();
         let transport = Keyed { key: settings.key, refused: refused.clone() };
-        let handle = spawn_chitchat(config, labels.collect(), &transport).await?;
+        let handle = spawn_chitchat(config, labels.into_iter().collect(), &transport).await?;
         let live = handle.chitchat().lock().await.live_nodes_watcher();
         let began = SystemClock.monotonic();
         let changed = Arc::new(Mutex::new(began));
@@ -149,7 +158,7 @@ impl Cluster {
             }
         });
         let cluster = settings.cluster;
-        Ok(Self { handle, live, own, cluster, refused, over, began, changed, has_seeds })
+        Ok(Self { handle, live, own, cluster, refused, over, began, changed, has_seeds, given })
     }
 
     /// The live agents by name, this one among them.
@@ -197,6 +206,27 @@ impl Cluster {
     #[must_use]
     pub fn own(&self) -> &str {
         &self.own.node_id
+    }
+
+    /// Tells the others that this node is to go away and why, or that it stays; and where it is, as far as
+    /// that is news: labels that were given at first and are not among `labels` stay.
+    pub async fn say(&self, leaving: Option<&str>, labels: Option<&BTreeMap<String, String>>) {
+        self.handle
+            .with_chitchat(|chitchat| {
+                let state = chitchat.self_node_state();
+                match leaving {
+                    Some(why) => state.set(LEAVING, why),
+                    None if state.get(LEAVING).is_some() => state.delete(LEAVING),
+                    None => {}
+                }
+                for (key, value) in labels.into_iter().flatten() {
+                    let key = format!("{LABEL}{key}");
+                    if !self.given.contains(&key) {
+                        state.set(key, value);
+                    }
+                }
+            })
+            .await;
     }
 
     /// Tells nothing any more: the others miss it.
@@ -252,6 +282,7 @@ fn members(live: &BTreeMap<ChitchatId, NodeState>) -> Vec<Member> {
             life: id.generation_id,
             address: id.gossip_advertise_addr,
             labels: state.key_values().filter_map(label).collect(),
+            leaving: state.get(LEAVING).map(String::from),
         };
         let known = found.entry(&id.node_id).or_insert_with(|| member.clone());
         if known.life < member.life {

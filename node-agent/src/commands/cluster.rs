@@ -52,10 +52,13 @@ pub(super) fn print(reply: &ClusterReply, json: bool, out: &mut dyn Write) -> Re
     }
     let (cluster, agents) = (show::safe(cluster), show::count(reply.members.len(), "live agent"));
     writeln!(out, "cluster {cluster}, {agents}, as {} sees it\n", show::safe(&reply.node))?;
-    let mut rows = vec![["NODE", "ADDRESS", "LABELS"].map(String::from).to_vec()];
+    let mut rows = vec![["NODE", "ADDRESS", "LABELS", "NOTES"].map(String::from).to_vec()];
     rows.extend(reply.members.iter().map(|member| {
         let labels: Vec<_> = labels(member).iter().map(|(k, v)| format!("{k}={v}")).collect();
-        [&member.name, &member.address, &labels.join(",")].map(|text| show::safe(text)).to_vec()
+        let leaving = member.leaving.as_ref().map(|why| format!("to go away: {why}"));
+        let texts =
+            [&member.name, &member.address, &labels.join(","), &leaving.unwrap_or_default()];
+        texts.map(|text| show::safe(text)).to_vec()
     }));
     show::table(out, "", &rows, &[])?;
     reply.runs.iter().try_for_each(|run| print_run(run, out))?;

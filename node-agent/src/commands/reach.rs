@@ -30,7 +30,8 @@ use crate::{
 const ANSWER_WITHIN: Duration = Duration::from_secs(15);
 
 const START_OR_NAME: &str = "`tierkeep agent` starts one; --agent (or TIERKEEP_AGENT) names the \
-                             socket where its trainers find it";
+                             socket where its trainers find it, TIERKEEP_CONTROL its other one where that \
+                             is not beside it";
 
 /// An agent that answers.
 pub(super) struct Reached {

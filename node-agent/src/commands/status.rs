@@ -26,6 +26,9 @@ pub(super) fn run(args: &Status, json: bool, out: &mut dyn Write) -> Result<i32,
     if let Some(peers) = &status.peers {
         writeln!(out, "{}", others(peers))?;
     }
+    if let Some(why) = &status.leaving {
+        writeln!(out, "this node is to go away: {}", show::safe(why))?;
+    }
     if status.ranks.is_empty() {
         say("note: no trainer has come yet");
         return Ok(OK);

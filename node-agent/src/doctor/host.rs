@@ -40,11 +40,12 @@ impl Host {
 
     /// What may become of the files in memory.
     pub(super) fn memory(&self, ram_root: &Path) -> Vec<Finding> {
-        [self.container(), self.logout(ram_root), self.swap()].into_iter().flatten().collect()
+        let all = [self.container(ram_root), self.logout(ram_root), self.swap()];
+        all.into_iter().flatten().collect()
     }
 
     /// Whose memory it is.
-    fn container(&self) -> Option<Finding> {
+    fn container(&self, ram_root: &Path) -> Option<Finding> {
         let kind = if self.is_kubernetes {
             "a pod"
         } else if self.path("/.dockerenv").exists() || self.path("/run/.containerenv").exists() {
@@ -52,6 +53,14 @@ impl Host {
         } else {
             return None;
         };
+        // A directory of a tmpfs is one that was mounted from outside; a tmpfs of its own is mounted whole.
+        if self.mounted_from(ram_root).is_some_and(|inside| inside != "/") {
+            let text = format!(
+                "this is {kind}, and {} is the host's: what is there outlives {kind}",
+                ram_root.display()
+            );
+            return Some(Finding::new(Level::Ok, "container", text));
+        }
         let text = format!(
             "this is {kind}: what is in its memory survives a process that dies, not {kind} that goes"
         );
@@ -63,6 +72,63 @@ impl Host {
             false => "mount the host's /dev/shm (docker: --ipc=host) to outlive the container",
         };
         Some(Finding::new(Level::Note, "container", text).fix(fix))
+    }
+
+    /// Which part of a file system is mounted where `path` lies.
+    fn mounted_from(&self, path: &Path) -> Option<String> {
+        let table = self.read("/proc/self/mountinfo")?;
+        // Blanks in paths are written as \\040.
+        let mounts = table.lines().filter_map(|line| {
+            let mut words = line.split(' ').skip(3);
+            let (inside, at) = (words.next()?, words.next()?.replace("\\040", " "));
+            path.starts_with(&at).then(|| (at.len(), inside.to_owned()))
+        });
+        // Of several at one place the last one counts.
+        mounts.max_by_key(|(len, _)| *len).map(|(_, inside)| inside)
+    }
+
+    /// What confines this process, where something does.
+    pub(super) fn confinement(&self) -> Vec<Finding> {
+        let status = self.read("/proc/self/status").unwrap_or_default();
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+            line.map(str::trim)
+        };
+        let mut all = Vec::new();
+        if field("Seccomp") == Some("2") {
+            all.push(self.seccomp());
+        }
+        let enforces = self.read("/sys/fs/selinux/enforce").is_some_and(|said| said.trim() == "1");
+        let label = self.read("/proc/self/attr/current").unwrap_or_default();
+        let label = label.trim_matches(['\0', '\n']);
+        if enforces && !label.is_empty() {
+            let text = format!("SELinux confines this process to {label}");
+            all.push(Finding::new(Level::Note, "confinement", text).fix(
+                "where trainers are refused the agent's socket: label its directory for containers \
+                 (`chcon -Rt container_file_t`), and give the agent spc_t",
+            ));
+        }
+        all
+    }
+
+    /// What a filter of system calls leaves: the rarer ones are tried.
+    fn seccomp(&self) -> Finding {
+        let own = rustix::process::getpid();
+        let pidfd = rustix::process::pidfd_open(own, rustix::process::PidfdFlags::empty());
+        let topic = "confinement";
+        match pidfd {
+            Ok(_) => {
+                let text = "seccomp filters system calls, and lets through those that are needed (io_uring is not)";
+                Finding::new(Level::Ok, topic, text)
+            }
+            Err(e) => {
+                let text = format!(
+                    "seccomp refuses pidfd_open ({e}): that a trainer died is seen when its socket closes only"
+                );
+                let fix = "allow it, as the profiles of containerd and CRI-O do (RuntimeDefault)";
+                Finding::new(Level::Warning, topic, text).fix(fix)
+            }
+        }
     }
 
     /// systemd removes the files of a user in /dev/shm when the user's last session ends.
@@ -263,11 +329,43 @@ mod tests {
 
     #[test]
     fn a_container_is_told() {
+        let shm = Path::new("/dev/shm/tierkeep");
         let (_root, mut container) = host(&[("/.dockerenv", "")], 0);
-        assert!(container.container().unwrap().fix.unwrap().contains("--ipc=host"));
+        assert!(container.container(shm).unwrap().fix.unwrap().contains("--ipc=host"));
         container.is_kubernetes = true;
-        assert!(container.container().unwrap().found.contains("a pod"));
+        assert!(container.container(shm).unwrap().found.contains("a pod that goes"));
         let (_root, bare) = host(&[], 0);
-        assert!(bare.container().is_none());
+        assert!(bare.container(shm).is_none());
+    }
+
+    #[test]
+    fn a_hosts_memory_outlives_the_pod_that_has_it_mounted() {
+        let own = "25 1 0:23 / /dev/shm rw - tmpfs shm rw\n";
+        let hosts = "30 25 0:9 /tierkeep /dev/shm/tierkeep rw,relatime - tmpfs tmpfs rw\n";
+        let shm = Path::new("/dev/shm/tierkeep");
+        for (mounts, level) in [(own.to_owned(), Level::Note), (format!("{own}{hosts}"), Level::Ok)]
+        {
+            let (_root, mut pod) = host(&[("/proc/self/mountinfo", &mounts)], 9177);
+            pod.is_kubernetes = true;
+            let found = pod.container(shm).unwrap();
+            assert_eq!(found.level, level, "{found:?}");
+        }
+    }
+
+    #[test]
+    fn what_confines_a_process_is_told() {
+        let (_root, free) = host(&[("/proc/self/status", "Seccomp:\t0\n")], 9177);
+        assert!(free.confinement().is_empty());
+        let (_root, confined) = host(
+            &[
+                ("/proc/self/status", "Name:\tx\nSeccomp:\t2\nSeccomp_filters:\t1\n"),
+                ("/sys/fs/selinux/enforce", "1"),
+                ("/proc/self/attr/current", "system_u:system_r:container_t:s0:c1,c2\0"),
+            ],
+            9177,
+        );
+        let found = confined.confinement();
+        assert_eq!(found[0].level, Level::Ok, "{found:?}");
+        assert!(found[1].found.ends_with("to system_u:system_r:container_t:s0:c1,c2"), "{found:?}");
     }
 }

@@ -5,6 +5,7 @@
 //! machine would show is read from the host's files (`host`).
 
 mod host;
+mod network;
 mod tiers;
 
 use std::{io::Write, path::Path};
@@ -76,7 +77,10 @@ pub(crate) fn run(
     let mut findings = tiers::memory(&ram_root, config::ram_bytes_max()?, need);
     findings.extend(host.memory(&ram_root));
     findings.extend(host.limits());
+    findings.extend(host.confinement());
     findings.push(tiers::descriptors());
+    findings.extend(args.gossip.map(network::port));
+    findings.extend(network::seeds(&args.seeds));
     let dest = args.dest.as_deref();
     // file:// is a directory.
     let dest =

@@ -8,21 +8,16 @@
 //! - Strangers' tokens make nobody ask more often than once in ten seconds.
 
 use std::{
-    fs,
-    io::{self, Write},
+    fs, io,
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
     time::Duration,
 };
 
 use jsonwebtoken::jwk::{Jwk, JwkSet};
-use tierkeep::{Error, Result, tier::publish::Staged};
+use tierkeep::{Error, Result, tier::publish::write_note};
 
-/// Where pods find the API server's certificate, and what it knows them by.
-const CLUSTER: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
-
-/// The API server, to pods.
-const CLUSTER_URL: &str = "https://kubernetes.default.svc";
+use crate::kubernetes;
 
 /// Keys this old are asked for again.
 const FRESH: Duration = Duration::from_secs(3600);
@@ -41,8 +36,15 @@ const BYTES_MAX: u64 = 1 << 20;
 pub enum Source {
     /// A file, read again when a key is missing from it.
     File(PathBuf),
-    /// An address that is asked over HTTPS. The pod's own API server is asked with its certificate and this
-    /// pod's token, others by the certificates that this host trusts and without a token.
+    /// The API server of this pod's cluster, which is asked over HTTPS, by the authority's certificate and with
+    /// the token that are in `dir` (`ca.crt`, `token`).
+    Api {
+        /// The address of the keys.
+        url: String,
+        /// Where the two files are.
+        dir: PathBuf,
+    },
+    /// An address that is asked over HTTPS, by the certificates that this host trusts and without a token.
     Url(String),
 }
 
@@ -111,10 +113,8 @@ impl Keys {
                 let what = format!("read {}", path.display());
                 read(path).map_err(|source| Error::Io { what, source })
             }
-            Source::Url(url) => {
-                let what = format!("ask {url}");
-                fetch(url).map_err(|e| Error::Io { what, source: io::Error::other(e.to_string()) })
-            }
+            Source::Api { url, dir } => asked(url, fetch(url, Some(dir))),
+            Source::Url(url) => asked(url, fetch(url, None)),
         }
     }
 
@@ -124,21 +124,17 @@ impl Keys {
             return;
         }
         let bytes = serde_json::to_vec(keys).unwrap_or_default();
-        if fs::read(&self.copy).is_ok_and(|there| there == bytes) {
-            return;
-        }
-        let kept = || -> Result<()> {
-            // Between the two there is none: the next agent asks.
-            let _ = fs::remove_file(&self.copy);
-            let staged = Staged::beside(&self.copy)?;
-            let written = staged.file()?.write_all(&bytes);
-            written.map_err(|source| Error::Io { what: "write it".into(), source })?;
-            staged.appear()
-        };
-        if let Err(e) = kept() {
+        if let Err(e) = write_note(&self.copy, &bytes) {
             tracing::warn!("{} is not kept: {}", self.copy.display(), e.chain());
         }
     }
+}
+
+fn asked(url: &str, answer: anyhow::Result<JwkSet>) -> Result<JwkSet> {
+    answer.map_err(|e| Error::Io {
+        what: format!("ask {url}"),
+        source: io::Error::other(format!("{e:#}")),
+    })
 }
 
 fn read(path: &Path) -> io::Result<JwkSet> {
@@ -148,7 +144,8 @@ fn read(path: &Path) -> io::Result<JwkSet> {
     serde_json::from_slice(&bytes).map_err(io::Error::other)
 }
 
-fn fetch(url: &str) -> anyhow::Result<JwkSet> {
+/// `api`: where a pod's credentials for the server are, where it is its own cluster's.
+fn fetch(url: &str, api: Option<&Path>) -> anyhow::Result<JwkSet> {
     use io::Read as _;
     // Whoever embeds this may have another: both can check a certificate.
     let _ = rustls::crypto::ring::default_provider().install_default();
@@ -156,14 +153,12 @@ fn fetch(url: &str) -> anyhow::Result<JwkSet> {
         .timeout(ANSWER_WITHIN)
         .https_only(true)
         .redirect(reqwest::redirect::Policy::none());
-    let is_own = url.strip_prefix(CLUSTER_URL).is_some_and(|rest| rest.starts_with(['/', ':']));
-    let own = |name: &str| fs::read(Path::new(CLUSTER).join(name));
-    if is_own {
-        client = client.tls_certs_only(reqwest::Certificate::from_pem_bundle(&own("ca.crt")?)?);
+    if let Some(dir) = api {
+        client = client.tls_certs_only(kubernetes::authority(dir)?);
     }
     let mut request = client.build()?.get(url);
-    if is_own {
-        request = request.bearer_auth(String::from_utf8(own("token")?)?.trim());
+    if let Some(dir) = api {
+        request = request.bearer_auth(kubernetes::token(dir)?);
     }
     let answer = request.send()?.error_for_status()?;
     let mut bytes = Vec::new();

@@ -134,6 +134,11 @@ impl Network for Mesh {
         seen.iter().filter(|name| !alive.contains(name.as_str())).cloned().collect()
     }
 
+    fn leaving(&self) -> BTreeSet<String> {
+        let members = self.cluster.members().into_iter();
+        members.filter(|member| member.leaving.is_some()).map(|member| member.name).collect()
+    }
+
     fn ask(&self, node: &str, request: wire::Request, within: Duration) -> Result<wire::Reply> {
         let member = self.member(node)?;
         self.control.ask(&member, request, within)
@@ -186,6 +191,7 @@ mod tests {
             life: 1,
             address: "10.0.0.1:1".parse().unwrap(),
             labels: labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
+            leaving: None,
         };
         let all = [member("a", &[("rack", "r1"), ("gpu", "h100")]), member("b", &[])];
         let nodes = nodes(&all);

@@ -192,12 +192,12 @@ async fn ready(State(about): State<About>) -> Response {
 }
 
 async fn numbers(State(about): State<About>) -> Response {
-    let look = |host: &Host| (host.memory(), host.ranks(), host.peers());
+    let look = |host: &Host| (host.memory(), host.ranks(), host.peers(), host.leaving());
     let seen = about.asking.ask(ANSWER_WITHIN, look).await;
-    let page = seen.and_then(|(memory, ranks, peers)| {
+    let page = seen.and_then(|(memory, ranks, peers, leaving)| {
         // Ranks are told whatever the file system does.
         let memory = memory.inspect_err(|e| tracing::warn!("no RAM to count: {}", e.chain()));
-        metrics::page(memory.ok(), ranks, peers)
+        metrics::page(memory.ok(), ranks, peers, leaving.is_some())
     });
     match page {
         Ok(page) => ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], page).into_response(),

@@ -8,14 +8,18 @@ use std::{
 
 use tierkeep::host::{NAMESPACE, Tenancy};
 
-use super::settings::{Given, wrong};
+use super::{
+    node,
+    settings::{Given, wrong},
+};
 use crate::{
     fail::{Failure, USAGE},
     identity::{Identity, Source},
+    kubernetes::Api,
 };
 
 /// Where an API server publishes what it signs tokens with; every service account may read it.
-const KEYS_URL: &str = "https://kubernetes.default.svc/openid/v1/jwks";
+const KEYS_AT: &str = "/openid/v1/jwks";
 
 const DISK_DIR: &str = "/var/lib/tierkeep";
 
@@ -82,7 +86,14 @@ pub(super) fn settings<'a>(
         }
     };
     let keys = match last("token_keys") {
-        None => Source::Url(KEYS_URL.into()),
+        None => {
+            let Api { url, dir } = node::api(last)?;
+            Source::Api { url: format!("{url}{KEYS_AT}"), dir }
+        }
+        // The API server's own address, of some path.
+        Some(given) if is_below(&given.text, &node::api(last)?.url) => {
+            Source::Api { url: given.text.clone(), dir: node::api(last)?.dir }
+        }
         Some(given) if given.text.starts_with("https://") => Source::Url(given.text.clone()),
         Some(given) if Path::new(&given.text).is_absolute() => {
             Source::File(given.text.clone().into())
@@ -101,6 +112,11 @@ pub(super) fn settings<'a>(
     }))
 }
 
+/// Whether an address is on that server.
+fn is_below(url: &str, server: &str) -> bool {
+    url.strip_prefix(server).is_some_and(|rest| rest.starts_with('/'))
+}
+
 /// The same for people: `identity`, `disk_dir`, `token_keys`, `token_audience`.
 pub(super) fn words(tokens: Option<&Tokens>) -> [String; 4] {
     let Some(Tokens { disk_dir, keys, audience, .. }) = tokens else {
@@ -108,7 +124,7 @@ pub(super) fn words(tokens: Option<&Tokens>) -> [String; 4] {
     };
     let keys = match keys {
         Source::File(path) => path.display().to_string(),
-        Source::Url(url) => url.clone(),
+        Source::Api { url, .. } | Source::Url(url) => url.clone(),
     };
     ["kubernetes".into(), disk_dir.display().to_string(), keys, audience.clone()]
 }
@@ -131,7 +147,7 @@ mod tests {
     fn what_is_said_of_tokens_is_checked_before_anybody_is_served() {
         assert!(read(&[], &["s3://models"]).unwrap().is_none());
         let tokens = read(&[("identity", "kubernetes")], &["s3://models/{namespace}/"]).unwrap();
-        assert_eq!(words(tokens.as_ref())[2], KEYS_URL);
+        assert_eq!(words(tokens.as_ref())[2], "https://kubernetes.default.svc/openid/v1/jwks");
         for (given, buckets, said) in [
             (&[("identity", "uid")][..], &[][..], "neither kernel nor kubernetes"),
             (&[("disk_dir", "/mnt")], &[], "it is for identity"),

@@ -28,8 +28,8 @@ impl Looking {
 
     /// This agent's ranks.
     pub(super) async fn status(&self, within: Duration) -> Result<wire::StatusReply> {
-        let look = |host: &Host| (host.memory(), host.ranks(), host.peers());
-        let (memory, ranks, others) = self.asking.ask(within, look).await?;
+        let look = |host: &Host| (host.memory(), host.ranks(), host.peers(), host.leaving());
+        let (memory, ranks, others, leaving) = self.asking.ask(within, look).await?;
         let (ram_bytes, ram_limit_bytes) = memory?;
         Ok(wire::StatusReply {
             version: env!("CARGO_PKG_VERSION").into(),
@@ -38,6 +38,7 @@ impl Looking {
             ram_limit_bytes,
             ranks: ranks.into_iter().map(rank).collect(),
             peers: others.map(peers),
+            leaving,
         })
     }
 
@@ -76,6 +77,7 @@ fn seen(cluster: &Cluster) -> wire::ClusterReply {
         address: member.address.to_string(),
         began_ms: member.life,
         labels: member.labels.into_iter().collect(),
+        leaving: member.leaving,
     };
     wire::ClusterReply {
         cluster: Some(cluster.name().into()),

@@ -17,14 +17,16 @@ use tierkeep::{
 /// What the page is.
 pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// The page: bytes in RAM and the limit, where they are known, the ranks, and what the agent is to others.
+/// The page: bytes in RAM and the limit, where they are known, the ranks, what the agent is to others, and
+/// whether its node is to go away.
 pub(super) fn page(
     memory: Option<(u64, u64)>,
     ranks: Vec<RankView>,
     peers: Option<PeersView>,
+    leaving: bool,
 ) -> Result<String> {
     let mut registry = Registry::with_prefix("tierkeep");
-    registry.register_collector(Box::new(Seen { memory, ranks, peers }));
+    registry.register_collector(Box::new(Seen { memory, ranks, peers, leaving }));
     let mut page = String::new();
     let written = text::encode(&mut page, &registry);
     written.map(|()| page).map_err(|e| Error::Bug(format!("the page of metrics: {e}")))
@@ -35,6 +37,7 @@ struct Seen {
     memory: Option<(u64, u64)>,
     ranks: Vec<RankView>,
     peers: Option<PeersView>,
+    leaving: bool,
 }
 
 /// A number of something: its name without unit, what it is, its unit, the number.
@@ -139,6 +142,8 @@ impl Collector for Seen {
         }
         let ranks = u64::try_from(self.ranks.len()).unwrap_or(u64::MAX);
         number(&mut to, "ranks", "Ranks that the agent owns", None, ranks)?;
+        let leaving = "Whether the node is to go away, by its cluster's word";
+        number(&mut to, "node_leaving", leaving, None, self.leaving.into())?;
         self.steps(&mut to)?;
         for (name, help, unit, of) in &GAUGES {
             let head = to.encode_descriptor(name, help, unit.as_ref(), MetricType::Gauge)?;

@@ -6,17 +6,19 @@
 
 mod asking;
 pub mod control;
+mod departure;
 mod history;
 pub mod http;
 mod identity;
 mod looking;
 mod metrics;
+mod node;
 mod page;
 mod peers;
 pub(crate) mod settings;
 mod transport;
 
-use std::{io, io::Write, path::Path, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, io, io::Write, path::Path, sync::Arc, time::Duration};
 
 use tierkeep::{Error, host::Host};
 use tokio::{
@@ -28,7 +30,7 @@ use tokio::{
 };
 use tracing_subscriber::EnvFilter;
 
-use self::settings::Settings;
+use self::{departure::Departure, settings::Settings};
 use crate::{
     cli::AgentArgs,
     cluster::{self, Cluster},
@@ -80,14 +82,17 @@ fn serve(settings: &Settings) -> Result<i32, Failure> {
         .enable_all()
         .build()
         .map_err(failed("start an async runtime"))?;
+    let others =
+        settings.mesh.is_some().then(others).transpose().map_err(failed("start threads"))?;
+    let (end, ending) = watch::channel(false);
+    let around = runtime.block_on(arrive(&host, settings, others.as_ref(), &ending))?;
+    // Not before: an agent that knew of no others would let a trainer begin as if there were none.
     let serving = host.clone();
     let trainers = std::thread::Builder::new()
         .name("tierkeep-accept".into())
         .spawn(move || serving.serve(&listener))
         .map_err(failed("start a thread"))?;
-    let others =
-        settings.mesh.is_some().then(others).transpose().map_err(failed("start threads"))?;
-    let ended = runtime.block_on(attend(&host, settings, others.as_ref()));
+    let ended = runtime.block_on(attend(&host, settings, around, (end, ending)));
     // What is in RAM stays for the next agent.
     host.end();
     let served = trainers.join();
@@ -109,22 +114,52 @@ fn others() -> io::Result<Runtime> {
         .build()
 }
 
+/// What is around an agent: its Node, where it watches it, and the others, where it has some.
+struct Around {
+    departure: Option<Departure>,
+    met: Option<(Arc<Cluster>, JoinHandle<()>)>,
+}
+
+/// Looks where this is, and goes among the others.
+async fn arrive(
+    host: &Arc<Host>,
+    settings: &Settings,
+    others: Option<&Runtime>,
+    ending: &watch::Receiver<bool>,
+) -> Result<Around, Failure> {
+    let (departure, places) = match &settings.watching {
+        Some(watching) => {
+            let (departure, places) = Departure::begin(watching, &settings.ram_dir).await;
+            (Some(departure), places)
+        }
+        None => (None, BTreeMap::new()),
+    };
+    let met = meet(host, settings, others, places, over(ending.clone())).await?;
+    Ok(Around { departure, met })
+}
+
 /// Until somebody ends it, or a server fails.
 async fn attend(
     host: &Arc<Host>,
     settings: &Settings,
-    others: Option<&Runtime>,
+    Around { departure, met }: Around,
+    (end, ending): (watch::Sender<bool>, watch::Receiver<bool>),
 ) -> Result<(), Failure> {
     let signals = |kind| -> Result<Signal, Failure> {
         Ok(signal(kind).map_err(|source| Error::Io { what: "hear signals".into(), source })?)
     };
     let (mut terminated, mut interrupted) =
         (signals(SignalKind::terminate())?, signals(SignalKind::interrupt())?);
-    let (end, ending) = watch::channel(false);
     let mut servers = JoinSet::new();
     let control = settings.control.clone();
-    let met = meet(host, settings, others, over(ending.clone())).await?;
     let cluster = met.as_ref().map(|(cluster, _)| cluster.clone());
+    if let Some(departure) = departure {
+        let serving = departure.serve(host.clone(), cluster.clone(), over(ending.clone()));
+        servers.spawn(async move {
+            serving.await;
+            Ok(())
+        });
+    }
     let (its_host, its_end) = (host.clone(), over(ending.clone()));
     let its_cluster = cluster.clone();
     servers.spawn(async move { control::serve(its_host, its_cluster, &control, its_end).await });
@@ -164,6 +199,7 @@ async fn meet(
     host: &Arc<Host>,
     settings: &Settings,
     others: Option<&Runtime>,
+    places: BTreeMap<String, String>,
     ending: impl Future<Output = ()> + Send + 'static,
 ) -> Result<Option<(Arc<Cluster>, JoinHandle<()>)>, Failure> {
     let (Some(cluster), Some(mesh), Some(runtime)) = (&settings.cluster, &settings.mesh, others)
@@ -172,7 +208,7 @@ async fn meet(
     };
     // Before anybody hears of this agent: whoever does may ask it at once.
     let listener = http::listen(cluster.listen).await?;
-    let cluster = join(cluster).await?;
+    let cluster = join(cluster, places).await?;
     host.meet(Arc::new(Mesh::new(cluster.clone(), mesh, runtime.handle().clone())));
     let plain = if mesh.tls.is_none() { ", in plain text (insecure)" } else { "" };
     tracing::info!("other agents reach this one at {}/tcp{plain}", listener_at(&listener));
@@ -191,9 +227,12 @@ fn listener_at(listener: &TcpListener) -> String {
     listener.local_addr().map_or_else(|e| e.to_string(), |at| at.to_string())
 }
 
-async fn join(settings: &cluster::Settings) -> Result<Arc<Cluster>, Failure> {
+async fn join(
+    settings: &cluster::Settings,
+    places: BTreeMap<String, String>,
+) -> Result<Arc<Cluster>, Failure> {
     let (listen, name) = (settings.listen, settings.name.clone());
-    let joined = Cluster::join(settings.clone()).await.map_err(|e| Error::Io {
+    let joined = Cluster::join(settings.clone(), places).await.map_err(|e| Error::Io {
         what: format!("find other agents by gossip at {listen}/udp"),
         source: io::Error::other(format!("{e:#}")),
     })?;

@@ -61,14 +61,19 @@ pub(super) fn settings<'a>(
             wrong("gossip", gossip, "it is not an address and a port", "as in [::]:9178, or off")
         })?;
     Ok(Some(cluster::Settings {
-        name: name("node", last("node"))?.map_or_else(host, Ok)?,
+        name: node(last("node"))?,
         cluster: name("cluster", last("cluster"))?.unwrap_or_else(|| DEFAULT_CLUSTER.into()),
         key: key(last("cluster_key"))?,
         listen,
         advertise: SocketAddr::new(advertised(listen, gossip, last("advertise"))?, listen.port()),
         seeds: seeds(last("seeds"))?,
-        labels: labels(last("labels"))?,
+        labels: pairs("labels", last("labels"), "zone=a,rack=r7")?,
     }))
+}
+
+/// What this node is called: as given, else as the host is.
+pub(super) fn node(given: Option<&Given>) -> Result<String, Failure> {
+    name("node", given)?.map_or_else(host, Ok)
 }
 
 /// Something to call a node, or a cluster.
@@ -158,21 +163,26 @@ fn seeds(given: Option<&Given>) -> Result<Vec<String>, Failure> {
     Ok(seeds.into_iter().map(String::from).collect())
 }
 
-fn labels(given: Option<&Given>) -> Result<BTreeMap<String, String>, Failure> {
-    let mut labels = BTreeMap::new();
-    let Some(given) = given else { return Ok(labels) };
+/// Keys and values with commas; `as_in`: an example.
+pub(super) fn pairs(
+    key: &str,
+    given: Option<&Given>,
+    as_in: &str,
+) -> Result<BTreeMap<String, String>, Failure> {
+    let mut pairs = BTreeMap::new();
+    let Some(given) = given else { return Ok(pairs) };
     for pair in given.text.split(',').map(str::trim).filter(|pair| !pair.is_empty()) {
         let parts =
-            pair.split_once('=').filter(|(key, value)| !key.is_empty() && !value.is_empty());
-        let Some((key, value)) = parts else {
+            pair.split_once('=').filter(|(name, value)| !name.is_empty() && !value.is_empty());
+        let Some((name, value)) = parts else {
             let why = format!("{pair:?} is not key=value");
-            return Err(wrong("labels", given, &why, "as in zone=a,rack=r7"));
+            return Err(wrong(key, given, &why, &format!("as in {as_in}")));
         };
-        if labels.insert(key.to_owned(), value.to_owned()).is_some() {
-            return Err(wrong("labels", given, &format!("{key} is there twice"), ""));
+        if pairs.insert(name.to_owned(), value.to_owned()).is_some() {
+            return Err(wrong(key, given, &format!("{name} is there twice"), ""));
         }
     }
-    Ok(labels)
+    Ok(pairs)
 }
 
 /// In the order of the keys.

@@ -23,12 +23,14 @@ use tierkeep::{
 use super::{
     control::socket_beside,
     identity::{self, Tokens},
+    node::{self, Watching},
     peers, transport,
 };
 use crate::{
     cli::AgentArgs,
     cluster,
     fail::{Failure, USAGE},
+    kubernetes::Api,
     mesh,
 };
 
@@ -36,7 +38,7 @@ use crate::{
 const FILE: &str = "/etc/tierkeep/agent.toml";
 
 /// Which keys there are, the variable of each, and what it means.
-const KEYS: [(&str, &str); 28] = [
+const KEYS: [(&str, &str); 34] = [
     ("socket", "TIERKEEP_AGENT"),
     ("control", "TIERKEEP_CONTROL"),
     ("ram_dir", "TIERKEEP_RAM_DIR"),
@@ -65,6 +67,12 @@ const KEYS: [(&str, &str); 28] = [
     ("insecure", "TIERKEEP_INSECURE"),
     ("peer_rate", "TIERKEEP_PEER_RATE"),
     ("peer_connections", "TIERKEEP_PEER_CONNECTIONS"),
+    ("node_watch", "TIERKEEP_NODE_WATCH"),
+    ("node_labels", "TIERKEEP_NODE_LABELS"),
+    ("node_taints", "TIERKEEP_NODE_TAINTS"),
+    ("node_hold", "TIERKEEP_NODE_HOLD"),
+    ("kubernetes_api", "TIERKEEP_KUBERNETES_API"),
+    ("kubernetes_dir", "TIERKEEP_KUBERNETES_DIR"),
 ];
 
 /// The settings in force.
@@ -88,6 +96,10 @@ pub(crate) struct Settings {
     pub(crate) cluster: Option<cluster::Settings>,
     /// How it then talks to the others.
     pub(crate) mesh: Option<mesh::Settings>,
+    /// Where it watches its Node.
+    pub(super) watching: Option<Watching>,
+    /// The API server, where it asks it anything.
+    api: Api,
     /// The file that has the cluster's key.
     key_file: Option<PathBuf>,
     /// Where each key was given.
@@ -202,10 +214,14 @@ impl Settings {
             (*key, last(key).map_or_else(|| "default".into(), |given| given.from.clone()))
         });
         let cluster = peers::settings(&last)?;
+        let hold = last("node_hold").is_some().then(|| duration("node_hold", Duration::ZERO));
+        let hold = hold.transpose()?;
         Ok(Self {
             control: path("control", socket_beside(&socket))?,
             socket,
             tokens: identity::settings(&last, &buckets)?,
+            watching: node::settings(&last, hold)?,
+            api: node::api(&last)?,
             ram_bytes_max: size("ram_bytes_max")?,
             run_bytes_max: size("run_bytes_max")?,
             buckets,
@@ -258,6 +274,8 @@ impl Settings {
         ]);
         let values = values.chain(peers::words(self.cluster.as_ref(), self.key_file.as_deref()));
         let values = values.chain(transport::words(self.mesh.as_ref()));
+        let values = values.chain(node::words(self.watching.as_ref()));
+        let values = values.chain([self.api.url.clone(), self.api.dir.display().to_string()]);
         let rows = self.from.iter().zip(values);
         if json {
             let row = |((key, from), value): (&(&str, String), String)| {

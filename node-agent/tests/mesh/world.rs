@@ -83,7 +83,9 @@ impl Agent {
             seeds: seeds.iter().map(ToString::to_string).collect(),
             labels: BTreeMap::new(),
         };
-        let cluster = Arc::new(runtime.block_on(Cluster::join(settings)).unwrap());
+        let cluster = Arc::new(
+            runtime.block_on(Cluster::join(settings, std::collections::BTreeMap::new())).unwrap(),
+        );
         let how = mesh::Settings { tls: tls.clone(), connections: 2, rate: None };
         let mesh = Arc::new(Mesh::new(cluster.clone(), &how, runtime.handle().clone()));
         host.meet(mesh.clone());
