@@ -15,6 +15,7 @@ use crate::{
     config::default_ram_root,
     error::{Doing, Error, Result},
     observe::Observer,
+    sys,
 };
 
 /// The agent of a node, run by root.
@@ -137,15 +138,14 @@ fn is_trusted(socket: &Path) -> bool {
 /// token, whoever wrote its pod's description has said by a mount where the agent is: then it is enough that
 /// nobody but that user could have put the socket there.
 pub(super) fn check_host_of(socket: &UnixStream, path: &Path, has_token: bool) -> Result<()> {
-    let creds = rustix::net::sockopt::socket_peercred(socket);
-    let uid = creds.at("ask who listens at", path)?.uid;
-    if uid.is_root() || uid == rustix::process::geteuid() {
+    let uid = sys::peer_creds(socket).at("ask who listens at", path)?.uid;
+    if uid == 0 || uid == rustix::process::geteuid().as_raw() {
         return Ok(());
     }
     let dir = path.parent().unwrap_or(path);
     let is_its_own = || {
         let meta = std::fs::metadata(dir).ok();
-        meta.is_some_and(|meta| meta.uid() == uid.as_raw() && meta.mode() & 0o022 == 0)
+        meta.is_some_and(|meta| meta.uid() == uid && meta.mode() & 0o022 == 0)
     };
     if has_token && is_its_own() {
         return Ok(());
@@ -155,8 +155,7 @@ pub(super) fn check_host_of(socket: &UnixStream, path: &Path, has_token: bool) -
         false => String::new(),
     };
     Err(Error::invalid(format!(
-        "user {} listens at {}, who is neither root nor this user: that is nobody's agent{hint}",
-        uid.as_raw(),
+        "user {uid} listens at {}, who is neither root nor this user: that is nobody's agent{hint}",
         path.display()
     )))
 }
