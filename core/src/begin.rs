@@ -97,10 +97,9 @@ pub(crate) fn begin(place: &Place, how: &Begin, decision: u32) -> Result<Started
         if let Some(joined) = joined {
             match joined {
                 // Claimed by a process of an older start that is still dying, or taken by a
-                // collector between record and look: rank 0 will record another.
-                Err(e) if matches!(e, Error::Fenced { .. }) || e.is_not_found() => {
-                    refused = Some(e)
-                }
+                // collector between record and look: rank 0 will record another. By its kind: what
+                // the leader's agent says comes from another node.
+                Err(e) if e.kind() == ErrorKind::Fenced || e.is_not_found() => refused = Some(e),
                 other => return other,
             }
         }
