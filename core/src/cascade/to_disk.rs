@@ -17,7 +17,10 @@ use crate::{
     manifest::replicated::differences_in_words,
     names::{ATTEMPTS, CheckpointKey, Rank, Step, parse_attempt_file, ranks},
     observe::{add, locked},
-    restore::{decide::lineage_of, survey::survey},
+    restore::{
+        decide::lineage_of,
+        survey::{Found, survey},
+    },
     retain,
     save::{Level, Save},
     tier::{Payload, buffer::AlignedBuf},
@@ -470,14 +473,31 @@ impl Cascade {
         }
     }
 
+    /// Marks what was sealed while this node's agent was away. The leader forgets a seal one seal late.
+    fn hear_of_seals(&self, found: &[Found]) -> Result<bool> {
+        let mut heard = false;
+        let unmarked =
+            |f: &&Found| self.parts.agreements.is_spread() && !f.sealed() && !f.deleted();
+        for key in found.iter().filter(unmarked).map(|f| &f.key) {
+            if self.is_sealed(key)? {
+                mark_whole(&*self.parts.disk, key)?;
+                heard = true;
+            }
+        }
+        Ok(heard)
+    }
+
     /// Deletes what the policy lets go.
     pub(super) fn retain(&self) -> Result<()> {
         let disk = &*self.parts.disk;
-        let found = survey(&[disk])?;
+        let mut found = survey(&[disk])?;
         let attempts = Attempts::load(&[disk, &*self.parts.ram])?;
         let newest = attempts.newest().map_or(0, |r| r.attempt.number);
         if newest != self.parts.record.attempt.number {
             return Ok(()); // Superseded: its leader collects.
+        }
+        if self.hear_of_seals(&found)? {
+            found = survey(&[disk])?;
         }
         let lineage = lineage_of(&[disk], &found, &attempts)?;
         let in_flight: BTreeSet<CheckpointKey> = {
