@@ -89,10 +89,15 @@ class Node:
         size = f"size={self.lab.ram_mib}m"
         return f"mount -t tmpfs -o {size} tierkeep-lab {self.lab.here}/ram"
 
+    @property
+    def pid(self) -> int:
+        """The process that holds its mounts."""
+        assert self._holder is not None
+        return self._holder.pid
+
     def command(self, *command: str) -> list[str]:
         """The words that run a command on this node."""
-        assert self._holder is not None
-        return ["nsenter", "--target", str(self._holder.pid), "--mount", "--net", "--", *command]
+        return ["nsenter", "--target", str(self.pid), "--mount", "--net", "--", *command]
 
     def start(self, *command: str, **options: Any) -> subprocess.Popen[Any]:
         """Starts a process on it."""
@@ -207,7 +212,10 @@ class Lab:
         try:
             check()
             run("ip", "netns", "add", self.hub)
-            run("ip", "-n", self.hub, "link", "add", "br0", "type", "bridge")
+            # An address of its own: it takes the lowest of its ports' otherwise, another one as
+            # nodes come and go, and what the others send to it is lost until they ask again.
+            bridge = ("br0", "address", "02:00:0a:4d:ff:01", "type", "bridge")
+            run("ip", "-n", self.hub, "link", "add", *bridge)
             run("ip", "-n", self.hub, "link", "set", "br0", "up")
             run("ip", "-n", self.hub, "addr", "add", f"{HUB}/16", "dev", "br0")
             run("ip", "-n", self.hub, "link", "set", "lo", "up")

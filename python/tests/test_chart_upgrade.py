@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from chart import NAMESPACE, RELEASE, Object, objects, template
+from chart import NAMESPACE, RELEASE, Object, Values, objects, template
 
 
 def resources(group: str, **kinds: str) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def serving(secrets: list[Object]) -> Iterator[Server]:
         thread.join()
 
 
-def installed(server: Server, tmp_path: Path) -> list[Object]:
+def installed(server: Server, tmp_path: Path, values: Values | None = None) -> list[Object]:
     """What an install or an upgrade with this server would apply."""
     config = tmp_path / "kubeconfig"
     cluster = {"server": f"http://127.0.0.1:{server.server_port}"}
@@ -113,9 +113,18 @@ def installed(server: Server, tmp_path: Path) -> list[Object]:
         "users": [{"name": "u", "user": {}}],
     }))  # fmt: skip
     words = ("--dry-run=server", "--disable-openapi-validation", "--kubeconfig", str(config))
-    done = template({}, *words)
+    done = template(values or {}, *words)
     assert done.returncode == 0, done.stderr
     return objects(done.stdout)
+
+
+def secrets_of(found: list[Object]) -> list[Object]:
+    """What a server has of an install, with helm's own mark, by which it knows what is its."""
+    secrets = [o for o in found if o["kind"] == "Secret"]
+    for secret in secrets:
+        mark = {"release-name": RELEASE, "release-namespace": NAMESPACE}
+        secret["metadata"]["annotations"] |= {f"meta.helm.sh/{k}": v for k, v in mark.items()}
+    return secrets
 
 
 def test_an_upgrade_keeps_the_key_and_the_certificates_that_the_install_made(
@@ -123,12 +132,8 @@ def test_an_upgrade_keeps_the_key_and_the_certificates_that_the_install_made(
 ) -> None:
     with serving([]) as server:
         first = installed(server, tmp_path)
-    secrets = [o for o in first if o["kind"] == "Secret"]
+    secrets = secrets_of(first)
     assert len(secrets) == 2 and {s["metadata"]["name"] for s in secrets} == server.asked
-    for secret in secrets:  # helm's own mark, by which it knows what is its.
-        mark = {"release-name": RELEASE, "release-namespace": NAMESPACE}
-        marks = {f"meta.helm.sh/{key}": value for key, value in mark.items()}
-        secret["metadata"]["annotations"] |= marks
     with serving(secrets) as server:
         second = installed(server, tmp_path)
     assert [o["data"] for o in second if o["kind"] == "Secret"] == [s["data"] for s in secrets]
