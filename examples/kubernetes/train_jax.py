@@ -60,7 +60,7 @@ def main() -> None:
         found = ckpt.restore(train_state)
         train_state = found.state if found else train_state
         start = found.step if found else 0
-        print(f"{ckpt!r}\nstarts at step {start}", flush=True)
+        print(f"{ckpt!r}\nstarts after step {start}", found and f"from {found.tier}", flush=True)
         for step in range(start + 1, STEPS + 1):
             train_state, loss = train(train_state, np.uint32(step))
             ckpt.step(step, train_state)

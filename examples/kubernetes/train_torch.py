@@ -36,7 +36,7 @@ def main() -> None:
     with tierkeep.Checkpointer(os.environ["DEST"], disk=disk, every=50) as ckpt:
         found = ckpt.restore(state)
         start = found.step if found else 0
-        print(f"{ckpt!r}\nstarts at step {start}", flush=True)
+        print(f"{ckpt!r}\nstarts after step {start}", found and f"from {found.tier}", flush=True)
         for step in range(start + 1, STEPS + 1):
             rows = torch.randn(BATCH, WIDTH, device=kind)
             loss = nn.functional.mse_loss(net(rows), rows)

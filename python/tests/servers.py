@@ -58,7 +58,12 @@ def _weed() -> str:
 
 @contextlib.contextmanager
 def s3(
-    directory: Path, volumes: int = 30, *, ip: str = "127.0.0.1", within: Sequence[str] = ()
+    directory: Path,
+    volumes: int = 30,
+    *,
+    ip: str = "127.0.0.1",
+    within: Sequence[str] = (),
+    bucket: str = BUCKET,
 ) -> Iterator[Reached]:
     """A server with an empty bucket, for as many GB as it has `volumes`.
 
@@ -79,7 +84,7 @@ def s3(
     with (directory / "log").open("wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        _make_bucket(server, within, (ip, master, port), directory / "log")
+        _make_bucket(server, within, (ip, master, port), directory / "log", bucket)
         yield Reached(
             server.pid,
             aws_endpoint=f"http://{ip}:{port}",
@@ -93,7 +98,11 @@ def s3(
 
 
 def _make_bucket(
-    server: subprocess.Popen[bytes], within: Sequence[str], at: tuple[str, int, int], log: Path
+    server: subprocess.Popen[bytes],
+    within: Sequence[str],
+    at: tuple[str, int, int],
+    log: Path,
+    bucket: str,
 ) -> None:
     ip, master, port = at
     end = time.monotonic() + 60
@@ -103,9 +112,9 @@ def _make_bucket(
         there = subprocess.run([*within, sys.executable, "-c", connect], capture_output=True)
         if there.returncode == 0:
             shell = [*within, _weed(), "shell", f"-master={ip}:{master}"]
-            asked = f"s3.bucket.create -name {BUCKET}\ns3.bucket.list\n"
+            asked = f"s3.bucket.create -name {bucket}\ns3.bucket.list\n"
             made = subprocess.run(shell, input=asked, capture_output=True, text=True).stdout
-            if f"\n  {BUCKET}\t" in made:
+            if f"\n  {bucket}\t" in made:
                 return
         time.sleep(0.1)
     raise AssertionError(f"no bucket: {made}\n{log.read_text()[-4000:]}")
