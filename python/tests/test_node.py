@@ -195,7 +195,7 @@ def test_a_node_is_held_while_it_has_what_no_bucket_has(node: Node) -> None:
     node.api.spec()
     until("it stays", lambda: node.leaving() is None)
     ckpt = node.open(object_every=1000)
-    ckpt.restore({"x": numpy.zeros(100_000)})
+    ckpt.restore({"x": numpy.zeros(100_000, int)})
     save(ckpt, 2)
     until("it is held again", lambda: node.api.annotations() == HELD)
     agent = node.agent
