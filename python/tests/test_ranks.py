@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import socket
@@ -18,7 +17,6 @@ import torch
 from test_processes import ended, python
 
 import tierkeep
-from tierkeep import _ranks
 
 JOB = """
     import json, os, signal, sys
@@ -84,7 +82,7 @@ def test_two_ranks_are_killed_and_resumed_together(run: Path, tmp_path: Path, gr
     last = job(run, 0, group)
     assert [r["begin"] for r in last] == [4, 4]
     assert [r["model"] for r in last] == [r["model"] for r in whole]
-    source = "torch.distributed" if group else "torchrun"
+    source = "torch.distributed" if group else "RANK and WORLD_SIZE"
     assert f"rank 1 of 2 ({source})" in str(last[1]["repr"])
     if group:
         assert last[0]["attempt"] == last[1]["attempt"] != whole[0]["attempt"]
@@ -151,38 +149,6 @@ def test_ranks_that_are_asked_to_stop_end_at_the_same_saved_step(run: Path) -> N
     for rank in range(3):
         # Of the last step, and whole on disk.
         assert tierkeep.load(run, rank=rank)["n"] == all_of_them[1], seed
-
-
-ENVIRONMENTS = {
-    "nothing": ({}, (0, 1, "alone")),
-    "torchrun": ({"RANK": "3", "WORLD_SIZE": "8"}, (3, 8, "torchrun")),
-    "half of torchrun": ({"RANK": "3"}, (0, 1, "alone")),
-    "srun": (
-        {"SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4"},
-        (2, 4, "srun"),
-    ),
-    "sbatch alone": ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, (0, 1, "alone")),
-}
-
-
-@pytest.mark.parametrize("name", ENVIRONMENTS)
-def test_the_rank_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in list(os.environ):
-        if variable.startswith("SLURM_") or variable in ("RANK", "WORLD_SIZE"):
-            monkeypatch.delenv(variable)
-    environment, expected = ENVIRONMENTS[name]
-    for variable, value in environment.items():
-        monkeypatch.setenv(variable, value)
-    found = _ranks.detect(None, None)
-    assert (found.rank, found.world_size, found.source) == expected
-    assert _ranks.detect(5, 6) == _ranks.Ranks(5, 6, "arguments")
-
-
-def test_a_rank_that_is_no_number_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "zero")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(tierkeep.InvalidError, match="RANK = 'zero'"):
-        _ranks.detect(None, None)
 
 
 def test_torch_is_not_imported_to_find_the_rank() -> None:

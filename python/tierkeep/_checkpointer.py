@@ -69,8 +69,8 @@ class Checkpointer:
         storage_options: for the bucket, under the names that Rust's `object_store` uses, as in
             `{"aws_endpoint": "http://host:9000"}`; beside what AWS_*, GOOGLE_* or AZURE_* say.
         every: `step` saves steps that are divisible by it; default: 1.
-        rank, world_size: this process among those of the job. Default: torch.distributed or
-            jax.distributed if initialised, torchrun's environment, Slurm's under srun, else alone.
+        rank, world_size: this process of the job's. Default: torch.distributed or jax.distributed
+            if initialised; what torchrun, mpirun, srun, Kubeflow, an indexed Job set; else alone.
         ranks: those that save, the same list on all; default: every one. Where all ranks have the
             same state, as with DDP, `[0]`. On the others `save` copies nothing and what it returns
             follows the checkpoint of those that save; they restore the state of the nearest of

@@ -1,5 +1,5 @@
 """Which rank this process is: arguments, then an initialised torch.distributed or jax.distributed,
-then torchrun's environment, then Slurm's, and that only under srun.
+then what its launcher says in the environment (`_launchers`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from tierkeep import _jax
+from tierkeep import _jax, _launchers
 from tierkeep.errors import InvalidError
 
 #: Handles that were made in this process: each asks once, in the same order on all.
@@ -29,7 +29,7 @@ class Ranks:
 
 
 def detect(rank: int | None, world_size: int | None) -> Ranks:
-    found = _given(rank, world_size) or _torch() or _of_jax() or _torchrun() or _srun()
+    found = _given(rank, world_size) or _torch() or _of_jax() or _launched()
     found = found or Ranks(0, 1, "alone")
     if not 0 <= found.rank < found.world_size:
         raise InvalidError(
@@ -71,24 +71,9 @@ def _of_jax() -> Ranks | None:
     return None if processes is None else Ranks(*processes, "jax.distributed")
 
 
-def _torchrun() -> Ranks | None:
-    return _environment("RANK", "WORLD_SIZE", "torchrun")
-
-
-def _srun() -> Ranks | None:
-    # sbatch sets most of them for the batch script too, which is no rank. Only srun numbers steps.
-    if not os.environ.get("SLURM_STEP_ID", "").isdecimal():
-        return None
-    return _environment("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "srun")
-
-
-def _environment(rank: str, world_size: str, source: str) -> Ranks | None:
-    values = [os.environ.get(rank, ""), os.environ.get(world_size, "")]
-    if not all(values):
-        return None
-    if not all(value.isdecimal() for value in values):
-        raise InvalidError(f"{rank} = {values[0]!r}, {world_size} = {values[1]!r}: whole numbers")
-    return Ranks(int(values[0]), int(values[1]), source)
+def _launched() -> Ranks | None:
+    found = _launchers.found(os.environ)
+    return None if found is None else Ranks(*found)
 
 
 def savers(ranks: Iterable[int] | None, found: Ranks) -> list[int]:
@@ -115,6 +100,14 @@ def shared_attempt_id(ranks: Ranks) -> str | None:
     store of JAX's coordinator.
 
     The one collective of a Checkpointer's life, at its construction.
+
+    No launcher's restart counter is made an id, though some are at hand. Two starts with one id
+    would take the first one's decision for the second's, and none of the counters is new at every
+    start of a process: JobSet's label and a Job's uid stay as they are when the kubelet restarts a
+    container (JobSet's default policy), Slurm's when a task starts its script again in a loop; and
+    torchrun counts on each node alone, from 0 in a new pod, under an id that is "none" by default.
+    Without an id ranks follow rank 0 while its process lives: nobody joins the attempt of a dead
+    one, and no rank an attempt that its process before has claimed.
     """
     if ranks.world_size > 1 and ranks.source == "jax.distributed":
         name = f"tierkeep/{next(_asked)}"
