@@ -101,13 +101,13 @@ def shared_attempt_id(ranks: Ranks) -> str | None:
 
     The one collective of a Checkpointer's life, at its construction.
 
-    No launcher's restart counter is made an id, though some are at hand. Two starts with one id
-    would take the first one's decision for the second's, and none of the counters is new at every
-    start of a process: JobSet's label and a Job's uid stay as they are when the kubelet restarts a
-    container (JobSet's default policy), Slurm's when a task starts its script again in a loop; and
-    torchrun counts on each node alone, from 0 in a new pod, under an id that is "none" by default.
-    Without an id ranks follow rank 0 while its process lives: nobody joins the attempt of a dead
-    one, and no rank an attempt that its process before has claimed.
+    No launcher's restart counter is made an id, though some are at hand. Whoever has an id joins
+    its attempt though rank 0 may be dead, so one of two starts would mix them; and no counter is
+    new whenever a process is: JobSet's label and a Job's uid stay as they are when the kubelet
+    restarts a container (JobSet's default), Slurm's when a task runs its script again in a loop,
+    and torchrun counts on each node alone, from 0 in a new pod, under an id that is "none" by
+    default. Without an id ranks follow rank 0 while its process lives, and no rank joins an attempt
+    that its process before has claimed.
     """
     if ranks.world_size > 1 and ranks.source == "jax.distributed":
         name = f"tierkeep/{next(_asked)}"
