@@ -230,6 +230,8 @@ NOT_COVERED: Mapping[tuple[str, str], tuple[str, ...]] = {
     ("monitoring.coreos.com/v1", "PrometheusRule"): ("groups.0.name", "groups.0.rules.0.expr"),
     ("security.openshift.io/v1", "SecurityContextConstraints"): (),
     ("jobset.x-k8s.io/v1alpha2", "JobSet"): ("replicatedJobs.0.name", "replicatedJobs.0.template"),
+    ("trainer.kubeflow.org/v1alpha1", "TrainingRuntime"): ("template.spec.replicatedJobs.0.name",),
+    ("trainer.kubeflow.org/v1alpha1", "TrainJob"): ("runtimeRef.name", "trainer.numNodes"),
     ("kueue.x-k8s.io/v1beta2", "ResourceFlavor"): (),
     ("kueue.x-k8s.io/v1beta2", "ClusterQueue"): ("resourceGroups.0.flavors.0.resources",),
     ("kueue.x-k8s.io/v1beta2", "LocalQueue"): ("clusterQueue",),

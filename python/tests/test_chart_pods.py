@@ -246,13 +246,20 @@ def test_prepare_brings_files_along_where_the_agents_user_has_changed(node: Node
 MANIFESTS = sorted(p for p in EXAMPLES.glob("*.yaml") if not p.name.startswith("values-"))
 
 
+#: What has Jobs in its `replicatedJobs`, and where those are.
+OF_JOBS = {"JobSet": ("spec",), "TrainingRuntime": ("spec", "template", "spec")}
+
+
 def pods_of(found: Object) -> Iterator[tuple[Object, dict[str, Any]]]:
     """Jobs, as objects of their own, and their pods."""
     if found["kind"] == "Job":
         yield found, found["spec"]["template"]["spec"]
-    for group in found["spec"]["replicatedJobs"] if found["kind"] == "JobSet" else []:
-        head = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": group["name"]}}
-        yield head | group["template"], group["template"]["spec"]["template"]["spec"]
+    if found["kind"] in OF_JOBS:
+        for part in OF_JOBS[found["kind"]]:
+            found = found[part]
+        for group in found["replicatedJobs"]:
+            head = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": group["name"]}}
+            yield head | group["template"], group["template"]["spec"]["template"]["spec"]
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
@@ -278,12 +285,14 @@ def test_trainers_are_restricted_but_for_the_agents_socket() -> None:
         for found in objects(path.read_text()):
             for _, pod in pods_of(found):
                 broken = pod_security.broken(pod)
-                if found["kind"] == "JobSet":
+                if found["kind"] in OF_JOBS:
                     assert broken.pop("host_path") == broken.pop("volume_types") == {"tierkeep"}
                     assert_has_what_a_trainer_needs(pod)
                     trainers += 1
+                    scripts = re.findall(r"[\[ ](\w+\.py)\b", path.read_text())
+                    assert scripts and all((EXAMPLES / script).exists() for script in scripts)
                 assert broken == {}, path.name
-    assert trainers == 2
+    assert trainers == 3
 
 
 def assert_has_what_a_trainer_needs(pod: dict[str, Any]) -> None:
@@ -299,8 +308,6 @@ def assert_has_what_a_trainer_needs(pod: dict[str, Any]) -> None:
     mounts = {m["name"]: m["mountPath"] for m in trainer["volumeMounts"]}
     assert mounts["tierkeep"] == "/run/tierkeep"
     assert mounts["identity"] == "/var/run/secrets/tierkeep"
-    scripts = [word for word in trainer["command"] if word.endswith(".py")]
-    assert scripts and all((EXAMPLES / script).exists() for script in scripts)
 
 
 def test_the_restore_after_a_disaster_is_what_the_command_takes(tmp_path: Path) -> None:
