@@ -157,7 +157,6 @@ def test_containers_that_are_started_again_find_their_state_in_ram(
     train(containers, range(5, 6))
 
 
-@pytest.mark.parametrize("containers", ["no agent"], indirect=True)
 def test_a_rank_that_came_too_late_for_a_dead_start_waits_for_the_next_one(
     containers: list[Container],
 ) -> None:
