@@ -38,6 +38,9 @@ const GREETING: Duration = Duration::from_secs(10);
 /// How often a thread that hears nothing looks whether the agent ends.
 const LISTEN: Duration = Duration::from_secs(5);
 
+/// A process whose files are closed because it was killed is dead within this.
+const DYING: Duration = Duration::from_millis(200);
+
 /// A trainer at the other end of a socket.
 pub(super) struct Connection {
     pub(super) host: Arc<Host>,
@@ -104,6 +107,9 @@ impl Connection {
         let _ = self.socket.shutdown(std::net::Shutdown::Both);
         let seat = locked(&self.seat).take();
         if let Some(seat) = seat {
+            // A process that is killed closes its files a moment before it counts as dead: until that is known
+            // its attempt goes on, and ranks of the next start would join it.
+            let dead = dead || (!self.host.is_ending() && self.peer.dies_within(DYING));
             seat.keeper.place.signal.notify();
             seat.hung_up(self.id, dead, &self.host.clock);
             self.host.changed.notify();

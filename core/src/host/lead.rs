@@ -80,7 +80,7 @@ impl Host {
 
     pub(super) fn join(&self, site: &Site, from: &str, join: &wire::Join) -> Result<Answer> {
         let (seat, record) = self.leader(site, &join.attempt)?;
-        if seat.trainer().is_none() {
+        if seat.trainer().is_none() || seat.has_lost_trainer(&self.clock) {
             return Err(Error::NotFound { what: format!("a living leader of {}", join.attempt) });
         }
         let place = &seat.keeper.place;

@@ -87,6 +87,11 @@ impl Peer {
         let fd = self.pidfd()?;
         readable(fd, Duration::ZERO).ok()
     }
+
+    /// Whether it is dead, by then at the latest.
+    pub(super) fn dies_within(&self, time: Duration) -> bool {
+        self.pidfd().is_some_and(|fd| readable(fd, time).unwrap_or(false))
+    }
 }
 
 /// When a process started: the 22nd field of its `stat`, whose 2nd may have spaces in it.
