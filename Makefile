@@ -55,6 +55,7 @@ SETUP := $(VENV)/.setup-done
 WHEEL := $(VENV)/.wheel-installed
 SERVERS := $(VENV)/.servers-installed
 HELM := $(VENV)/bin/helm
+PROMETHEUS := $(VENV)/bin/prometheus
 
 TIERKEEP_KILL_TRIALS ?= 20
 export TIERKEEP_KILL_TRIALS
@@ -82,8 +83,8 @@ WHEEL_SOURCES := Cargo.toml $(wildcard Cargo.lock) rust-toolchain.toml \
 
 PYTHON_PATHS := python examples charts $(wildcard benches)
 
-.PHONY: help setup wheel demo test check test-rust test-python lab lab-tools browser chart-tools bench \
-	bench-nodes bench-torch bench-object bench-compress clean
+.PHONY: help setup wheel demo test check test-rust test-python lab lab-tools browser chart-tools prometheus \
+	bench bench-nodes bench-torch bench-object bench-compress clean
 
 help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
@@ -161,7 +162,7 @@ test-rust: $(SETUP) $(SERVERS)
 	fi
 	cargo test --quiet --doc $(RUST_TESTED)
 
-test-python: wheel lab-tools browser chart-tools $(SERVERS)
+test-python: wheel lab-tools browser chart-tools prometheus $(SERVERS)
 	$(BIN)/pytest python/tests --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 
 lab: wheel lab-tools
@@ -194,6 +195,21 @@ chart-tools: $(HELM)
 
 $(HELM): $(SETUP) charts/tools/helm.py
 	$(BIN)/python charts/tools/helm.py $@
+
+# The dashboard's queries and the alerts are tried on it. Debian's package is unpacked, not installed:
+# that would start a server of the machine's. Without it that is not tested: tests say so, or fail (CI).
+prometheus:
+	@[ -x $(PROMETHEUS) ] || command -v prometheus >/dev/null || $(MAKE) --silent $(PROMETHEUS) || \
+		echo "note: dashboard and alerts are not tried without prometheus and promtool: install them" >&2
+
+$(PROMETHEUS): $(SETUP)
+	@command -v dpkg-deb >/dev/null && command -v apt-get >/dev/null
+	@echo "fetching prometheus, to try the dashboard's queries and the alerts" >&2
+	@rm -rf build/prometheus && mkdir -p build/prometheus
+	@cd build/prometheus && { apt-get download -qq prometheus || { apt-get update -qq && \
+		apt-get download -qq prometheus; }; } >/dev/null 2>&1 && dpkg-deb --extract prometheus_*.deb .
+	@cp build/prometheus/usr/bin/promtool build/prometheus/usr/bin/prometheus $(BIN)/
+	@rm -rf build/prometheus
 
 bench: wheel
 	@command -v fio >/dev/null || { echo "error: fio is needed; on Debian: apt-get install fio" >&2; exit 1; }
