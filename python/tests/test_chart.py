@@ -317,7 +317,7 @@ def test_notes_say_openly_what_the_namespace_needs_and_what_to_do_next(name: str
 
 def metrics_in(query: str) -> set[str]:
     """Of a query that Prometheus takes; Grafana puts its own words in before."""
-    promql_parser.parse(query.replace("$__rate_interval", "5m").replace("$run", ".*"))
+    promql_parser.parse(re.sub(r"\$(job|run)", ".*", query.replace("$__rate_interval", "5m")))
     return set(re.findall(r"tierkeep_[a-z_]+", query))
 
 
