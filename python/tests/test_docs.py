@@ -13,11 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
 import servers
 from agents import COMMAND, Agent
 from chart import ROOT, helm
 from prometheus import until
+
+import tierkeep
 
 #: Built, fetched, or somebody else's.
 NOT_OURS = {"target", "build", "node_modules"}
@@ -163,6 +166,11 @@ def test_the_certificates_and_settings_of_the_install_page_are_good(
             return {member["name"] for member in json.loads(said)["members"]}
 
         until("both agents see each other", lambda: members() == {"n0", "n1"})
+        # Only then do the certificates count.
+        state = {"weights": np.ones(1000, np.float32)}
+        with tierkeep.Checkpointer(tmp_path / "run", agent=str(agents[0].socket)) as ckpt:
+            ckpt.restore(state)
+            ckpt.save(1, state).wait("peer", timeout_s=60)
     finally:
         for agent in agents:
             agent.stop(signal.SIGKILL)
