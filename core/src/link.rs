@@ -43,7 +43,7 @@ use crate::{
     keeper::TAKEN_OVER,
     names::{Id, Rank},
     observe::{Observer, locked},
-    owner::{Going, Owner},
+    owner::{Closing, Going, Owner},
     place::Desk,
     restore::{
         asks::{Care, Over, Rest},
@@ -354,13 +354,13 @@ impl Owner for Far {
         self.shared.fence(TAKEN_OVER, false);
     }
 
-    fn shut(&self, clean: bool) {
+    fn shut(&self, how: Closing) {
         if self.shared.desk.closed.swap(true, Ordering::AcqRel) {
             return;
         }
         let taken_over = self.shared.check_fenced().is_err();
         if !taken_over || self.dial.away().is_none() {
-            let close = Call::Close(wire::Close { clean });
+            let close = Call::Close(wire::Close { clean: how == Closing::Done });
             if let Err(e) = self.dial.ask_now(close, SHORT) {
                 let text = format!("the agent was not told that this rank is done: {}", e.chain());
                 self.shared.desk.observer.warn("stop_failed", None, text);
@@ -383,7 +383,7 @@ impl Owner for Far {
 impl Drop for Far {
     fn drop(&mut self) {
         if self.shared.desk.is_ours() {
-            self.shut(false);
+            self.shut(Closing::Now);
             return;
         }
         // A fork's child has no slots (MADV_DONTFORK): nothing may be unmapped where others lie by now.

@@ -60,7 +60,19 @@ pub(crate) trait Owner: Send + Sync {
     /// Another handle of this process has the rank: this one is about to end.
     fn taken_over(&self);
     /// Ends it. Memory goes back only where the newest checkpoint is durable elsewhere.
-    fn shut(&self, clean: bool);
+    fn shut(&self, how: Closing);
+}
+
+/// How a handle ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Closing {
+    /// Nobody is to come back at once: memory goes back.
+    Done,
+    /// Its process failed, and whoever is started in its place is to find its state in memory; that goes back
+    /// where nobody else would see to it.
+    Failed,
+    /// Memory stays, and what is on its way is left to whoever comes next.
+    Now,
 }
 
 /// An attempt that goes on.

@@ -429,13 +429,17 @@ impl Handle {
     }
 
     /// Closes, once what is on its way has arrived (`now`: without waiting for disk); false: not
-    /// within `timeout_s` seconds, and it is still open.
-    fn close(&self, py: Python<'_>, timeout_s: f64, now: bool) -> PyResult<bool> {
+    /// within `timeout_s` seconds, and it is still open. `failed`: an agent keeps what is in RAM.
+    #[pyo3(signature = (timeout_s, now, failed=false))]
+    fn close(&self, py: Python<'_>, timeout_s: f64, now: bool, failed: bool) -> PyResult<bool> {
         self.check_pid(py)?;
         let timeout = wait::seconds(py, "timeout_s", timeout_s)?;
         self.closing.store(true, Ordering::Relaxed);
         let core = self.core();
-        wait::poll(py, timeout, |slice| core.close(slice, now))
+        wait::poll(py, timeout, |slice| match failed {
+            true => core.close_failed(slice),
+            false => core.close(slice, now),
+        })
     }
 
     /// Pins a step, or takes its pin away.

@@ -139,6 +139,36 @@ def test_an_upgrade_of_the_agent_costs_no_checkpoint(agent: Agent, run: Path) ->
     assert ckpt.last_error is None
 
 
+@pytest.mark.parametrize("way", ["with", "at exit"])
+def test_a_rank_that_ends_by_an_exception_finds_its_state_in_ram(
+    agent: Agent, run: Path, way: str
+) -> None:
+    """As the others do when one of them dies, and its end is told by a collective that fails."""
+    script = """
+        import sys, tierkeep, torch
+        ckpt = tierkeep.Checkpointer(sys.argv[1])
+        state = {"x": torch.zeros(100_000)}
+        if sys.argv[2] == "with":
+            ckpt.__enter__().restore(state)
+        else:
+            ckpt.restore(state)
+        try:
+            ckpt.save(1, state).wait("disk", 60)
+            raise RuntimeError("a peer is gone")
+        except RuntimeError as error:
+            if sys.argv[2] == "with":
+                ckpt.__exit__(type(error), error, error.__traceback__)
+            raise
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(run), way]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "RuntimeError: a peer is gone" in ended.stderr and ended.returncode == 1
+    assert "ERROR" not in ended.stderr, ended.stderr
+    with tierkeep.Checkpointer(run) as ckpt:
+        restored = ckpt.restore({"x": torch.ones(100_000)})
+        assert (restored.step, restored.tier) == (1, "ram")
+
+
 def test_a_fork_of_a_trainer_with_an_agent_touches_nothing(agent: Agent, run: Path) -> None:
     current = state()
     with tierkeep.Checkpointer(run) as ckpt:

@@ -527,7 +527,7 @@ class Checkpointer:
         """
         if self._closed or os.getpid() != self._pid:
             return
-        done = self._shut(timeout_s, now=False)
+        done = self._shut(timeout_s)
         newest = self._saves.newest
         if not done:
             raise DeadlineError(not_there(newest, timeout_s))
@@ -536,10 +536,10 @@ class Checkpointer:
             if error is not None and not isinstance(error, FencedError):
                 raise error
 
-    def _shut(self, timeout_s: float, *, now: bool) -> bool:
+    def _shut(self, timeout_s: float, *, failed: bool = False) -> bool:
         done = False
         try:
-            done = self._handle.close(timeout_s, now)
+            done = self._handle.close(timeout_s, False, failed)
         finally:
             # Late or interrupted: what is in RAM is safe there.
             if not done:
@@ -569,7 +569,7 @@ class Checkpointer:
         try:
             end = time.monotonic() + _HURRY_SECONDS
             self._handle.fence(_HURRY_SECONDS)
-            self._shut(max(0.0, end - time.monotonic()), now=False)
+            self._shut(max(0.0, end - time.monotonic()), failed=True)
         except TierkeepError as trouble:
             logger.error("while closing: %s", trouble)
 

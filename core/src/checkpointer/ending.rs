@@ -7,7 +7,7 @@
 use std::{sync::atomic::Ordering, time::Duration};
 
 use super::{Checkpointer, Inner};
-use crate::{clock::Deadline, error::Result, observe::locked, save::Save};
+use crate::{clock::Deadline, error::Result, observe::locked, owner::Closing, save::Save};
 
 impl Checkpointer {
     /// One slice of closing: waits up to `timeout` for what is on its way. True: closed, everything
@@ -17,6 +17,19 @@ impl Checkpointer {
     /// # Errors
     /// A fork's child.
     pub fn close(&self, timeout: Duration, now: bool) -> Result<bool> {
+        self.end(timeout, if now { Closing::Now } else { Closing::Done })
+    }
+
+    /// The same for a process that failed: an agent keeps what is in RAM for whoever is started in its place,
+    /// and gives it back in time. Without an agent it goes back at once, as with [`close`](Self::close).
+    ///
+    /// # Errors
+    /// A fork's child.
+    pub fn close_failed(&self, timeout: Duration) -> Result<bool> {
+        self.end(timeout, Closing::Failed)
+    }
+
+    fn end(&self, timeout: Duration, how: Closing) -> Result<bool> {
         let place = self.inner.desk();
         place.check_pid()?;
         let deadline = Deadline::after(&*place.clock, timeout);
@@ -25,13 +38,15 @@ impl Checkpointer {
         loop {
             let seen = place.signal.seen();
             let publishing = self.inner.publishing.load(Ordering::Acquire) > 0;
-            if !publishing && (now || going.as_ref().is_none_or(|going| !going.is_busy())) {
+            if !publishing
+                && (how == Closing::Now || going.as_ref().is_none_or(|going| !going.is_busy()))
+            {
                 break;
             }
             let Some(left) = deadline.left(&*place.clock) else { return Ok(false) };
             place.signal.wait(seen, left.min(Duration::from_millis(50)));
         }
-        self.inner.shut(!now);
+        self.inner.shut(how);
         Ok(true)
     }
 }
@@ -57,7 +72,7 @@ impl Inner {
     pub(super) fn taken_over(&self) -> Result<()> {
         self.quiet(self.desk().config.slot_wait)?;
         self.owner.taken_over();
-        self.shut(false);
+        self.shut(Closing::Now);
         Ok(())
     }
 
@@ -73,16 +88,16 @@ impl Inner {
     }
 
     /// Ends the owner. Memory goes back only where the newest checkpoint is durable elsewhere.
-    fn shut(&self, clean: bool) {
+    fn shut(&self, how: Closing) {
         self.give_up_failed(u64::MAX);
-        self.owner.shut(clean);
+        self.owner.shut(how);
     }
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
         if self.desk().is_ours() {
-            self.shut(false);
+            self.shut(Closing::Now);
             return;
         }
         // A fork's child has not the thread.

@@ -8,7 +8,7 @@ use crate::{
     begin::Begin,
     cascade::Cascade,
     error::{Error, Result},
-    owner::{Asked, Filled, Going, Lease, Owner},
+    owner::{Asked, Closing, Filled, Going, Lease, Owner},
     place::Desk,
     restore::read::Restorable,
     save::Save,
@@ -56,8 +56,12 @@ impl Owner for Local {
 
     fn taken_over(&self) {} // It is seen from the lock.
 
-    fn shut(&self, clean: bool) {
-        self.0.shut(if clean { Ending::Clean } else { Ending::Now });
+    fn shut(&self, how: Closing) {
+        self.0.shut(match how {
+            // There is no agent that would give it back in time.
+            Closing::Done | Closing::Failed => Ending::Clean,
+            Closing::Now => Ending::Now,
+        });
     }
 }
 
