@@ -20,7 +20,7 @@ from prometheus import Series, promtool, tool
 #: The panel that is empty while nothing is wrong: its targets, with the alert that says the same.
 #: Those that the story does not bring about have samples that are made up, as their alerts have.
 WRONG = "What is wrong now"
-WRONG_BY_ALERT = {
+WRONG_BY_ALERT: dict[str, str | None] = {
     "A": "AgentDown",
     "B": "DiskTrouble",
     "C": "BucketTrouble",
@@ -28,6 +28,7 @@ WRONG_BY_ALERT = {
     "E": "SavesFail",
     "F": "DamageFound",
     "G": "RamFull",
+    "H": None,  # A node that is to go away wakes nobody: what it has goes on by itself.
 }
 
 
@@ -251,6 +252,13 @@ def test_each_alert_fires_when_it_should_and_only_then(
                 asked.append(asked[1] | {"expr": f"count({query})"})
         cases.append({"interval": "1m", "input_series": series, "promql_expr_test": asked})
     assert set(WRONG_BY_ALERT) == {target["refId"] for target in wrong["targets"]}
+    [leaving] = [t["expr"] for t in wrong["targets"] if WRONG_BY_ALERT[t["refId"]] is None]
+    seen = {"expr": f"count({panels.fill(leaving, values)})", "eval_time": "90m",
+            "exp_samples": [{"labels": "{}", "value": 1}]}  # fmt: skip
+    series = [_of("tierkeep_node_leaving", "0x10 1x80", _WHERE)]
+    cases.append(
+        {"interval": "1m", "input_series": series, "promql_expr_test": [_expected(""), seen]}
+    )
 
     tests = {"rule_files": [rules.name], "evaluation_interval": "1m", "tests": cases}
     (tmp_path / "tests.yml").write_text(json.dumps(tests))
