@@ -140,8 +140,9 @@ impl Cascade {
     }
 
     pub(super) fn pass_over(&self, save: &Save, for_step: u64) {
-        if self.is_bucket_only() {
-            return; // That it is on no disk was told; what becomes of it in the bucket will be.
+        // It is there, or what became of it was told; so without a disk.
+        if self.is_bucket_only() || !save.is_pending(Level::Disk) {
+            return;
         }
         let why = if self.is_due(save.step()) {
             add(&self.parts.observer.counters.disk_passed_over, 1);

@@ -246,8 +246,14 @@ impl Cascade {
                 }
                 // Everybody was asked: those that had trouble may be better by now.
                 refused.clear();
+                let who = || self.who_is_there(peers, receipts.len(), &trouble);
                 if deadline.left(&*self.parts.clock).is_none() {
-                    return Err(self.too_few(peers, deadline, receipts.len(), &trouble));
+                    return Err(deadline.passed(format!("a copy of {rank} on other nodes"), who()));
+                }
+                // The next save wants this step's slot: nothing waits for nodes that are not there.
+                if self.is_superseded(key) {
+                    let why = format!("a newer step is complete; {}", who());
+                    return Err(Error::Skipped { step: key.step, why });
                 }
                 self.parts.clock.pause(AGAIN);
             }
@@ -255,7 +261,14 @@ impl Cascade {
         }
     }
 
-    fn too_few(&self, peers: &Peers, deadline: &Deadline, has: usize, trouble: &[String]) -> Error {
+    /// Whether a newer step is complete while there are too few nodes.
+    fn is_superseded(&self, key: &CheckpointKey) -> bool {
+        let work = locked(&self.work);
+        work.copies.trouble && work.newest.as_ref().is_some_and(|newest| newest.step > key.step)
+    }
+
+    /// How many copies there are, and which nodes there could be.
+    fn who_is_there(&self, peers: &Peers, has: usize, trouble: &[String]) -> String {
         let alive: Vec<String> = peers.others().into_iter().map(|node| node.name).collect();
         let lost = peers.network.lost();
         let list = |list: &[String]| {
@@ -270,7 +283,7 @@ impl Cascade {
         if let Some(last) = trouble.last() {
             who = format!("{who}; {last}");
         }
-        deadline.passed(format!("a copy of {} on other nodes", Rank(self.parts.config.rank)), who)
+        who
     }
 
     /// The next nodes to ask, `wanted` at most.

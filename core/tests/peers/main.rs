@@ -3,6 +3,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod again;
 mod bucket;
 mod full;
 mod heal;

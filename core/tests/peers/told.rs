@@ -24,7 +24,9 @@ fn what_goes_between_nodes_is_counted_on_both_sides() {
     let rank = rank_at(&world, "a");
     assert_eq!((rank.on_peers, rank.copies_wanted, rank.copies_there), (None, 1, 0));
     for step in 1..=2 {
-        wait(&train(&ckpt, &mut model, step), Level::Peer);
+        let save = train(&ckpt, &mut model, step);
+        wait(&save, Level::Peer);
+        wait(&save, Level::Disk);
     }
     let rank = rank_at(&world, "a");
     assert_eq!((rank.on_peers, rank.copies_wanted, rank.copies_there), (Some(2), 1, 1));
@@ -43,8 +45,11 @@ fn what_goes_between_nodes_is_counted_on_both_sides() {
     world.lose(&holder);
     assert_eq!(rank_at(&world, "a").copies_there, 0);
     assert_eq!(world.machine("a").host.peers().unwrap().nodes_lost, 1);
-    wait(&train(&ckpt, &mut model, 3), Level::Peer);
-    assert_eq!(rank_at(&world, "a").copies_there, 1);
+    let save = train(&ckpt, &mut model, 3);
+    wait(&save, Level::Peer);
+    wait(&save, Level::Disk);
+    let later = rank_at(&world, "a");
+    assert_eq!((later.copies_there, later.disk_sealed, later.disk_passed_over), (1, 3, 0));
 
     // It comes back from there.
     world.lose("a");

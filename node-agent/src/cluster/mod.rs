@@ -171,6 +171,17 @@ impl Cluster {
         members
     }
 
+    /// Ready when another life of the member is known: at another address, perhaps.
+    pub(crate) async fn moved(&self, member: &Member) {
+        let mut live = self.live.clone();
+        let is_newer =
+            |id: &ChitchatId| *id.node_id == member.name && id.generation_id > member.life;
+        // Where the gossip has ended nobody moves.
+        if live.wait_for(|live| live.keys().any(is_newer)).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
     /// Whether the members are all that there are, as far as can be told.
     #[must_use]
     pub fn is_settled(&self) -> bool {

@@ -41,29 +41,35 @@ impl Control {
         Self { tls, runtime, channels: Mutex::default() }
     }
 
-    /// Blocks until it is answered, or the time is over.
+    /// Blocks until it is answered, or the time is over; `None`: it is known to have `moved`.
     pub(super) fn ask(
         &self,
         member: &Member,
         request: wire::Request,
         within: Duration,
-    ) -> Result<wire::Reply> {
+        moved: impl Future<Output = ()>,
+    ) -> Option<Result<wire::Reply>> {
         let mut client = PeerClient::new(self.channel(member))
             .max_decoding_message_size(MESSAGE_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX);
-        let asked = self.runtime.block_on(async { timeout(within, client.ask(request)).await });
+        let asked = self.runtime.block_on(async {
+            tokio::select! {
+                asked = timeout(within, client.ask(request)) => Some(asked),
+                () = moved => None,
+            }
+        });
         let failed = |source: io::Error| Error::Io {
             what: format!("ask {} at {}", member.name, member.address),
             source,
         };
-        match asked {
+        Some(match asked? {
             Ok(Ok(reply)) => Ok(reply.into_inner()),
             Ok(Err(status)) => Err(failed(io::Error::other(words(&status)))),
             Err(_) => Err(failed(io::Error::new(
                 io::ErrorKind::TimedOut,
                 format!("no answer within {} s", within.as_secs_f64()),
             ))),
-        }
+        })
     }
 
     fn channel(&self, member: &Member) -> Channel {

@@ -31,6 +31,7 @@ use std::{
 
 use tierkeep::{
     Error, Result,
+    clock::{Deadline, SystemClock},
     peers::{Chunks, Landing, Network, Ticket},
     placement::Node,
     tier::Source,
@@ -140,8 +141,17 @@ impl Network for Mesh {
     }
 
     fn ask(&self, node: &str, request: wire::Request, within: Duration) -> Result<wire::Reply> {
-        let member = self.member(node)?;
-        self.control.ask(&member, request, within)
+        let clock = SystemClock;
+        let deadline = Deadline::after(&clock, within);
+        // One that has begun anew elsewhere is asked there: the old address may swallow what is sent to it.
+        loop {
+            let member = self.member(node)?;
+            let left = deadline.left(&clock).unwrap_or_default();
+            let moved = self.cluster.moved(&member);
+            if let Some(answer) = self.control.ask(&member, request.clone(), left, moved) {
+                return answer;
+            }
+        }
     }
 
     fn push(

@@ -5,6 +5,7 @@
 mod bad;
 mod cut;
 mod killed;
+mod moved;
 mod offering;
 mod process;
 mod strangers;
