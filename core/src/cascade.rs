@@ -187,6 +187,8 @@ pub(crate) struct Cascade {
     hurried: AtomicU64,
     /// A node of this run is to go away.
     leaving: AtomicBool,
+    /// What goes before its turn then. Nothing else is locked after it.
+    pace: Mutex<leaving::Pace>,
 }
 
 impl std::fmt::Debug for Cascade {
@@ -218,7 +220,8 @@ impl Cascade {
         let (last, hurried) = (AtomicU64::new(u64::MAX), AtomicU64::new(u64::MAX));
         let sending = Mutex::new(Sending::beginning_with(parts.first_for_bucket, parts.in_bucket));
         let (work, leaving) = (Mutex::new(work), AtomicBool::new(false));
-        let cascade = Arc::new(Self { parts, work, sending, last, hurried, leaving });
+        let pace = Mutex::default();
+        let cascade = Arc::new(Self { parts, work, sending, last, hurried, leaving, pace });
         cascade.resume_carry()?;
         Ok(cascade)
     }
@@ -308,11 +311,15 @@ impl Cascade {
 
     /// It goes to disk, if its turn comes.
     fn is_due(&self, step: u64) -> bool {
+        self.is_scheduled(step) || (!self.is_bucket_only() && self.is_hurried(step))
+    }
+
+    /// The same, as all ranks know it.
+    fn is_scheduled(&self, step: u64) -> bool {
         !self.is_bucket_only()
             && (step.is_multiple_of(self.parts.config.disk_every)
                 || self.is_parent(step)
-                || self.is_last(step)
-                || self.is_hurried(step))
+                || self.is_last(step))
     }
 
     fn is_parent(&self, step: u64) -> bool {

@@ -18,7 +18,7 @@ mod local;
 mod slots;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -135,6 +135,8 @@ pub(crate) struct Keeper {
 pub(crate) struct Leading {
     /// Where each rank is that has joined.
     roster: BTreeMap<u32, String>,
+    /// Nodes that listen to its decisions: after another agent has taken it over nobody joins anew.
+    listening: BTreeSet<String>,
     elsewhere: Elsewhere,
 }
 
@@ -328,7 +330,8 @@ impl Keeper {
         let mut running = locked(&self.running);
         if place.config.leads() {
             let roster = peers_name(place).map(|me| (place.config.rank, me));
-            *locked(&self.leading) = Leading { roster: roster.into_iter().collect(), elsewhere };
+            let roster = roster.into_iter().collect();
+            *locked(&self.leading) = Leading { roster, elsewhere, ..Leading::default() };
         }
         // Closing says so first and takes what runs after: nothing starts behind its back.
         place.check_closed()?;
@@ -404,6 +407,20 @@ impl Keeper {
     /// known.
     pub(crate) fn places_of(&self, rank: u32) -> Vec<(String, TierKind)> {
         locked(&self.leading).elsewhere.places.get(&rank).cloned().unwrap_or_default()
+    }
+
+    /// Ranks that are at `node` listen to the leader.
+    pub(crate) fn is_heard_at(&self, node: &str) {
+        let mut leading = locked(&self.leading);
+        if !leading.listening.contains(node) {
+            leading.listening.insert(node.into());
+        }
+    }
+
+    /// The nodes that have ranks of the attempt, as far as the leader knows.
+    pub(crate) fn nodes(&self) -> BTreeSet<String> {
+        let leading = locked(&self.leading);
+        leading.roster.values().chain(&leading.listening).cloned().collect()
     }
 
     /// The ranks that have joined, and where they are.

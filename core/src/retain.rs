@@ -34,6 +34,9 @@ const PINS: &str = "_pins";
 pub struct Policy {
     /// The newest so many.
     pub keep_last: usize,
+    /// Of these, steps that are not divisible by it are the newest one alone: what goes before its turn, as
+    /// from a node that is to go away, takes no place of what was to be kept.
+    pub every: u64,
     /// Steps divisible by it.
     pub keep_every: Option<u64>,
     /// The first of each period of so many hours, by the savers' wall clocks.
@@ -119,7 +122,11 @@ pub fn plan(policy: &Policy, known: &Known<'_>) -> Vec<Victim> {
     let mut kept: BTreeSet<&CheckpointKey> = BTreeSet::new();
     let sealed: Vec<&CheckpointKey> =
         known.found.iter().rev().filter(whole).filter(on_line).map(|f| &f.key).collect();
-    kept.extend(sealed.iter().take(policy.keep_last.max(1)));
+    let counts = |(index, key): &(usize, &&CheckpointKey)| {
+        *index == 0 || key.step.0.is_multiple_of(policy.every.max(1))
+    };
+    let counted = sealed.iter().enumerate().filter(counts).map(|(_, key)| key);
+    kept.extend(counted.take(policy.keep_last.max(1)));
     kept.extend(sealed.iter().filter(|k| {
         policy.keep_every.is_some_and(|every| every > 0 && k.step.0.is_multiple_of(every))
     }));
@@ -364,6 +371,7 @@ mod tests {
             first in prop::collection::vec(one(), 20),
             second in prop::collection::vec(one(), 10),
             keep_last in 1_usize..5,
+            due_every in 1_u64..4,
             keep_every in prop::option::of(1_u64..6),
             abandoned in any::<bool>(),
             keep_hours in prop::option::of(1_u64..4),
@@ -406,7 +414,8 @@ mod tests {
                 in_flight: &in_flight,
                 given_up: &given_up,
             };
-            let policy = Policy { keep_last, keep_every, keep_hours, abandoned };
+            let policy =
+                Policy { keep_last, every: due_every, keep_every, keep_hours, abandoned };
             let gone: BTreeSet<CheckpointKey> =
                 plan(&policy, &known).into_iter().map(|v| v.key).collect();
 
@@ -415,14 +424,17 @@ mod tests {
                 whole.iter().filter(|k| lineage.contains(k)).collect();
             line.sort_by_key(|k| std::cmp::Reverse(k.step));
             let own_complete = line.iter().any(|k| k.attempt.number == 2);
+            // What came before its turn counts where it is the newest of all, and stays for nothing else.
+            let counts = |place: usize| place == 0 || line[place].step.0.is_multiple_of(due_every);
             for (place, kept) in line.iter().enumerate() {
+                let last = counts(place) && (0..place).filter(|p| counts(*p)).count() < keep_last;
                 let every = keep_every.is_some_and(|n| kept.step.0.is_multiple_of(n));
                 let parent = **kept == key(1, 10) && !own_complete;
                 let hour = |key: &CheckpointKey| keep_hours.map(|n| at(key) / (n * 3_600_000));
                 let older = line.get(place + 1);
                 let first = keep_hours.is_some() && older.is_none_or(|o| hour(o) != hour(kept));
                 let stays =
-                    place < keep_last || every || first || pins.contains(kept) || parent;
+                    last || every || first || pins.contains(kept) || parent;
                 prop_assert_eq!(!gone.contains(kept), stays, "{:?}", kept);
             }
             prop_assert!(gone.is_disjoint(&pins) && gone.is_disjoint(&in_flight));

@@ -8,10 +8,18 @@
 use std::{collections::BTreeSet, time::Duration};
 
 use super::Cascade;
-use crate::{clock::Deadline, error::Result, observe::locked, peers::Peers};
+use crate::{
+    clock::Deadline,
+    error::Result,
+    observe::locked,
+    peers::{Peers, leaving},
+};
 
 /// A node that is away for no longer is being restarted.
 const MEND_AFTER: Duration = Duration::from_secs(10);
+
+/// Nodes that stay and had no room for what another one is to take with it are asked again after that.
+const FULL_PAUSE: Duration = Duration::from_secs(60);
 
 /// How long it may take until a newer step is looked at.
 const MEND_WITHIN: Duration = Duration::from_secs(10);
@@ -27,9 +35,9 @@ impl Cascade {
             };
             (shard.clone(), work.copies.receipts.clone())
         };
-        let alive: BTreeSet<String> =
-            peers.network.nodes().into_iter().map(|node| node.name).collect();
-        let leaving = peers.network.leaving();
+        let alive = peers.network.nodes();
+        let leaving = leaving(&*peers.network, &alive);
+        let alive: BTreeSet<String> = alive.into_iter().map(|node| node.name).collect();
         let holders: BTreeSet<&String> = receipts.iter().map(|receipt| &receipt.node).collect();
         let me = peers.network.me();
         let stays = |node: &&String| !leaving.contains(*node) && **node != me;
@@ -58,8 +66,8 @@ impl Cascade {
             // Those that stay may be full: then it is tried again.
             let stay = receipts.iter().all(|receipt| !leaving.contains(&receipt.node));
             work.copies.receipts = receipts;
+            work.copies.below = (!stay).then_some(now + FULL_PAUSE);
             if stay {
-                work.copies.below = None;
                 tracing::info!("{} has all its copies again", shard.key);
             }
         }

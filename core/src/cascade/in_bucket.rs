@@ -100,6 +100,7 @@ impl Cascade {
         let lineage = lineage_of(&[tier], &found, &attempts)?;
         let policy = retain::Policy {
             keep_last: far.settings.keep_last,
+            every: far.settings.every,
             keep_every: far.settings.keep_every,
             keep_hours: far.settings.keep_hours,
             abandoned: false,

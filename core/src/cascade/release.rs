@@ -78,7 +78,9 @@ impl Cascade {
             let _ = agreements.pass_over(Lane::Disk, step);
             return true; // Nothing is kept for a disk that does not answer.
         }
-        let passed = match carries {
+        // What goes before its turn here the leader may never choose: it is asked for by this rank alone.
+        let is_own_wish = !self.parts.config.leads() && !self.is_scheduled(step);
+        let passed = match carries || is_own_wish {
             true => agreements.pass_over(Lane::Disk, step),
             false => agreements.was_passed_over(Lane::Disk, step),
         };

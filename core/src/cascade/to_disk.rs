@@ -508,6 +508,7 @@ impl Cascade {
         };
         let policy = retain::Policy {
             keep_last: self.parts.config.keep_last,
+            every: self.parts.config.disk_every,
             keep_every: self.parts.config.keep_every,
             keep_hours: None,
             abandoned: false,

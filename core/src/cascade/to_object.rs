@@ -117,7 +117,9 @@ impl Cascade {
     /// A step is sealed on disk; without one, it is complete in RAM.
     pub(super) fn offer_to_bucket(&self, step: u64) {
         let Some(far) = &self.parts.far else { return };
-        if !self.is_due_for_bucket(far, step) {
+        // On disk, where the node is to go away, it would go with it.
+        let leaves = !self.is_bucket_only() && self.leaves();
+        if !leaves && !self.is_due_for_bucket(far, step) {
             return;
         }
         let mut sending = locked(&self.sending);

@@ -107,8 +107,8 @@ impl Connection {
         let _ = self.socket.shutdown(std::net::Shutdown::Both);
         let seat = locked(&self.seat).take();
         if let Some(seat) = seat {
-            // A process that is killed closes its files a moment before it counts as dead: until that is known
-            // its attempt goes on, and ranks of the next start would join it.
+            // A process that is killed closes its files a moment before it counts as dead: until that is
+            // known its attempt goes on, and ranks of the next start would join it.
             let dead = dead || (!self.host.is_ending() && self.peer.dies_within(DYING));
             seat.keeper.place.signal.notify();
             seat.hung_up(self.id, dead, &self.host.clock);

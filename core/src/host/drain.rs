@@ -72,9 +72,10 @@ impl Host {
         runs.iter().flatten().map(|seat| seat.drained()).chain(unseen).collect()
     }
 
-    /// This node is to go away, and why; or it stays after all. While it is to go, what is newest goes on from
-    /// here as soon as it is complete: to disk, and to the bucket. Other nodes are told by whoever told this one
-    /// ([`Network::leaving`](crate::peers::Network::leaving)): they send nothing here that can go elsewhere.
+    /// This node is to go away, and why; or it stays after all. While it is to go, what is newest goes on
+    /// from here as soon as it is complete: to disk, and to the bucket. Other nodes are told by whoever told
+    /// this one ([`Network::leaving`](crate::peers::Network::leaving)): they send nothing here that can go
+    /// elsewhere.
     pub fn leave(&self, why: Option<&str>) {
         let mut leaving = locked(&self.leaving);
         if leaving.as_deref() != why {
@@ -96,8 +97,8 @@ impl Host {
         for seat in self.seats() {
             let Some((_, cascade)) = seat.keeper.running() else { continue };
             // Whoever leads knows where the others are, and chooses for them.
-            let mut others = seat.keeper.roster().into_iter().map(|(_, node)| node);
-            cascade.leave(own || (!away.is_empty() && others.any(|node| away.contains(&node))));
+            let others = || !away.is_disjoint(&seat.keeper.nodes());
+            cascade.leave(own || (!away.is_empty() && others()));
         }
     }
 

@@ -22,6 +22,7 @@ use crate::{
         Peers, Site,
         commons::ask_who_leads,
         hold::{Owner, Shelf},
+        leaving,
         send::{Outbound, inform, send},
     },
     placement::{Node, Shard, place},
@@ -63,8 +64,11 @@ impl Host {
         if Arc::strong_count(&self.healer) > 1 {
             return; // Somebody is at it.
         }
-        let alive: BTreeSet<String> = network.nodes().into_iter().map(|node| node.name).collect();
-        let staying = alive.difference(&network.leaving()).cloned().collect();
+        let nodes = network.nodes();
+        let leaving = leaving(&**network, &nodes);
+        let alive: BTreeSet<String> = nodes.into_iter().map(|node| node.name).collect();
+        let staying = alive.difference(&leaving).filter(|node| **node != network.me());
+        let staying = staying.cloned().collect();
         let patients = self.patients(&alive, &staying);
         if patients.is_empty() {
             return;
@@ -99,8 +103,11 @@ impl Host {
             known.insert(place.clone());
             let new = || Healing { next: now.saturating_add(HEAL_AFTER), copies: None };
             let one = healing.entry(place.clone()).or_insert_with(new);
-            // Whoever had a copy may be lost as well, or about to be.
-            let enough = one.copies.as_ref().is_some_and(|all| all.is_subset(staying));
+            // Whoever had a copy may be lost as well, or be about to go where another one could have it.
+            let good = |all: &BTreeSet<String>| {
+                all.is_subset(alive) && (all.is_subset(staying) || staying.is_subset(all))
+            };
+            let enough = one.copies.as_ref().is_some_and(good);
             if enough || now < one.next {
                 continue;
             }

@@ -145,7 +145,9 @@ impl Host {
         Ok(Answer::Decided(wire::Decided { text }))
     }
 
-    pub(super) fn news(&self, site: &Site, news: &wire::News) -> Result<Answer> {
+    pub(super) fn news(&self, site: &Site, from: &str, news: &wire::News) -> Result<Answer> {
+        let (seat, _) = self.leader(site, &news.attempt)?;
+        seat.keeper.is_heard_at(from);
         let board = self.board(site, &news.attempt)?;
         let life = convert::id(&news.life).ok();
         let wait = Duration::from_millis(news.wait_ms).min(NEWS_WAIT_MAX);

@@ -128,7 +128,7 @@ impl Host {
             Some(Ask::Roster(roster)) => self.roster(&site, &roster),
             Some(Ask::Holders(holders)) => self.holders(&site, &holders),
             Some(Ask::Decide(decide)) => self.decide(&site, decide),
-            Some(Ask::News(news)) => self.news(&site, &news),
+            Some(Ask::News(news)) => self.news(&site, &request.from, &news),
             None => Err(Error::invalid("it does not know this question: it is older")),
         }
     }

@@ -177,8 +177,8 @@ impl Peers {
     /// Where copies of this node's shards may go: live nodes, this one among them, in the order in which they
     /// are to be asked. Those that are to go away come last, with the others.
     pub(crate) fn grounds(&self, refused: &BTreeSet<String>) -> Vec<Vec<Node>> {
-        let (me, leaving) = (self.network.me(), self.network.leaving());
-        let mut nodes = self.network.nodes();
+        let (me, mut nodes) = (self.network.me(), self.network.nodes());
+        let leaving = leaving(&*self.network, &nodes);
         nodes.retain(|node| !refused.contains(&node.name));
         let stays = |node: &&Node| node.name == me || !leaving.contains(&node.name);
         let staying: Vec<Node> = nodes.iter().filter(stays).cloned().collect();
@@ -186,6 +186,17 @@ impl Peers {
             true => vec![staying, nodes],
             false => vec![nodes],
         }
+    }
+}
+
+/// Those of the live nodes that are to go away, as far as the others can take what they hold: where most of
+/// them are to go, the few that stay would be filled with what they have no room for.
+pub(crate) fn leaving(network: &dyn Network, alive: &[Node]) -> BTreeSet<String> {
+    let mut leaving = network.leaving();
+    leaving.retain(|name| alive.iter().any(|node| node.name == *name));
+    match 2 * leaving.len() > alive.len() {
+        true => BTreeSet::new(),
+        false => leaving,
     }
 }
 

@@ -173,8 +173,8 @@ impl Drop for Staged {
     }
 }
 
-/// Writes a file outside any tier anew: until the new one is there, whole, the old one is. It is its writer's own
-/// note, which nobody else writes; where it is as it should be already, nothing is written.
+/// Writes a file outside any tier anew: until the new one is there, whole, the old one is. It is its
+/// writer's own note, which nobody else writes; where it is as it should be already, nothing is written.
 ///
 /// # Errors
 /// The file system did not answer, or refuses.

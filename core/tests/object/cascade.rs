@@ -336,6 +336,7 @@ fn what_is_deleted_in_a_bucket_is_gone_at_once_and_its_bytes_after_a_while() {
     // Once that time is over.
     let policy = tierkeep::retain::Policy {
         keep_last: 1,
+        every: 1,
         keep_every: None,
         keep_hours: None,
         abandoned: false,
@@ -422,6 +423,7 @@ fn what_a_dead_process_began_to_send_is_ended_by_the_next_job_and_by_gc() {
     let reader = Reader::open_with(Path::new(&place.url), None, &place.options).expect("open");
     let policy = tierkeep::retain::Policy {
         keep_last: 9,
+        every: 1,
         keep_every: None,
         keep_hours: None,
         abandoned: false,
@@ -467,7 +469,8 @@ fn a_collector_in_the_bucket_leaves_alone_what_a_job_has_just_begun() {
     let collect = || {
         let reader =
             Reader::open_with(Path::new(&direct.url), None, &direct.options).expect("open");
-        let policy = Policy { keep_last: 1, keep_every: None, keep_hours: None, abandoned: true };
+        let policy =
+            Policy { keep_last: 1, every: 1, keep_every: None, keep_hours: None, abandoned: true };
         let plan = upkeep::plan(&reader, &policy).expect("plan");
         upkeep::collect(&reader, &plan, Duration::ZERO).expect("collect").1
     };

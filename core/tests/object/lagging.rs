@@ -165,7 +165,8 @@ fn retention_does_not_take_a_seal_that_is_not_listed_yet_for_none() {
         Some(std::path::Path::new("/nowhere")),
         &place.options,
     );
-    let policy = Policy { keep_last: 3, keep_every: None, keep_hours: None, abandoned: false };
+    let policy =
+        Policy { keep_last: 3, every: 1, keep_every: None, keep_hours: None, abandoned: false };
     let plan = upkeep::plan(&reader.expect("open"), &policy).expect("plan");
     assert!(plan.victims.is_empty(), "{plan:?}");
 }

@@ -115,7 +115,8 @@ fn what_else_lies_under_the_prefix_is_left_alone() {
         servers::put_raw(&place, name);
     }
     assert_eq!(resumes_at(&place), Some(3));
-    let policy = Policy { keep_last: 1, keep_every: None, keep_hours: None, abandoned: true };
+    let policy =
+        Policy { keep_last: 1, every: 1, keep_every: None, keep_hours: None, abandoned: true };
     let bucket = reader(&place);
     let plan = upkeep::plan(&bucket, &policy).expect("plan");
     let steps: Vec<u64> = plan.victims.iter().map(|(v, _)| v.key.step.0).collect();

@@ -97,4 +97,35 @@ fn what_is_newest_goes_to_disk_and_bucket_before_its_turn_while_a_ranks_node_is_
     job.train([4], Level::Ram);
     std::thread::sleep(Duration::from_millis(1500));
     assert!(!sealed().contains(&4), "the schedule is what it was");
+    // Another agent has the leader, to whom nobody joins anew.
+    world.restart("a", |_| {});
+    job.train([5], Level::Ram);
+    world.leave("b");
+    until("what a node has that was there before", || sealed().contains(&5));
+}
+
+#[test]
+fn a_node_that_is_to_go_away_and_of_which_the_leader_never_hears_keeps_no_save_waiting() {
+    let world = World::new(&["a", "b"]);
+    let start = Id::random().unwrap();
+    let open = |(rank, node): (u32, &str)| {
+        let mut config = world.config(node, rank, 2, 0);
+        config.attempt_id = Some(start);
+        (config.disk_every, config.slots) = (1000, 2);
+        // So long, and not for ever, as a slot that nobody gives up would.
+        config.slot_wait = WITHIN;
+        (node.to_owned(), Checkpointer::open(config).unwrap())
+    };
+    let job = Job { ckpts: [(0, "a"), (1, "b")].map(open).into() };
+    assert_eq!(job.resume(), 0);
+    job.train([1, 2], Level::Ram);
+    for (why, steps) in [(Some("it is cordoned"), 3..=7), (None, 8..=12)] {
+        world.machine("b").host.leave(why);
+        std::thread::sleep(Duration::from_millis(1200)); // Hosts look twice a second.
+        job.train(steps, Level::Ram);
+    }
+    // The same by hand: `tierkeep agent drain`.
+    let drained = world.machine("b").host.drain(Duration::from_millis(500));
+    assert!(!drained[0].durable, "the leader has not chosen it: {drained:?}");
+    job.train(13..=17, Level::Ram);
 }

@@ -115,7 +115,8 @@ pub(crate) struct AgentArgs {
     /// [default: zone=topology.kubernetes.io/zone]
     #[arg(long, value_name = "KEY=LABEL,...")]
     node_labels: Option<OsString>,
-    /// With --node-watch: more taints by which a node is to go away; those of autoscalers and clouds are known
+    /// With --node-watch: more taints by which a node is to go away; those of autoscalers and clouds are
+    /// known
     #[arg(long, value_name = "KEY,...")]
     node_taints: Option<OsString>,
     /// With --node-watch: ask autoscalers to leave the node while it has what no bucket has, for so long at

@@ -35,6 +35,7 @@ pub(super) fn run(context: &mut Context<'_>, args: &Gc) -> Result<i32, Failure> 
     let reader = context.open()?;
     let policy = Policy {
         keep_last: args.keep_last.map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX)),
+        every: 1,
         keep_every: args.keep_every,
         keep_hours: args.keep_hours,
         abandoned: args.abandoned,

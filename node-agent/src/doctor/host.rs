@@ -118,12 +118,12 @@ impl Host {
         let topic = "confinement";
         match pidfd {
             Ok(_) => {
-                let text = "seccomp filters system calls, and lets through those that are needed (io_uring is not)";
+                let text = "seccomp filters system calls; those that are needed pass (io_uring is not one)";
                 Finding::new(Level::Ok, topic, text)
             }
             Err(e) => {
                 let text = format!(
-                    "seccomp refuses pidfd_open ({e}): that a trainer died is seen when its socket closes only"
+                    "seccomp refuses pidfd_open ({e}): a trainer's death is seen by its socket alone"
                 );
                 let fix = "allow it, as the profiles of containerd and CRI-O do (RuntimeDefault)";
                 Finding::new(Level::Warning, topic, text).fix(fix)

@@ -68,8 +68,8 @@ pub(super) fn seeds(seeds: &[String]) -> Vec<Finding> {
         true => (Level::Note, format!("{text}: {at} does not ({why})")),
         false => (Level::Warning, format!("{text}: {at} does not ({why})")),
     };
-    let fix = "let agents reach each other at that port, by TCP and by UDP (NetworkPolicy, firewall, security \
-               group); one that is being started or is down does not answer either";
+    let fix = "let agents reach each other at that port, by TCP and by UDP (NetworkPolicy, firewall, \
+               security group); one that is being started or is down does not answer either";
     all.push(Finding::new(level, TOPIC, text).fix(fix));
     all
 }

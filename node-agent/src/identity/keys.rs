@@ -36,8 +36,8 @@ const BYTES_MAX: u64 = 1 << 20;
 pub enum Source {
     /// A file, read again when a key is missing from it.
     File(PathBuf),
-    /// The API server of this pod's cluster, which is asked over HTTPS, by the authority's certificate and with
-    /// the token that are in `dir` (`ca.crt`, `token`).
+    /// The API server of this pod's cluster, which is asked over HTTPS, by the authority's certificate and
+    /// with the token that are in `dir` (`ca.crt`, `token`).
     Api {
         /// The address of the keys.
         url: String,
@@ -154,7 +154,7 @@ fn fetch(url: &str, api: Option<&Path>) -> anyhow::Result<JwkSet> {
         .https_only(true)
         .redirect(reqwest::redirect::Policy::none());
     if let Some(dir) = api {
-        client = client.tls_certs_only(kubernetes::authority(dir)?);
+        client = client.no_proxy().tls_certs_only(kubernetes::authority(dir)?);
     }
     let mut request = client.build()?.get(url);
     if let Some(dir) = api {

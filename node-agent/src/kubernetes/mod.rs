@@ -68,6 +68,7 @@ impl Api {
             .connect_timeout(CONNECT_WITHIN)
             .tcp_keepalive(KEEPALIVE)
             .https_only(true)
+            .no_proxy() // One for buckets leads nowhere near the cluster's own server.
             .redirect(Policy::none())
             .tls_certs_only(authority(&self.dir)?);
         if let Some(timeout) = timeout {
@@ -112,8 +113,8 @@ impl Api {
         Ok(Changes { answer, read: Vec::new() })
     }
 
-    /// Makes these the agent's annotations of the Node, and takes back those that it had before; what somebody
-    /// else wants as well stays theirs (server-side apply).
+    /// Makes these the agent's annotations of the Node, and takes back those that it had before; what
+    /// somebody else wants as well stays theirs (server-side apply).
     ///
     /// # Errors
     /// Somebody else has given one of them another value ([`is_conflict`]); the server is away, or refuses.

@@ -97,37 +97,23 @@ impl Departure {
         (Self { watching, heard, following, copy }, places.unwrap_or_default())
     }
 
-    /// Tells whom it concerns, until `ending`.
+    /// Tells whom it concerns, until `ending`. A server that is slow to hold the node delays no word that it
+    /// is to go away.
     pub(super) async fn serve(
-        mut self,
+        self,
         host: Arc<Host>,
         cluster: Option<Arc<Cluster>>,
         ending: impl Future<Output = ()>,
     ) {
         let asking = Asking::new(host.clone(), 1);
         let mut hold = Hold::new(self.watching.hold);
-        tokio::pin!(ending);
-        loop {
-            self.tell(&host, cluster.as_deref()).await;
-            // What an agent before it has asked for is taken back, or goes on.
-            if let (None, Heard::Is(node)) = (hold.is_asked, &*self.heard.borrow()) {
-                hold.is_asked = Some(node.has_annotation(HELD));
-            }
-            if !self.watching.hold.is_zero() {
-                match asking.ask(ANSWER_WITHIN, Host::ranks).await {
-                    Ok(ranks) => hold.look(&ranks, SystemClock.monotonic()),
-                    Err(e) => tracing::debug!("a look at what the node has: {}", e.chain()),
-                }
-                self.ask_autoscalers(&mut hold).await;
-            }
-            tokio::select! {
-                Ok(()) = self.heard.changed() => {}
-                () = sleep(LOOK) => {}
-                () = &mut ending => break,
-            }
+        tokio::select! {
+            () = self.tell_on(&host, cluster.as_deref()) => {}
+            () = self.hold_on(&asking, &mut hold) => {}
+            () = ending => {}
         }
         self.following.abort();
-        if hold.is_asked == Some(true) {
+        if hold.may_be_asked() {
             let nothing = BTreeMap::new();
             let released = self.watching.api.annotate(&self.watching.name, &nothing);
             match timeout(ENDING_WITHIN, released).await {
@@ -141,9 +127,46 @@ impl Departure {
         }
     }
 
+    /// It does not end.
+    async fn tell_on(&self, host: &Host, cluster: Option<&Cluster>) {
+        let mut heard = self.heard.clone();
+        loop {
+            let now = heard.borrow_and_update().clone();
+            self.tell(&now, host, cluster).await;
+            tokio::select! {
+                Ok(()) = heard.changed() => {}
+                () = sleep(LOOK) => {}
+            }
+        }
+    }
+
+    /// It does not end.
+    async fn hold_on(&self, asking: &Asking, hold: &mut Hold) {
+        let mut heard = self.heard.clone();
+        loop {
+            // What an agent before it has asked for is taken back, or goes on; so is what somebody took back.
+            if let Heard::Is(node) = &*heard.borrow_and_update() {
+                hold.is_asked = Some(node.has_annotation(HELD));
+            }
+            if self.watching.hold.is_zero() {
+                hold.wanted = false;
+            } else {
+                match asking.ask(ANSWER_WITHIN, Host::ranks).await {
+                    Ok(ranks) => hold.look(&ranks, SystemClock.monotonic()),
+                    Err(e) => tracing::debug!("a look at what the node has: {}", e.chain()),
+                }
+            }
+            self.ask_autoscalers(hold).await;
+            tokio::select! {
+                Ok(()) = heard.changed() => {}
+                () = sleep(LOOK) => {}
+            }
+        }
+    }
+
     /// What was heard last, to the host and to the others.
-    async fn tell(&mut self, host: &Host, cluster: Option<&Cluster>) {
-        let (leaving, places) = match &*self.heard.borrow_and_update() {
+    async fn tell(&self, heard: &Heard, host: &Host, cluster: Option<&Cluster>) {
+        let (leaving, places) = match heard {
             Heard::Nothing => return,
             Heard::Deleted => (Some("its Node was deleted".to_owned()), None),
             Heard::Is(node) => {
@@ -179,6 +202,7 @@ impl Departure {
     async fn ask_autoscalers(&self, hold: &mut Hold) {
         let now = SystemClock.monotonic();
         let Some(wanted) = hold.wants(now) else { return };
+        hold.asks = true; // From here on nobody knows until there is an answer.
         let annotations = match wanted {
             true => HOLDS.map(|(key, value)| (key, value.to_owned())).into(),
             false => BTreeMap::new(),
@@ -218,6 +242,8 @@ struct Hold {
     is_asked: Option<bool>,
     asked: Option<Duration>,
     failed: bool,
+    /// A question is on its way, or had no answer.
+    asks: bool,
 }
 
 /// A rank whose newest step no bucket has: the step in RAM, on disk, in the bucket.
@@ -226,7 +252,7 @@ type Seen = (PathBuf, u32, [Option<u64>; 3]);
 impl Hold {
     fn new(most: Duration) -> Self {
         let (seen, moved, asked) = (Vec::new(), None, None);
-        Self { most, seen, moved, wanted: false, is_asked: None, asked, failed: false }
+        Self { most, seen, moved, wanted: false, is_asked: None, asked, failed: false, asks: false }
     }
 
     /// Takes a look in.
@@ -241,7 +267,8 @@ impl Hold {
             self.seen = seen;
         }
         let idle = self.moved.map_or(Duration::ZERO, |moved| now.saturating_sub(moved));
-        // A bucket that keeps up has everything now and then: a thousand nodes do not tell the server each time.
+        // A bucket that keeps up has everything now and then: a thousand nodes do not tell the server each
+        // time.
         let goes_on = self.is_asked == Some(true) && ranks.iter().any(|rank| rank.pid.is_some());
         self.wanted = (!self.seen.is_empty() || goes_on) && idle < self.most;
     }
@@ -252,10 +279,15 @@ impl Hold {
         (self.is_asked? != self.wanted && may).then_some(self.wanted)
     }
 
+    /// Whether autoscalers may have been asked: what had no answer may have been done.
+    fn may_be_asked(&self) -> bool {
+        self.is_asked == Some(true) || self.asks
+    }
+
     /// Whether this is the first answer of its kind.
     fn was_answered(&mut self, good: bool, now: Duration) -> bool {
         let first = good || !self.failed;
-        (self.failed, self.asked) = (!good, Some(now));
+        (self.failed, self.asked, self.asks) = (!good, Some(now), !good);
         if good {
             self.is_asked = Some(self.wanted);
         }

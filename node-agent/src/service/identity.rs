@@ -114,7 +114,11 @@ pub(super) fn settings<'a>(
 
 /// Whether an address is on that server.
 fn is_below(url: &str, server: &str) -> bool {
-    url.strip_prefix(server).is_some_and(|rest| rest.starts_with('/'))
+    let of = |url: &str| {
+        let url = reqwest::Url::parse(url).ok()?;
+        Some((url.scheme().to_owned(), url.host_str()?.to_owned(), url.port_or_known_default()))
+    };
+    of(url).is_some_and(|of_url| of(server) == Some(of_url))
 }
 
 /// The same for people: `identity`, `disk_dir`, `token_keys`, `token_audience`.
@@ -148,6 +152,10 @@ mod tests {
         assert!(read(&[], &["s3://models"]).unwrap().is_none());
         let tokens = read(&[("identity", "kubernetes")], &["s3://models/{namespace}/"]).unwrap();
         assert_eq!(words(tokens.as_ref())[2], "https://kubernetes.default.svc/openid/v1/jwks");
+        let is_own = |url: &str| is_below(url, "https://kubernetes.default.svc");
+        assert!(is_own("https://kubernetes.default.svc:443/openid/v1/jwks"));
+        assert!(!is_own("https://kubernetes.default.svc.evil/openid/v1/jwks"));
+        assert!(!is_own("https://kubernetes.default.svc:8443/keys"));
         for (given, buckets, said) in [
             (&[("identity", "uid")][..], &[][..], "neither kernel nor kubernetes"),
             (&[("disk_dir", "/mnt")], &[], "it is for identity"),

@@ -85,14 +85,28 @@ fn serve(settings: &Settings) -> Result<i32, Failure> {
     let others =
         settings.mesh.is_some().then(others).transpose().map_err(failed("start threads"))?;
     let (end, ending) = watch::channel(false);
-    let around = runtime.block_on(arrive(&host, settings, others.as_ref(), &ending))?;
+    // Before it looks around, which may take seconds: the first process of a pod has no signals without.
+    let mut ends = {
+        let _inside = runtime.enter();
+        Ends::hear()?
+    };
+    let around = runtime.block_on(async {
+        tokio::select! {
+            around = arrive(&host, settings, others.as_ref(), &ending) => around.map(Some),
+            () = ends.come() => Ok(None),
+        }
+    })?;
+    let Some(around) = around else {
+        host.end();
+        return Ok(OK);
+    };
     // Not before: an agent that knew of no others would let a trainer begin as if there were none.
     let serving = host.clone();
     let trainers = std::thread::Builder::new()
         .name("tierkeep-accept".into())
         .spawn(move || serving.serve(&listener))
         .map_err(failed("start a thread"))?;
-    let ended = runtime.block_on(attend(&host, settings, around, (end, ending)));
+    let ended = runtime.block_on(attend(&host, settings, around, &mut ends, (end, ending)));
     // What is in RAM stays for the next agent.
     host.end();
     let served = trainers.join();
@@ -112,6 +126,30 @@ fn others() -> io::Result<Runtime> {
         .thread_name("tierkeep-mesh")
         .enable_all()
         .build()
+}
+
+/// How somebody ends it: SIGTERM, or Ctrl-C.
+struct Ends {
+    terminated: Signal,
+    interrupted: Signal,
+}
+
+impl Ends {
+    fn hear() -> Result<Self, Failure> {
+        let hear = |kind| -> Result<Signal, Failure> {
+            Ok(signal(kind).map_err(|source| Error::Io { what: "hear signals".into(), source })?)
+        };
+        let (terminated, interrupted) =
+            (hear(SignalKind::terminate())?, hear(SignalKind::interrupt())?);
+        Ok(Self { terminated, interrupted })
+    }
+
+    async fn come(&mut self) {
+        tokio::select! {
+            _ = self.terminated.recv() => {}
+            _ = self.interrupted.recv() => {}
+        }
+    }
 }
 
 /// What is around an agent: its Node, where it watches it, and the others, where it has some.
@@ -143,13 +181,9 @@ async fn attend(
     host: &Arc<Host>,
     settings: &Settings,
     Around { departure, met }: Around,
+    ends: &mut Ends,
     (end, ending): (watch::Sender<bool>, watch::Receiver<bool>),
 ) -> Result<(), Failure> {
-    let signals = |kind| -> Result<Signal, Failure> {
-        Ok(signal(kind).map_err(|source| Error::Io { what: "hear signals".into(), source })?)
-    };
-    let (mut terminated, mut interrupted) =
-        (signals(SignalKind::terminate())?, signals(SignalKind::interrupt())?);
     let mut servers = JoinSet::new();
     let control = settings.control.clone();
     let cluster = met.as_ref().map(|(cluster, _)| cluster.clone());
@@ -174,8 +208,7 @@ async fn attend(
         });
     }
     tokio::select! {
-        _ = terminated.recv() => {}
-        _ = interrupted.recv() => {}
+        () = ends.come() => {}
         served = servers.join_next() => {
             let ended = || Error::Bug("a server of the agent ended by itself".into());
             served.and_then(Result::ok).unwrap_or_else(|| Err(ended()))?;

@@ -104,6 +104,7 @@ pub(super) fn collect(keep_last: &str) {
         bucket(),
         Policy {
             keep_last: keep_last.parse().expect("keep_last"),
+            every: 1,
             keep_every: None,
             keep_hours: None,
             abandoned: number("TIERKEEP_TEST_ABANDONED") == 1,
