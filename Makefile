@@ -64,6 +64,9 @@ export TIERKEEP_AGENT_KILLS
 TIERKEEP_OBJECT_KILLS ?= 12
 export TIERKEEP_OBJECT_KILLS
 
+# Most of them wait, for a deadline or another process: two a core use no more than the cores.
+NEXTEST := cargo nextest run --test-threads $(shell echo $$((2 * $$(nproc))))
+
 # What holds for a rank that owns itself holds for one that has an agent: these run a second time, so.
 HOSTED_TESTS := $(addprefix --test ,bad_input device guarantees odds races ranks replicas reshard savers)
 
@@ -152,9 +155,9 @@ check: wheel
 test-rust: $(SETUP) $(SERVERS)
 	@if cargo nextest --version >/dev/null 2>&1; then \
 		echo "running the Rust tests with cargo nextest" >&2; \
-		cargo nextest run $(RUST_TESTED) $(CARGO_TEST_ARGS) && \
+		$(NEXTEST) $(RUST_TESTED) $(CARGO_TEST_ARGS) && \
 		echo "again, with an agent" >&2 && \
-		TIERKEEP_TEST_HOSTED=1 cargo nextest run --package tierkeep $(HOSTED_TESTS); \
+		TIERKEEP_TEST_HOSTED=1 $(NEXTEST) --package tierkeep $(HOSTED_TESTS); \
 	else \
 		echo "running the Rust tests with cargo test: cargo nextest is not installed" >&2; \
 		cargo test $(RUST_TESTED) --lib --bins --tests $(CARGO_TEST_ARGS) && \
