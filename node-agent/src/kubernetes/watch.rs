@@ -23,6 +23,8 @@ pub(crate) enum Heard {
     /// Nothing yet.
     #[default]
     Nothing,
+    /// The server was asked, and has said nothing of it yet.
+    Away,
     /// It is so.
     Is(Box<Node>),
     /// It was there, and was deleted.
@@ -42,6 +44,13 @@ pub(crate) async fn follow(api: Api, name: String, told: watch::Sender<Heard>) {
                 sleep(AGAIN + spread(AGAIN)).await;
             }
             Err(e) => {
+                told.send_if_modified(|heard| {
+                    let first = matches!(heard, Heard::Nothing);
+                    if first {
+                        *heard = Heard::Away;
+                    }
+                    first
+                });
                 let why = format!("{e:#}");
                 if trouble.as_ref() != Some(&why) {
                     tracing::warn!(
@@ -60,7 +69,7 @@ pub(crate) async fn follow(api: Api, name: String, told: watch::Sender<Heard>) {
 async fn follow_once(api: &Api, name: &str, told: &watch::Sender<Heard>) -> anyhow::Result<()> {
     let Some(node) = api.node(name).await? else {
         // One that was never there is a wrong name, or comes later.
-        if matches!(*told.borrow(), Heard::Nothing) {
+        if matches!(*told.borrow(), Heard::Nothing | Heard::Away) {
             anyhow::bail!("there is no Node {name:?} (`node`)");
         }
         told.send_replace(Heard::Deleted);

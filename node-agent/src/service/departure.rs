@@ -53,6 +53,9 @@ const COPY: &str = ".node-labels.json";
 /// How long an agent that begins waits for the server before it goes by what the last one knew.
 const FIRST_WITHIN: Duration = Duration::from_secs(5);
 
+/// The same where that is known.
+const AGAIN_WITHIN: Duration = Duration::from_secs(1);
+
 /// How often it is looked whether the node is to be held, and how often it is asked again.
 const LOOK: Duration = Duration::from_secs(2);
 const AGAIN: Duration = Duration::from_secs(30);
@@ -79,16 +82,18 @@ impl Departure {
         let (told, mut heard) = watch::channel(Heard::Nothing);
         let (api, name) = (watching.api.clone(), watching.name.clone());
         let following = tokio::spawn(follow(api, name, told));
+        // Trainers wait meanwhile. A server that refuses or is not there says so at once.
         let first = heard.wait_for(|heard| !matches!(heard, Heard::Nothing));
-        let known = timeout(FIRST_WITHIN, first).await.is_ok();
         let copy = ram_dir.join(COPY);
+        let within = if copy.exists() { AGAIN_WITHIN } else { FIRST_WITHIN };
+        let _ = timeout(within, first).await;
         let places = match &*heard.borrow() {
             Heard::Is(node) => Some(node.places(&watching.labels)),
             _ => None,
         };
         let places = places.or_else(|| {
             let kept = serde_json::from_slice(&std::fs::read(&copy).ok()?).ok();
-            if !known && kept.is_some() {
+            if kept.is_some() {
                 tracing::warn!("where this node is, is taken from what the last agent knew");
             }
             kept
@@ -167,7 +172,7 @@ impl Departure {
     /// What was heard last, to the host and to the others.
     async fn tell(&self, heard: &Heard, host: &Host, cluster: Option<&Cluster>) {
         let (leaving, places) = match heard {
-            Heard::Nothing => return,
+            Heard::Nothing | Heard::Away => return,
             Heard::Deleted => (Some("its Node was deleted".to_owned()), None),
             Heard::Is(node) => {
                 (node.leaving(&self.watching.taints), Some(node.places(&self.watching.labels)))
