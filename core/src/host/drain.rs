@@ -72,10 +72,10 @@ impl Host {
         runs.iter().flatten().map(|seat| seat.drained()).chain(unseen).collect()
     }
 
-    /// This node is to go away, and why; or it stays after all. While it is to go, what is newest goes on
-    /// from here as soon as it is complete: to disk, and to the bucket. Other nodes are told by whoever told
-    /// this one ([`Network::leaving`](crate::peers::Network::leaving)): they send nothing here that can go
-    /// elsewhere.
+    /// This node is to go away, and why; or it stays after all. While it is to go, the newest step goes to
+    /// disk and bucket at once, and the newest again now and then (`cascade/leaving.rs`). Other nodes are
+    /// told by whoever told this one ([`Network::leaving`](crate::peers::Network::leaving)): they send
+    /// nothing here that can go elsewhere.
     pub fn leave(&self, why: Option<&str>) {
         let mut leaving = locked(&self.leaving);
         if leaving.as_deref() != why {
